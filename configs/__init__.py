@@ -1,0 +1,1 @@
+"""Named runs: typed dataclass values, no logic."""

@@ -1,0 +1,1 @@
+"""What a Falcon is: config and family, Flax model, sharding, tokenizer, checkpoint formats."""

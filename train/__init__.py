@@ -1,0 +1,1 @@
+"""How a Falcon is trained: data, loss, step, state, loop."""
