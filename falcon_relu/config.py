@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 Activation = Literal["gelu", "relu", "shifted_relu", "relu2"]
 Block = Literal["parallel", "parallel_two_norms", "sequential"]
@@ -70,8 +70,8 @@ class FalconConfig:
                 f"FalconConfig.n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
             )
         for name, allowed in (("activation", Activation), ("block", Block), ("position", Position)):
-            if getattr(self, name) not in allowed.__args__:
-                raise ValueError(f"FalconConfig.{name} must be one of {allowed.__args__}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"FalconConfig.{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
         if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(f"FalconConfig.head_dim must be even for rotary positions, got {self.head_dim}")
         if self.activation != "shifted_relu" and self.activation_shift:

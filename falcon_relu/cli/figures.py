@@ -1,0 +1,46 @@
+"""How every command reports: a table on standard output, the same figures as JSON where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from falcon_relu.files import write_json
+
+
+def report(figures: Mapping[str, Any], json: Path | None) -> None:
+    """Prints scalar figures as `name  value` lines and lists of mappings as tables; writes all to `json` if given."""
+    out = Console()
+    plain = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in figures.items():
+        if not _is_table(value):
+            plain.add_row(name, format_value(value))
+    if plain.row_count:
+        out.print(plain)
+    for name, value in figures.items():
+        if _is_table(value):
+            table = Table(*value[0], title=name, title_justify="left", box=None, pad_edge=False)
+            for row in value:
+                table.add_row(*(format_value(cell) for cell in row.values()))
+            out.print(table)
+    if json is not None:
+        write_json(json, dict(figures))
+
+
+def format_value(value: Any) -> str:
+    """A figure as a person reads it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)

@@ -1,0 +1,68 @@
+"""Dispatch of `falcon-relu COMMAND`: one module a command, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from falcon_relu.errors import FalconError
+from falcon_relu.progress import console as stderr
+
+# Every module below has a dataclass `Args`, whose docstring is the help text, and `run(args)`.
+COMMANDS = {
+    "demo": "The whole idea on real text in ten minutes: train, swap, distil, predict, decode, report",
+    "convert": "Hugging Face checkpoint -> native (Orbax) weights, streaming",
+    "export": "native weights -> a folder that transformers loads",
+    "prepare": "text -> packed token shards",
+    "train": "train or distil a model as a config says",
+    "generate": "continue prompts with a dense model on any backend",
+    "predictor": "fit and calibrate the predictors of which neurons fire",
+    "decode": "continue prompts on a CPU, reading only the neurons that fire",
+    "bench": "speed of decoding at real widths against the memory bandwidth",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+      Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _guide()
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        stderr.print(f"falcon-relu: no command {name!r}; there are: {', '.join(COMMANDS)}", style="red", markup=False)
+        return 2
+    module = importlib.import_module(f"falcon_relu.cli.{name.replace('-', '_')}")
+    import tyro
+
+    try:
+        args = tyro.cli(module.Args, prog=f"falcon-relu {name}", args=rest, description=module.Args.__doc__)
+    except SystemExit as exit_:  # tyro has printed the usage
+        return exit_.code if isinstance(exit_.code, int) else 2
+    try:
+        module.run(args)
+    except FalconError as error:
+        stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        stderr.print(f"falcon-relu {name}: interrupted; finished work is kept", markup=False)
+        return 130
+    return 0
+
+
+def _guide() -> None:
+    table = Table("command", "what it does", box=None, pad_edge=False)
+    for name, what in COMMANDS.items():
+        table.add_row(f"falcon-relu {name}", what)
+    out = Console()
+    out.print("ReLU-Falcon: swap GELU for ReLU, distil the quality back, decode reading only what fires.\n")
+    out.print(table)
+    out.print("\nStart with [bold]falcon-relu demo[/bold]; every command has --help.")

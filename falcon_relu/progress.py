@@ -1,0 +1,42 @@
+"""Progress on standard error: what is done, how fast, how long still."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="cyan")
+
+
+@contextlib.contextmanager
+def progress(description: str, total: float | None, unit: str = "steps") -> Iterator[Callable[..., None]]:
+    """A progress bar with rate and time left; yields `advance(amount=1, note="")`.
+
+    Where standard error is no terminal, one plain line is printed at the end instead.
+    """
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=False,
+    ) as bar:
+        task = bar.add_task(description, total=total, unit=unit, note="")
+
+        def advance(amount: float = 1, note: str | None = None) -> None:
+            bar.update(task, advance=amount, **({} if note is None else {"note": note}))
+
+        yield advance
