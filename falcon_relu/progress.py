@@ -37,6 +37,8 @@ def progress(description: str, total: float | None, unit: str = "steps") -> Iter
         task = bar.add_task(description, total=total, unit=unit, note="")
 
         def advance(amount: float = 1, note: str | None = None) -> None:
-            bar.update(task, advance=amount, **({} if note is None else {"note": note}))
+            bar.update(task, advance=amount)
+            if note is not None:
+                bar.update(task, note=note)
 
         yield advance
