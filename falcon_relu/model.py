@@ -1,0 +1,343 @@
+"""The Falcon family as one Flax Linen model.
+
+Every matrix is stored as rows over its inputs, the orientation of the Hugging Face tensors, with one exception:
+`mlp/down` is neuron-major like `mlp/up`, so that neuron f is row f of both and sparse decoding can read rows alone.
+The layers' parameters carry a leading layer axis (`nn.scan`).
+
+params (K KV heads, G query heads each, H head width; biases only where the config has them):
+  embed/embedding                 [V, D]
+  layers/attention_norm           scale, bias [L, D]     the only norm of a "parallel" block
+  layers/mlp_norm                 scale, bias [L, D]     "parallel_two_norms" and "sequential"
+  layers/attention/qkv            [L, K, G + 2, H, D]    queries, then key, then value of each KV head
+  layers/attention/out            [L, D, K, G, H]
+  layers/mlp/up, layers/mlp/down  [L, F, D]
+  layers/*/{qkv,out,up,down}_bias
+  final_norm                      scale, bias [D]
+  head/kernel                     [V, D]                 untied models only
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from falcon_relu.activation import activation_fn
+from falcon_relu.attention import attend, rotary
+from falcon_relu.config import FalconConfig
+
+Remat = Literal["none", "dots", "full"]
+Params = Any  # nested dict of jax.Array
+
+_INIT_STD = 0.02
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, in slots that fill from 0.
+
+    Attributes:
+      keys_LxBxSxKxH: keys, rotated already.
+      values_LxBxSxKxH: values.
+      positions_BxS: position of the token in each slot.
+      segments_BxS: its segment; 0 marks padding and unused slots.
+      used: slots in use, a scalar; the next tokens go to slot `used` and on.
+    """
+
+    keys_LxBxSxKxH: jax.Array
+    values_LxBxSxKxH: jax.Array
+    positions_BxS: jax.Array
+    segments_BxS: jax.Array
+    used: jax.Array
+
+    @classmethod
+    def empty(cls, config: FalconConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
+        """A cache for `batch` sequences of up to `slots` tokens, padding included."""
+        shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+        tokens = jnp.zeros((batch, slots), jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), tokens, tokens, jnp.zeros((), jnp.int32))
+
+
+def _parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> jax.Array:
+    """Declares one parameter: name, shape, logical axes and spread (0 for zeros), once for every use of them."""
+    init = nn.initializers.normal(std) if std else nn.initializers.zeros
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)  # type: ignore[no-any-return]
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over D with scale and bias, computed in float32."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Returns the normalised input, [B, T, D] in `dtype`."""
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale_D = self.param("scale", ones, x_BxTxD.shape[-1:], jnp.float32)
+        bias_D = _parameter(self, "bias", x_BxTxD.shape[-1:], ("norm",), 0.0)
+        x_BxTxD = x_BxTxD.astype(jnp.float32)
+        centred = x_BxTxD - x_BxTxD.mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        return (normal * scale_D[None, None] + bias_D[None, None]).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the sequence itself or over a cache."""
+
+    config: FalconConfig
+    dtype: Any
+    query_chunk: int | None
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, context: _Context, cache: _LayerCache) -> tuple[jax.Array, _LayerCache]:
+        """Returns the attention output [B, T, D] and the layer's cache with the new keys and values in it."""
+        c = self.config
+        D, K, G, H = c.d_model, c.n_kv_heads, c.q_per_kv, c.head_dim
+        qkv_KxExHxD = _parameter(self, "qkv", (K, G + 2, H, D), ("kv_heads", "q_per_kv", "head", "embed"), _INIT_STD)
+        out_std = _INIT_STD / math.sqrt(2 * c.n_layers)
+        out_DxKxGxH = _parameter(self, "out", (D, K, G, H), ("embed", "kv_heads", "q_per_kv", "head"), out_std)
+
+        qkv = jnp.einsum("btd,kehd->btkeh", x_BxTxD, qkv_KxExHxD.astype(self.dtype))
+        if c.use_bias:
+            bias = _parameter(self, "qkv_bias", (K, G + 2, H), ("kv_heads", "q_per_kv", "head"), 0.0)
+            qkv = qkv + bias.astype(self.dtype)[None, None]
+        qkv = nn.with_logical_constraint(qkv, ("batch", "sequence", "kv_heads", None, None))
+        q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
+        if c.position == "rotary":
+            heads = q_BxTxKxGxH.reshape(*q_BxTxKxGxH.shape[:2], K * G, H)
+            q_BxTxKxGxH = rotary(heads, context.positions_BxT, c.rope_theta).reshape(q_BxTxKxGxH.shape)
+            k_BxTxKxH = rotary(k_BxTxKxH, context.positions_BxT, c.rope_theta)
+
+        if cache is None:
+            k_BxSxKxH, v_BxSxKxH = k_BxTxKxH, v_BxTxKxH
+        else:
+            k_BxSxKxH, v_BxSxKxH = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.slot, axis=1)
+                for old, new in zip(cache, (k_BxTxKxH, v_BxTxKxH), strict=True)
+            )
+            cache = (k_BxSxKxH, v_BxSxKxH)
+        y_BxTxKxGxH = attend(
+            q_BxTxKxGxH,
+            k_BxSxKxH.astype(self.dtype),
+            v_BxSxKxH.astype(self.dtype),
+            q_positions_BxT=context.positions_BxT,
+            k_positions_BxS=context.k_positions_BxS,
+            q_segments_BxT=context.segments_BxT,
+            k_segments_BxS=context.k_segments_BxS,
+            use_alibi=c.position == "alibi",
+            query_chunk=self.query_chunk,
+        )
+        y_BxTxD = jnp.einsum("btkgh,dkgh->btd", y_BxTxKxGxH, out_DxKxGxH.astype(self.dtype))
+        if c.use_bias:
+            y_BxTxD = y_BxTxD + _parameter(self, "out_bias", (D,), ("norm",), 0.0).astype(self.dtype)[None, None]
+        return y_BxTxD, cache
+
+
+class Mlp(nn.Module):
+    """Two linear maps with the config's activation between; sows the neurons' activations."""
+
+    config: FalconConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Returns [B, T, D]."""
+        c = self.config
+        shape, axes = (c.d_ff, c.d_model), ("mlp", "embed")
+        up_FxD = _parameter(self, "up", shape, axes, _INIT_STD)
+        down_FxD = _parameter(self, "down", shape, axes, _INIT_STD / math.sqrt(2 * c.n_layers))
+        h_BxTxF = jnp.einsum("btd,fd->btf", x_BxTxD, up_FxD.astype(self.dtype))
+        if c.use_bias:
+            h_BxTxF = h_BxTxF + _parameter(self, "up_bias", (c.d_ff,), ("mlp",), 0.0).astype(self.dtype)[None, None]
+        h_BxTxF = activation_fn(c)(nn.with_logical_constraint(h_BxTxF, ("batch", "sequence", "mlp")))
+        _sow(self, "activations", "neurons", lambda: h_BxTxF)
+        _sow(self, "statistics", "active", lambda: jnp.sum(h_BxTxF != 0, axis=-1, dtype=jnp.int32))
+        y_BxTxD = jnp.einsum("btf,fd->btd", h_BxTxF, down_FxD.astype(self.dtype))
+        if c.use_bias:
+            y_BxTxD = (
+                y_BxTxD + _parameter(self, "down_bias", (c.d_model,), ("norm",), 0.0).astype(self.dtype)[None, None]
+            )
+        return y_BxTxD
+
+
+class Block(nn.Module):
+    """One decoder block, in the arrangement that the config names."""
+
+    config: FalconConfig
+    dtype: Any
+    query_chunk: int | None
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, cache: _LayerCache, context: _Context) -> tuple[jax.Array, _LayerCache]:
+        """Returns the residual stream after the block, [B, T, D], and the layer's cache."""
+        c = self.config
+        x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "residual_sequence", None))
+        attention_input = LayerNorm(c.norm_eps, self.dtype, name="attention_norm")(x_BxTxD)
+        attention_output, cache = Attention(c, self.dtype, self.query_chunk, name="attention")(
+            attention_input, context, cache
+        )
+        match c.block:
+            case "parallel":
+                residual, mlp_input = x_BxTxD + attention_output, attention_input
+            case "parallel_two_norms":
+                residual = x_BxTxD + attention_output
+                mlp_input = LayerNorm(c.norm_eps, self.dtype, name="mlp_norm")(x_BxTxD)
+            case "sequential":
+                residual = x_BxTxD + attention_output
+                mlp_input = LayerNorm(c.norm_eps, self.dtype, name="mlp_norm")(residual)
+        _sow(self, "activations", "block_input", lambda: x_BxTxD)
+        _sow(self, "activations", "mlp_input", lambda: mlp_input)
+        return residual + Mlp(c, self.dtype, name="mlp")(mlp_input), cache
+
+
+class Falcon(nn.Module):
+    """A decoder-only Falcon language model.
+
+    Attributes:
+      config: the architecture.
+      dtype: compute dtype; parameters stay float32 (or what they were loaded as) and are cast at use.
+      remat: what the backward pass recomputes in each block: "none", "dots" (all but matrix products without a batch
+        dimension) or "full" (everything).
+      query_chunk: see `attention.attend`.
+
+    `apply(..., mutable=["activations"])` also returns, stacked over layers, `neurons` [L, B, T, F] (after the
+    activation), `block_input` and `mlp_input` [L, B, T, D]; `mutable=["statistics"]` returns `active` [L, B, T], the
+    number of neurons that are not zero. Neither is computed unless asked for.
+    """
+
+    config: FalconConfig
+    dtype: Any = jnp.float32
+    remat: Remat = "none"
+    query_chunk: int | None = None
+
+    def setup(self) -> None:
+        """Declares the submodules."""
+        c = self.config
+        shape, axes = (c.vocab_size, c.d_model), ("vocab", "embed")
+        self.embed = _Matrix("embedding", shape, axes)
+        self.layers = nn.scan(
+            _rematerialise(Block, self.remat),
+            variable_axes={"params": 0, "activations": 0, "statistics": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.n_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype, self.query_chunk)
+        self.final_norm = LayerNorm(c.norm_eps, self.dtype)
+        if not c.tied_embeddings:
+            self.head = _Matrix("kernel", shape, axes)
+
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array | None = None,
+        segment_ids_BxT: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Logits [B, T, V] in float32; with a cache, (logits, cache). Arguments as for `hidden`."""
+        if cache is None:
+            return self.unembed(self.hidden(tokens_BxT, positions_BxT, segment_ids_BxT))
+        hidden_BxTxD, cache = self.hidden(tokens_BxT, positions_BxT, segment_ids_BxT, cache)
+        return self.unembed(hidden_BxTxD), cache
+
+    def hidden(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array | None = None,
+        segment_ids_BxT: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Final hidden states [B, T, D] in the compute dtype; with a cache, (hidden states, cache).
+
+        Args:
+          tokens_BxT: token ids, int32.
+          positions_BxT: position of each token in its segment; 0..T-1 (after the used slots of a cache) if None.
+          segment_ids_BxT: segment of each token, 0 for padding; all 1 if None. Segments do not see each other.
+          cache: keys and values of earlier tokens; must have T free slots.
+        """
+        B, T = tokens_BxT.shape
+        if segment_ids_BxT is None:
+            segment_ids_BxT = jnp.ones((B, T), jnp.int32)
+        if positions_BxT is None:
+            start = 0 if cache is None else cache.used
+            positions_BxT = jnp.broadcast_to((start + jnp.arange(T, dtype=jnp.int32))[None], (B, T))
+        if cache is None:
+            no_slot = jnp.zeros((), jnp.int32)
+            context = _Context(positions_BxT, segment_ids_BxT, positions_BxT, segment_ids_BxT, no_slot)
+            layer_caches = None
+        else:
+            cache = dataclasses.replace(
+                cache,
+                positions_BxS=jax.lax.dynamic_update_slice_in_dim(cache.positions_BxS, positions_BxT, cache.used, 1),
+                segments_BxS=jax.lax.dynamic_update_slice_in_dim(cache.segments_BxS, segment_ids_BxT, cache.used, 1),
+            )
+            context = _Context(positions_BxT, segment_ids_BxT, cache.positions_BxS, cache.segments_BxS, cache.used)
+            layer_caches = (cache.keys_LxBxSxKxH, cache.values_LxBxSxKxH)
+
+        x_BxTxD = self.embed()[tokens_BxT].astype(self.dtype)
+        x_BxTxD, layer_caches = self.layers(x_BxTxD, layer_caches, context)
+        hidden_BxTxD = self.final_norm(x_BxTxD)
+        if cache is None or layer_caches is None:
+            return hidden_BxTxD
+        keys, values = layer_caches
+        cache = dataclasses.replace(cache, keys_LxBxSxKxH=keys, values_LxBxSxKxH=values, used=cache.used + T)
+        return hidden_BxTxD, cache
+
+    def unembed(self, hidden_BxTxD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32 from hidden states [B, T, D]."""
+        kernel_VxD = self.embed() if self.config.tied_embeddings else self.head()
+        return jnp.einsum(
+            "btd,vd->btv", hidden_BxTxD, kernel_VxD.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+
+
+def head_kernel(config: FalconConfig, params: Params) -> jax.Array:
+    """The vocabulary head [V, D] of a parameter tree: its own, or the embedding where tied."""
+    return params["embed"]["embedding"] if config.tied_embeddings else params["head"]["kernel"]
+
+
+@struct.dataclass
+class _Context:
+    """What every block needs to know of the tokens and of the cache's slots."""
+
+    positions_BxT: jax.Array
+    segments_BxT: jax.Array
+    k_positions_BxS: jax.Array
+    k_segments_BxS: jax.Array
+    slot: jax.Array
+
+
+_LayerCache = tuple[jax.Array, jax.Array] | None
+
+
+class _Matrix(nn.Module):
+    name_: str
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return _parameter(self, self.name_, self.shape, self.axes, _INIT_STD)
+
+
+def _sow(module: nn.Module, collection: str, name: str, value: Callable[[], jax.Array]) -> None:
+    if module.is_mutable_collection(collection) and not module.is_initializing():
+        module.sow(collection, name, value(), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def _rematerialise(block: type[Block], remat: Remat) -> type[Block]:
+    match remat:
+        case "none":
+            return block
+        case "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return nn.remat(block, policy=policy, prevent_cse=False)
+        case "full":
+            return nn.remat(block, prevent_cse=False)
