@@ -32,7 +32,7 @@ def write_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
     if target.exists() and not replace:
         raise FalconError(f"{target} exists already; choose another path or remove it first")
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(target.name + _PARTIAL)
+    aside = aside_path(target)
     remove(aside)
     try:
         yield aside
@@ -42,6 +42,11 @@ def write_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         remove(aside)
         raise
+
+
+def aside_path(target: Path) -> Path:
+    """Where `write_aside(target)` lets its caller write."""
+    return target.with_name(target.name + _PARTIAL)
 
 
 def write_json(target: Path, value: Any) -> None:

@@ -1,0 +1,197 @@
+"""Native weights: a folder with `falcon.json` (the config) and `params/` (an Orbax checkpoint).
+
+Orbax is asked for one plain Zarr array a parameter, so that a layer of a stacked parameter can be written and read
+alone, with TensorStore, whatever the size of the model. Any Orbax reader restores what either way wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.files import aside_path, read_json, write_aside, write_json
+from falcon_relu.sharding import abstract_params, param_shardings
+
+Leaf = tuple[str, ...]  # path of a parameter in the tree
+
+_FORMAT = 1
+_CONFIG = "falcon.json"
+_PARAMS = "params"
+_CHUNK_BYTES = 256 * 2**20  # what reading one layer of a stacked parameter reads at most beyond that layer
+
+
+def is_native(path: Path) -> bool:
+    """Whether `path` is a folder of native weights."""
+    return (path / _CONFIG).is_file()
+
+
+def read_config(path: Path) -> FalconConfig:
+    """The config of a folder of native weights.
+
+    Raises:
+      FalconError: `path` is no such folder, or of a newer format, or its config is not valid.
+    """
+    stored = read_json(Path(path) / _CONFIG)
+    if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
+        raise FalconError(f"{path}/{_CONFIG} is not of format {_FORMAT}, the one that this version reads")
+    try:
+        return FalconConfig(**stored["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FalconError(f"{path}/{_CONFIG} holds no valid config: {error}") from None
+
+
+def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool = False) -> None:
+    """Writes a model's parameters, whole or not at all. Every process of a job must call it, on a shared disk.
+
+    Args:
+      path: folder to make.
+      config: the model's config.
+      params: parameter tree as in `falcon_relu.model`, of any float dtype, on any sharding.
+      replace: whether an existing folder may be replaced.
+
+    Raises:
+      FalconError: `path` exists and may not be replaced.
+      ValueError: the parameters are not those of the config.
+    """
+    path = Path(path).absolute()
+    _check_shapes({leaf: x.shape for leaf, x in flatten_dict(params).items()}, config, ValueError, "params")
+    first = jax.process_index() == 0
+    with write_aside(path, replace=replace) if first else contextlib.nullcontext(aside_path(path)) as aside:
+        _save(aside, config, params)
+    multihost_utils.sync_global_devices(f"saved {path}")
+
+
+def load_params(path: Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[FalconConfig, Any]:
+    """Config and parameters of a folder of native weights.
+
+    Args:
+      path: folder that `save_params` or `import_hf` made.
+      dtype: dtype of the parameters; as stored if None.
+      mesh: where to place them, by `param_shardings`; on the default device if None.
+
+    Raises:
+      FalconError: the folder is not whole or not of its own config's shapes.
+    """
+    path = Path(path).absolute()
+    config = read_config(path)
+    stored = _open(path, config)
+    shardings = None if mesh is None else flatten_dict(param_shardings(config, mesh))
+    default = jnp.zeros(()).sharding
+    target = {
+        leaf: jax.ShapeDtypeStruct(
+            store.shape, dtype or store.dtype.numpy_dtype, sharding=default if shardings is None else shardings[leaf]
+        )
+        for leaf, store in stored.items()
+    }
+    try:
+        with _checkpointer() as checkpointer:
+            params = checkpointer.restore(path / _PARAMS, args=ocp.args.StandardRestore(unflatten_dict(target)))
+    except Exception as error:  # Orbax raises no narrower class for a lost or damaged chunk
+        raise FalconError(f"{path} is damaged, make it again: {str(error).splitlines()[0]}") from error
+    return config, params
+
+
+@contextlib.contextmanager
+def params_writer(
+    path: Path, config: FalconConfig, dtypes: Mapping[Leaf, Any]
+) -> Iterator[Callable[[Leaf, int | None, np.ndarray], None]]:
+    """Yields `write(leaf, layer, array)`, which puts one layer of a stacked parameter, or a whole other one, on disk.
+
+    The folder appears at `path` once the block succeeds; the caller must have written everything by then.
+
+    Raises:
+      FalconError: `path` exists.
+    """
+    path = Path(path).absolute()
+    shapes = {leaf: x.shape for leaf, x in flatten_dict(abstract_params(config)).items()}
+    with write_aside(path) as aside:
+        # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
+        _save(aside, config, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
+        stores = {
+            leaf: ts.open(
+                _spec(aside, leaf)
+                | {
+                    "metadata": {"compressor": None, "chunks": [1, *shape[1:]] if leaf[0] == "layers" else shape},
+                    "store_data_equal_to_fill_value": True,
+                },
+                shape=shape,
+                dtype=np.dtype(dtypes[leaf]),
+                create=True,
+                delete_existing=True,
+            ).result()
+            for leaf, shape in shapes.items()
+        }
+
+        def write(leaf: Leaf, layer: int | None, array: np.ndarray) -> None:
+            store = stores[leaf] if layer is None else stores[leaf][layer]
+            store.write(array.astype(store.dtype.numpy_dtype, copy=False)).result()
+
+        yield write
+
+
+def params_reader(path: Path, config: FalconConfig) -> Callable[[Leaf, int | None], np.ndarray]:
+    """`read(leaf, layer)`: one layer of a stacked parameter, or a whole other one, straight from disk.
+
+    Raises:
+      FalconError: the folder is not whole or not of the config's shapes.
+    """
+    stores = _open(Path(path).absolute(), config)
+
+    def read(leaf: Leaf, layer: int | None) -> np.ndarray:
+        try:
+            return (stores[leaf] if layer is None else stores[leaf][layer]).read().result()
+        except ValueError as error:
+            raise FalconError(f"{path}: {'.'.join(leaf)} cannot be read: {error}") from error
+
+    return read
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False))
+
+
+def _save(folder: Path, config: FalconConfig, params: Any) -> None:
+    """Writes both parts; the config last, because it marks the folder as native weights."""
+    stacked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
+    save_args = {leaf: stacked if leaf[0] == "layers" else ocp.SaveArgs() for leaf in flatten_dict(params)}
+    with _checkpointer() as checkpointer:
+        args = ocp.args.StandardSave(params, save_args=unflatten_dict(save_args))
+        checkpointer.save(folder / _PARAMS, args=args)
+    if jax.process_index() == 0:
+        write_json(folder / _CONFIG, {"format": _FORMAT, "config": dataclasses.asdict(config)})
+
+
+def _spec(folder: Path, leaf: Leaf) -> dict[str, Any]:
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / _PARAMS / ".".join(leaf))}}
+
+
+def _open(path: Path, config: FalconConfig) -> dict[Leaf, Any]:
+    """Every parameter as an open TensorStore, shapes checked."""
+    spec = {"open": True, "fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
+    try:
+        stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in flatten_dict(abstract_params(config))}
+    except ValueError as error:
+        raise FalconError(f"{path} is not whole: {error}") from error
+    _check_shapes({leaf: store.shape for leaf, store in stores.items()}, config, FalconError, str(path))
+    return stores
+
+
+def _check_shapes(shapes: Mapping[Leaf, Any], config: FalconConfig, error: type[Exception], where: str) -> None:
+    wanted = {leaf: x.shape for leaf, x in flatten_dict(abstract_params(config)).items()}
+    for leaf in sorted(wanted.keys() | shapes.keys()):
+        if tuple(shapes.get(leaf, ())) != wanted.get(leaf):
+            raise error(f"{where}: {'.'.join(leaf)} is {shapes.get(leaf)}, but the config wants {wanted.get(leaf)}")
