@@ -1,0 +1,97 @@
+"""`falcon-relu prepare`: text to packed token shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from falcon_relu.cli.figures import report
+from falcon_relu.errors import FalconError
+from falcon_relu.progress import console
+from train.prepare import PrepareConfig, Prepared, prepare
+
+_BAD_LINES_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Tokenise text and pack it into rows of fixed length, for `falcon-relu train`.
+
+    Inputs are .jsonl (a JSON object a line) and .txt (a document a file), both also .gz or .zst, .parquet, folders and
+    globs of these, and hf:NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset. Run again to go on after an interruption.
+    """
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Text files, folders, globs or datasets."""
+    tokenizer: Path
+    """A tokenizer.json, or a folder with one."""
+    out: Path
+    """Folder for the shards and their manifest."""
+    seq_len: int = 2048
+    """Tokens in a row: the context length in training."""
+    text_field: str = "text"
+    """JSON key or column that holds the text."""
+    validation_fraction: float = 0.005
+    """Share of documents kept for validation, drawn by a hash of their text."""
+    seed: int = 0
+    """Seed of that draw."""
+    unit_mb: float = 16.0
+    """MB of text that make one shard file."""
+    processes: int = 0
+    """Processes that tokenise; 0: one a CPU."""
+    shard: str = "0/1"
+    """i/n: do only the i-th of n parts, counted from 0, as one job of an array; all share one folder."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Prepares, then reports."""
+    fields = dataclasses.asdict(args)
+    json = fields.pop("json")
+    prepared = prepare(PrepareConfig(**fields | {"shard": _parse_shard(args.shard)}))
+    _show_bad_lines(prepared)
+    report(_figures(prepared), json)
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise FalconError(f"--shard must look like 3/16, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _show_bad_lines(prepared: Prepared) -> None:
+    bad = prepared.manifest.bad_lines if prepared.manifest else ()
+    for line in bad[:_BAD_LINES_SHOWN]:
+        console.print(line, style="yellow", markup=False, highlight=False)
+    if len(bad) > _BAD_LINES_SHOWN:
+        console.print(f"... {len(bad):,} bad lines in all, listed in the manifest", style="yellow", markup=False)
+
+
+def _figures(prepared: Prepared) -> dict[str, object]:
+    figures: dict[str, object] = {
+        "units": prepared.units,
+        "new tokens": prepared.new_tokens,
+        "seconds": prepared.seconds,
+        "tokens/s": prepared.new_tokens / prepared.seconds,
+    }
+    if prepared.manifest is None:
+        return figures | {"finished": False}
+    seq_len = prepared.manifest.seq_len
+    splits = [
+        {
+            "split": name,
+            "documents": split.documents,
+            "tokens": split.tokens,
+            "rows": split.rows,
+            "padding": 1 - split.tokens / (split.rows * seq_len) if split.rows else 0.0,
+            "shards": len(split.shards),
+        }
+        for name, split in prepared.manifest.splits.items()
+    ]
+    return figures | {"finished": True, "bad lines": len(prepared.manifest.bad_lines), "splits": splits}

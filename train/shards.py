@@ -1,0 +1,213 @@
+"""Token shards, what lies between text and training: the record format and the manifest.
+
+A prepared folder holds `manifest.json` and, for each split, ArrayRecord files. A record is one row of T = `seq_len`
+tokens:
+
+    T token ids    uint16 where the vocabulary has at most 65,536 ids, else uint32; little-endian
+    run lengths    uint32, little-endian, one for each document piece in the row, in order
+
+The runs cut the row into its documents (segments 1, 2, ...); what they leave over at the end is padding (segment 0,
+id 0). A document ends with the end-of-text token; one that does not fit goes on in the next row, as a segment there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json, write_aside
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+_RUN_DTYPE = np.dtype("<u4")
+_ONE_ROW_A_GROUP = "group_size:1"  # so that rows can be read in any order
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file: its name in the folder, how many rows and how many bytes it has."""
+
+    file: str
+    rows: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What a split holds; `tokens` counts the end-of-text tokens and not the padding."""
+
+    rows: int
+    tokens: int
+    documents: int
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a prepared folder holds, and what it was made from.
+
+    Attributes:
+      seq_len: T, tokens in a row.
+      vocab_size: of the tokenizer.
+      eos_id: the end-of-text token.
+      tokenizer_sha256: hash of the tokenizer.json.
+      seed: of the draw of the validation documents.
+      validation_fraction: share of documents that went to the validation split.
+      sources: the inputs, as they were given.
+      splits: "train" and "validation".
+      bad_lines: `file:line: reason` for everything that could not be used.
+    """
+
+    seq_len: int
+    vocab_size: int
+    eos_id: int
+    tokenizer_sha256: str
+    seed: int
+    validation_fraction: float
+    sources: tuple[str, ...]
+    splits: Mapping[str, Split]
+    bad_lines: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `manifest.json`."""
+        return {"format": FORMAT} | dataclasses.asdict(self)
+
+
+def manifest_path(folder: Path) -> Path:
+    """Where a folder keeps its manifest."""
+    return Path(folder) / "manifest.json"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder, with every shard's presence and size checked.
+
+    Raises:
+      FalconError: the folder was not prepared to its end, its manifest is damaged, or shards are missing or cut short.
+    """
+    path = manifest_path(folder)
+    if not path.exists():
+        raise FalconError(
+            f"{folder} holds no finished token shards (no manifest.json): run `falcon-relu prepare` first"
+        )
+    value = read_json(path)
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise FalconError(f"{path} is not a manifest of format {FORMAT}: prepare the folder again")
+    try:
+        splits = {
+            name: Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
+            for name, split in value["splits"].items()
+        }
+        tuples = {name: tuple(value[name]) for name in ("sources", "bad_lines")}
+        manifest = Manifest(**value | tuples | {"splits": splits})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise FalconError(f"{path} is damaged: {error}") from None
+    for split in splits.values():
+        for shard in split.shards:
+            check_shard(Path(folder), shard)
+    return manifest
+
+
+def check_shard(folder: Path, shard: Shard) -> None:
+    """Makes sure that a shard is there, and whole by its size.
+
+    Raises:
+      FalconError: it is not.
+    """
+    if Path(shard.file).name != shard.file:
+        raise FalconError(f"{folder}: the manifest names {shard.file!r}, which is no file name")
+    path = folder / shard.file
+    if not path.is_file():
+        raise FalconError(f"{path} is missing: copy it again, or run the same `falcon-relu prepare` again")
+    if path.stat().st_size != shard.bytes:
+        raise FalconError(
+            f"{path} has {path.stat().st_size:,} bytes, not the {shard.bytes:,} of its manifest: remove it and run the "
+            "same `falcon-relu prepare` again"
+        )
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def encode_row(tokens_T: np.ndarray, runs: np.ndarray) -> bytes:
+    """One record: token ids of `token_dtype`, then the lengths of the document pieces."""
+    return tokens_T.tobytes() + runs.astype(_RUN_DTYPE).tobytes()
+
+
+def decode_row(record: bytes, seq_len: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [T] and the lengths of the document pieces of one record.
+
+    Raises:
+      FalconError: the record is not a row of `seq_len` tokens of this vocabulary.
+    """
+    dtype = token_dtype(vocab_size)
+    token_bytes = seq_len * dtype.itemsize
+    if len(record) < token_bytes or (len(record) - token_bytes) % _RUN_DTYPE.itemsize:
+        raise FalconError(f"a record of {len(record)} bytes is no row of {seq_len} {dtype.name} tokens")
+    tokens_T = np.frombuffer(record, dtype, count=seq_len)
+    runs = np.frombuffer(record, _RUN_DTYPE, offset=token_bytes)
+    if not runs.all() or int(runs.sum(dtype=np.int64)) > seq_len:
+        raise FalconError(f"a record's documents do not fit a row of {seq_len} tokens")
+    if tokens_T.max() >= vocab_size:
+        raise FalconError(f"a record holds the token id {tokens_T.max()}, beyond the vocabulary of {vocab_size}")
+    return tokens_T, runs
+
+
+def write_shard(path: Path, rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Shard:
+    """Writes rows (token ids [T], lengths of the document pieces) to an ArrayRecord file, whole or not at all.
+
+    Raises:
+      FalconError: the file could not be written whole.
+    """
+    count = 0
+    with write_aside(path, replace=True) as aside:
+        try:
+            writer = ArrayRecordWriter(str(aside), _ONE_ROW_A_GROUP)
+            for tokens_T, runs in rows:
+                writer.write(encode_row(tokens_T, runs))
+                count += 1
+            writer.close()
+            written = _count(aside)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise FalconError(f"could not write {path} (disk full?): {error}") from None
+        if written != count:
+            raise FalconError(f"could not write {path}: {written} of {count} rows can be read back")
+        size = aside.stat().st_size
+    return Shard(path.name, count, size)
+
+
+def _count(path: Path) -> int:
+    reader = ArrayRecordReader(str(path))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
+def pack(documents: Sequence[np.ndarray], seq_len: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Lays documents end to end and cuts them into rows: every token is kept, only the last row is padded.
+
+    Args:
+      documents: token ids of each, not empty, end-of-text included.
+      seq_len: T.
+
+    Yields:
+      (token ids [T], lengths of the document pieces in the row).
+    """
+    if not documents:
+        return
+    tokens = np.concatenate(documents)
+    ends = np.cumsum([len(document) for document in documents])
+    cuts = np.union1d(ends, np.arange(seq_len, len(tokens), seq_len))
+    runs = np.diff(cuts, prepend=0)
+    row_of_run = (cuts - 1) // seq_len
+    rows = -(-len(tokens) // seq_len)
+    tokens_RxT = np.pad(tokens, (0, rows * seq_len - len(tokens))).reshape(rows, seq_len)
+    yield from zip(tokens_RxT, np.split(runs, np.searchsorted(row_of_run, np.arange(1, rows))), strict=True)

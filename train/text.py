@@ -1,0 +1,247 @@
+"""Text from outside: JSON lines, plain text, Parquet, Hugging Face datasets, as one stream of numbered records."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import importlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, NamedTuple
+
+from falcon_relu.errors import FalconError
+
+HUB_PREFIX = "hf:"
+_KINDS = (".jsonl", ".txt", ".parquet")
+_PACKINGS = (".gz", ".zst")
+_RECORD_LIMIT = 256 << 20  # bytes of one document
+
+
+class Record(NamedTuple):
+    """One line or row of an input, not yet looked into.
+
+    Attributes:
+      source: the file or dataset it is from.
+      number: of the line or row, from 1.
+      data: a JSON object, or the UTF-8 text itself.
+      is_json: which of them.
+    """
+
+    source: str
+    number: int
+    data: bytes
+    is_json: bool
+
+
+class TextReader:
+    """All records of some inputs, always in the same order.
+
+    Attributes:
+      sources: the files (folders and globs expanded, sorted) and datasets.
+      total_bytes: size of the files on disk; None where a dataset's size is not known.
+      position: how many of those bytes have been read.
+    """
+
+    def __init__(self, inputs: Sequence[str], text_field: str):
+        """Finds the inputs; reads nothing yet.
+
+        Args:
+          inputs: files, folders, globs; `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging Face dataset. Files are `.jsonl` (one
+            JSON object a line), `.txt` (one document a file) or `.parquet`; the first two also `.gz` or `.zst`.
+          text_field: the JSON key or column that holds the text.
+
+        Raises:
+          FalconError: an input is missing or of an unknown kind.
+        """
+        self.sources = [source for given in inputs for source in _expand(given)]
+        self.total_bytes = (
+            None
+            if any(source.startswith(HUB_PREFIX) for source in self.sources)
+            else sum(Path(source).stat().st_size for source in self.sources)
+        )
+        self.position = 0
+        self._field = text_field
+
+    def __iter__(self) -> Iterator[Record]:
+        self.position = 0
+        for source in self.sources:
+            start = self.position
+            if source.startswith(HUB_PREFIX):
+                yield from _read_hub(source, self._field)
+            elif source.endswith(".parquet"):
+                yield from _read_parquet(source, self._field)
+            else:
+                with Path(source).open("rb") as raw:
+                    for record in _read_lines(source, raw):
+                        self.position = start + raw.tell()
+                        yield record
+            if not source.startswith(HUB_PREFIX):
+                self.position = start + Path(source).stat().st_size
+
+
+def text_of(record: Record, text_field: str) -> str:
+    """The text of a record.
+
+    Raises:
+      ValueError: there is none; the message says why.
+    """
+    if record.is_json:
+        try:
+            value = json.loads(record.data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
+            raise ValueError(f"no text under {text_field!r}")
+        text = value[text_field]
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a lone surrogate, which UTF-8 cannot hold") from None
+    else:
+        try:
+            text = record.data.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: {error}") from None
+    if not text.strip():
+        raise ValueError("empty")
+    return text
+
+
+def _expand(given: str) -> list[str]:
+    if given.startswith(HUB_PREFIX):
+        return [given]
+    if Path(given).is_dir():
+        found = sorted(str(path) for path in Path(given).rglob("*") if path.is_file() and path.name[0] != ".")
+    elif Path(given).exists():
+        found = [given]
+    else:
+        found = sorted(glob.glob(given, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
+    if not found:
+        raise FalconError(f"no file at {given}")
+    for path in found:
+        if _suffix(path) not in _KINDS:
+            raise FalconError(
+                f"{path} is none of {', '.join(_KINDS)} (the first two also {' or '.join(_PACKINGS)}); name the files "
+                "that you want with a glob, such as 'folder/*.jsonl'"
+            )
+    return found
+
+
+def _suffix(path: str) -> str:
+    unpacked = Path(path).with_suffix("") if Path(path).suffix in _PACKINGS else Path(path)
+    return unpacked.suffix
+
+
+def _read_lines(source: str, raw: IO[bytes]) -> Iterator[Record]:
+    try:
+        stream = _unpack(source, raw)
+        if _suffix(source) == ".txt":
+            yield Record(source, 1, _limited(stream.read(_RECORD_LIMIT + 1), source, 1), False)
+            return
+        number = 0
+        while line := stream.readline(_RECORD_LIMIT + 1):
+            number += 1
+            yield Record(source, number, _limited(line, source, number), True)
+    except (OSError, EOFError, zlib.error) as error:
+        raise FalconError(f"cannot read {source} to its end; it may be cut short or damaged: {error}") from None
+
+
+def _limited(data: bytes, source: str, number: int) -> bytes:
+    if len(data) > _RECORD_LIMIT:
+        raise FalconError(f"{source}:{number} is longer than {_RECORD_LIMIT >> 20} MiB: cut it into documents first")
+    return data
+
+
+def _unpack(source: str, raw: IO[bytes]) -> io.BufferedIOBase:
+    if source.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if source.endswith(".zst"):
+        return io.BufferedReader(_ZstFile(raw, _extra("zstandard", source)), 1 << 20)
+    return io.BufferedReader(raw, 1 << 20)  # type: ignore[type-var]
+
+
+class _ZstFile(io.RawIOBase):
+    """The unpacked bytes of a .zst file, which may hold several frames.
+
+    The package's own stream reader takes a file that was cut short for a whole one; here that raises EOFError.
+    """
+
+    def __init__(self, raw: IO[bytes], zstandard: ModuleType):
+        self._raw, self._zstandard = raw, zstandard
+        self._frame: Any = None
+        self._packed = self._unpacked = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._unpacked and self._advance():
+            pass
+        taken = self._unpacked[: len(buffer)]
+        self._unpacked = self._unpacked[len(taken) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def _advance(self) -> bool:
+        self._packed = self._packed or self._raw.read(1 << 14)
+        if not self._packed:
+            if self._frame is not None:
+                raise EOFError("the last frame has no end")
+            return False
+        self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+        try:
+            self._unpacked = self._frame.decompress(self._packed)
+        except self._zstandard.ZstdError as error:
+            raise OSError(str(error)) from None
+        self._packed = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame = None
+        return True
+
+
+def _read_parquet(source: str, text_field: str) -> Iterator[Record]:
+    pyarrow = _extra("pyarrow", source)
+    parquet = _extra("pyarrow.parquet", source)
+    try:
+        with parquet.ParquetFile(source) as file:
+            if text_field not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise FalconError(f"{source} has no column {text_field!r}; it has: {names}")
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    yield _plain(source, number, text)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise FalconError(f"cannot read {source}: {error}") from None
+
+
+def _read_hub(source: str, text_field: str) -> Iterator[Record]:
+    datasets = _extra("datasets", source)
+    name, config, split = [*source.removeprefix(HUB_PREFIX).split(":"), "", ""][:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            if text_field not in row:
+                raise FalconError(f"{source} has no column {text_field!r}; it has: {', '.join(row)}")
+            yield _plain(source, number, row[text_field])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FalconError(f"cannot read the dataset {source} (is this machine offline?): {error}") from None
+
+
+def _plain(source: str, number: int, text: object) -> Record:
+    if text is not None and not isinstance(text, str):
+        raise FalconError(f"{source}:{number} holds {type(text).__name__}, not text")
+    return Record(source, number, (text or "").encode("utf-8", "surrogatepass"), False)
+
+
+def _extra(module: str, source: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise FalconError(f"{source} needs the package {package}: pip install 'falcon-relu[data]'") from None
