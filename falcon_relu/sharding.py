@@ -12,11 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon
+
+Leaf = tuple[str, ...]  # path of a parameter in the tree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -61,12 +64,20 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 @functools.cache
 def _boxed_params(config: FalconConfig) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Falcon(config).init, jax.random.key(0), tokens)["params"]
+    with nn.logical_axis_rules(()):  # a shape has no place on the mesh that may be current
+        return jax.eval_shape(Falcon(config).init, jax.random.key(0), tokens)["params"]
 
 
 def abstract_params(config: FalconConfig, dtype: Any = jnp.float32) -> Any:
     """Shape and dtype of every parameter, as a tree of jax.ShapeDtypeStruct; computes nothing."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), meta.unbox(_boxed_params(config)))
+    with nn.logical_axis_rules(()):
+        shapes = meta.unbox(_boxed_params(config))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def param_shapes(config: FalconConfig) -> dict[Leaf, tuple[int, ...]]:
+    """Shape of every parameter by its path in the tree."""
+    return {leaf: x.shape for leaf, x in flatten_dict(abstract_params(config)).items()}
 
 
 def param_shardings(config: FalconConfig, mesh: Mesh) -> Any:
@@ -97,4 +108,5 @@ def init_params(config: FalconConfig, seed: int, mesh: Mesh | None = None) -> An
         return meta.unbox(Falcon(config).init(key, tokens)["params"])
 
     out = None if mesh is None else param_shardings(config, mesh)
-    return jax.jit(init, out_shardings=out)(jax.random.key(seed))
+    with nn.logical_axis_rules(()):
+        return jax.jit(init, out_shardings=out)(jax.random.key(seed))
