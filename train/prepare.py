@@ -71,7 +71,7 @@ class PrepareConfig:
     text_field: str = "text"
     validation_fraction: float = 0.005
     seed: int = 0
-    unit_mb: float = 16.0
+    unit_mb: float = 32.0
     processes: int = 0
     shard: tuple[int, int] = (0, 1)
 

@@ -39,7 +39,7 @@ class Args:
     """Share of documents kept for validation, drawn by a hash of their text."""
     seed: int = 0
     """Seed of that draw."""
-    unit_mb: float = 16.0
+    unit_mb: float = 32.0
     """MB of text that make one shard file."""
     processes: int = 0
     """Processes that tokenise; 0: one a CPU."""

@@ -1,0 +1,248 @@
+"""Token shards to batches: a mixture of sources through Grain, shuffled, resumable, for any number of processes.
+
+The order of rows is laid out as a cheap pipeline of addresses. Only its last step reads, and a process reads only its
+own rows of a batch: the global batch is the same whatever the process count, and a position in the data is one number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import grain
+import numpy as np
+
+from falcon_relu.errors import FalconError
+from train.shards import Manifest, decode_row, read_manifest
+
+Address = tuple[int, int]  # (source, row)
+
+
+class Batch(TypedDict):
+    """Rows of packed documents; int32 [B, T] each.
+
+    tokens_BxT: token ids, 0 where padded. segment_ids_BxT: 1, 2, ... for the documents of a row, 0 where padded.
+    positions_BxT: 0, 1, ... within each document, 0 where padded.
+    """
+
+    tokens_BxT: np.ndarray
+    segment_ids_BxT: np.ndarray
+    positions_BxT: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One folder of token shards.
+
+    Attributes:
+      path: a folder that `falcon-relu prepare` finished.
+      weight: its share of the rows, against the other sources' weights.
+    """
+
+    path: Path
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+      sources: folders of token shards and their weights.
+      seq_len: T; must be what the shards were made with.
+      batch_size: B, rows in a global batch, over all processes.
+      seed: of the order of rows.
+      threads: that read ahead.
+      prefetch: batches read ahead, at least one a thread.
+
+    Raises:
+      ValueError: a field is out of range; the message names it.
+    """
+
+    sources: tuple[Source, ...]
+    seq_len: int = 2048
+    batch_size: int = 8
+    seed: int = 0
+    threads: int = 2
+    prefetch: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("DataConfig.sources is empty: name at least one folder of token shards")
+        for source in self.sources:
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                raise ValueError(
+                    f"DataConfig.sources: {source.path} has the weight {source.weight}; it must be above 0"
+                )
+        for name in ("seq_len", "batch_size", "threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DataConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.prefetch < self.threads:
+            raise ValueError(f"DataConfig.prefetch must be at least threads ({self.threads}), got {self.prefetch}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"DataConfig.seed must lie in [0, 2^32), got {self.seed}")
+
+
+def read_manifests(config: DataConfig) -> list[Manifest]:
+    """The manifest of each source, made sure to fit the config and each other.
+
+    Raises:
+      FalconError: a folder is unfinished, damaged or of another row length, or two were made by different tokenizers.
+    """
+    manifests = [read_manifest(source.path) for source in config.sources]
+    for source, manifest in zip(config.sources, manifests, strict=True):
+        if manifest.seq_len != config.seq_len:
+            raise FalconError(
+                f"{source.path} has rows of {manifest.seq_len} tokens, the config wants {config.seq_len}: change its "
+                "seq_len, or prepare the text again"
+            )
+        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
+            raise FalconError(f"{source.path} and {config.sources[0].path} were made by different tokenizers")
+    return manifests
+
+
+def train_batches(config: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
+    """Endless training batches: of each global batch, the rows that belong to this process.
+
+    Every source is gone through in a new random order each epoch, each row once. `get_state()` of the iterator is a
+    small dict that JSON can hold; `set_state` on an iterator of the same config goes on exactly there, on any number of
+    processes.
+
+    Args:
+      config: what to read.
+      process_index: this process; it gets the rows from `process_index * batch_size / process_count` on.
+      process_count: how many share a batch.
+
+    Raises:
+      FalconError: the shards do not fit the config, are missing or damaged, or the batch cannot be shared evenly.
+    """
+    local = _local_rows(config.batch_size, process_index, process_count)
+    rows = _Rows(config, "train")
+    for source, count in zip(config.sources, rows.counts, strict=True):
+        if not count:
+            raise FalconError(f"{source.path} holds no training rows")
+    orders = [
+        # Grain's seed of an epoch is seed + epoch: the seeds of sources and runs must lie far apart.
+        _addresses(i, count).shuffle(int(np.random.SeedSequence([config.seed, i]).generate_state(1)[0])).repeat()
+        for i, count in enumerate(rows.counts)
+    ]
+    mixture = grain.MapDataset.mix(orders, [source.weight for source in config.sources])
+    return _iterate(mixture.batch(config.batch_size, batch_fn=lambda batch: rows.read(batch[local])), config)
+
+
+def validation_batches(
+    config: DataConfig, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator[Batch]:
+    """Every validation row of all sources once, in order; the last batch is filled up with empty rows (segment 0).
+
+    Args and errors are those of `train_batches`; having no validation rows at all is an error too.
+    """
+    local = _local_rows(config.batch_size, process_index, process_count)
+    rows = _Rows(config, "validation")
+    if not any(rows.counts):
+        raise FalconError("no source holds validation rows: prepare the text with a larger validation_fraction")
+    everything = grain.MapDataset.concatenate([_addresses(i, n) for i, n in enumerate(rows.counts) if n])
+
+    def read(batch: Sequence[Address]) -> Batch:
+        return rows.read([*batch, *[None] * (config.batch_size - len(batch))][local])
+
+    return _iterate(everything.batch(config.batch_size, batch_fn=read), config)
+
+
+def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    if not 0 <= process_index < process_count:
+        raise FalconError(f"process {process_index} of {process_count}: the index counts from 0")
+    if batch_size % process_count:
+        raise FalconError(f"batch_size {batch_size} cannot be shared evenly by {process_count} processes")
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)
+
+
+def _addresses(source: int, rows: int) -> grain.MapDataset[Address]:
+    return grain.MapDataset.range(rows).map(lambda row: (source, row))
+
+
+def _iterate(batches: grain.MapDataset[Batch], config: DataConfig) -> grain.DatasetIterator[Batch]:
+    return iter(batches.to_iter_dataset(grain.ReadOptions(config.threads, config.prefetch)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """ArrayRecord's "file instruction": with the rows known, it need not open every file at the start."""
+
+    filename: str
+    take: int
+    skip: int = 0
+
+    @property
+    def examples_in_shard(self) -> int:
+        return self.take
+
+
+class _Rows:
+    """One split of all sources, open for reading rows by their address.
+
+    Attributes:
+      counts: rows of each source.
+    """
+
+    def __init__(self, config: DataConfig, split: str):
+        manifests = read_manifests(config)
+        self._seq_len = config.seq_len
+        self._vocab_size = manifests[0].vocab_size
+        self.counts = [manifest.splits[split].rows for manifest in manifests]
+        self._names = [str(source.path) for source in config.sources]
+        shards = [manifest.splits[split].shards for manifest in manifests]
+        _allow_open_files(sum(map(len, shards)))
+        self._sources = [
+            grain.sources.ArrayRecordDataSource(
+                [_File(str(Path(source.path) / shard.file), shard.rows) for shard in of_source]
+            )
+            if of_source
+            else ()
+            for source, of_source in zip(config.sources, shards, strict=True)
+        ]
+
+    def read(self, addresses: Sequence[Address | None]) -> Batch:
+        """The rows at `addresses`; None gives an empty row."""
+        shape = (len(addresses), self._seq_len)
+        batch = Batch(
+            tokens_BxT=np.zeros(shape, np.int32),
+            segment_ids_BxT=np.zeros(shape, np.int32),
+            positions_BxT=np.zeros(shape, np.int32),
+        )
+        for b, address in enumerate(addresses):
+            if address is not None:
+                tokens_T, runs = self._row(*address)
+                n = int(runs.sum())
+                batch["tokens_BxT"][b] = tokens_T
+                batch["segment_ids_BxT"][b, :n] = np.repeat(np.arange(1, len(runs) + 1), runs)
+                batch["positions_BxT"][b, :n] = np.arange(n) - np.repeat(np.cumsum(runs) - runs, runs)
+        return batch
+
+    def _row(self, source: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return decode_row(self._sources[source][row], self._seq_len, self._vocab_size)
+        except (FalconError, ValueError, IndexError, RuntimeError, OSError) as error:
+            raise FalconError(
+                f"cannot read row {row} of {self._names[source]}: {error}; a shard is damaged: copy it again, or "
+                "remove it and run the same `falcon-relu prepare` again"
+            ) from None
+
+
+def _allow_open_files(shards: int) -> None:
+    """Raises the soft limit on open files where the shards, which stay open, need it."""
+    needed = shards + 512  # the rest: libraries, sockets, checkpoints
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise FalconError(
+            f"{shards} token shards need more open files than this machine allows ({hard}): raise `ulimit -n`, or "
+            "prepare with a larger unit_mb"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
