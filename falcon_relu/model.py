@@ -34,6 +34,8 @@ from falcon_relu.config import FalconConfig
 
 Remat = Literal["none", "dots", "full"]
 Params = Any  # nested dict of jax.Array
+# (a layer's variables of the "selector" collection, block input, MLP input) -> mask [B, T, F] of the neurons kept.
+Select = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 _INIT_STD = 0.02
 
@@ -147,8 +149,8 @@ class Mlp(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Returns [B, T, D]."""
+    def __call__(self, x_BxTxD: jax.Array, kept_BxTxF: jax.Array | None = None) -> jax.Array:
+        """Returns [B, T, D]; with a mask, neurons that are not kept count as zero."""
         c = self.config
         shape, axes = (c.d_ff, c.d_model), ("mlp", "embed")
         up_FxD = _parameter(self, "up", shape, axes, _INIT_STD)
@@ -157,6 +159,9 @@ class Mlp(nn.Module):
         if c.use_bias:
             h_BxTxF = h_BxTxF + _parameter(self, "up_bias", (c.d_ff,), ("mlp",), 0.0).astype(self.dtype)[None, None]
         h_BxTxF = activation_fn(c)(nn.with_logical_constraint(h_BxTxF, ("batch", "sequence", "mlp")))
+        if kept_BxTxF is not None:
+            h_BxTxF = jnp.where(kept_BxTxF, h_BxTxF, 0)
+            _sow(self, "statistics", "kept", lambda: jnp.sum(kept_BxTxF, axis=-1, dtype=jnp.int32))
         _sow(self, "activations", "neurons", lambda: h_BxTxF)
         _sow(self, "statistics", "active", lambda: jnp.sum(h_BxTxF != 0, axis=-1, dtype=jnp.int32))
         y_BxTxD = jnp.einsum("btf,fd->btd", h_BxTxF, down_FxD.astype(self.dtype))
@@ -173,6 +178,7 @@ class Block(nn.Module):
     config: FalconConfig
     dtype: Any
     query_chunk: int | None
+    select: Select | None = None
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, cache: _LayerCache, context: _Context) -> tuple[jax.Array, _LayerCache]:
@@ -194,7 +200,10 @@ class Block(nn.Module):
                 mlp_input = LayerNorm(c.norm_eps, self.dtype, name="mlp_norm")(residual)
         _sow(self, "activations", "block_input", lambda: x_BxTxD)
         _sow(self, "activations", "mlp_input", lambda: mlp_input)
-        return residual + Mlp(c, self.dtype, name="mlp")(mlp_input), cache
+        kept_BxTxF = None
+        if self.select is not None:
+            kept_BxTxF = self.select(self.variables["selector"], x_BxTxD, mlp_input)
+        return residual + Mlp(c, self.dtype, name="mlp")(mlp_input, kept_BxTxF), cache
 
 
 class Falcon(nn.Module):
@@ -206,16 +215,20 @@ class Falcon(nn.Module):
       remat: what the backward pass recomputes in each block: "none", "dots" (all but matrix products without a batch
         dimension) or "full" (everything).
       query_chunk: see `attention.attend`.
+      select: chooses the neurons that each MLP may use, given its layer's slice of the "selector" collection; all if
+        None.
 
     `apply(..., mutable=["activations"])` also returns, stacked over layers, `neurons` [L, B, T, F] (after the
     activation), `block_input` and `mlp_input` [L, B, T, D]; `mutable=["statistics"]` returns `active` [L, B, T], the
-    number of neurons that are not zero. Neither is computed unless asked for.
+    number of neurons that are not zero, and with `select` also `kept`, the number chosen. None is computed unless asked
+    for.
     """
 
     config: FalconConfig
     dtype: Any = jnp.float32
     remat: Remat = "none"
     query_chunk: int | None = None
+    select: Select | None = None
 
     def setup(self) -> None:
         """Declares the submodules."""
@@ -224,12 +237,12 @@ class Falcon(nn.Module):
         self.embed = _Matrix("embedding", shape, axes)
         self.layers = nn.scan(
             _rematerialise(Block, self.remat),
-            variable_axes={"params": 0, "activations": 0, "statistics": 0},
+            variable_axes={"params": 0, "selector": 0, "activations": 0, "statistics": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.query_chunk)
+        )(c, self.dtype, self.query_chunk, self.select)
         self.final_norm = LayerNorm(c.norm_eps, self.dtype)
         if not c.tied_embeddings:
             self.head = _Matrix("kernel", shape, axes)

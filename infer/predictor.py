@@ -1,0 +1,268 @@
+"""The predictor: which neurons of a layer will fire, from the layer's input, by two small linear maps.
+
+For every layer, logits = relu(x @ fc1.T) @ fc2.T without biases (the format that PowerInfer released for
+ReluFalcon-40B). A neuron is read where its logit reaches the layer's threshold; if those are more than the layer's
+budget, the highest are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.files import write_aside
+
+# What a predictor reads: the residual stream before the block's LayerNorms, or the MLP's own input after its LayerNorm.
+PredictorInput = Literal["block_input", "mlp_input"]
+
+_VERSION = 1
+_METADATA = "falcon_relu_predictor"
+
+
+@struct.dataclass
+class LayerPredictor:
+    """Both maps of one layer, or of all layers stacked.
+
+    Attributes:
+      fc1_RxD: first map.
+      fc2_FxR: second map, one row a neuron.
+    """
+
+    fc1_RxD: jax.Array
+    fc2_FxR: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """The predictors of a model and how to use them.
+
+    Attributes:
+      layers: one a layer; ranks may differ.
+      input: what they read.
+      thresholds: a layer's lowest logit of a neuron that is read.
+      budgets: the most neurons that a layer reads for one token.
+      measured: held-out figures of each layer, by name; empty if there are none.
+    """
+
+    layers: tuple[LayerPredictor, ...]
+    input: PredictorInput
+    thresholds: tuple[float, ...]
+    budgets: tuple[int, ...]
+    measured: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """R of each layer."""
+        return tuple(layer.fc1_RxD.shape[0] for layer in self.layers)
+
+    def replace(self, **changes: Any) -> Predictor:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def astype(self, dtype: Any) -> Predictor:
+        """A copy with its maps in another dtype."""
+        return self.replace(layers=tuple(jax.tree.map(lambda w: w.astype(dtype), layer) for layer in self.layers))
+
+
+def uncalibrated(
+    layers: Sequence[LayerPredictor], input: PredictorInput, measured: Sequence[Mapping[str, float]] = ()
+) -> Predictor:
+    """A predictor with threshold 0 and no budget in every layer."""
+    budgets = tuple(layer.fc2_FxR.shape[0] for layer in layers)
+    return Predictor(
+        layers=tuple(layers), input=input, thresholds=(0.0,) * len(layers), budgets=budgets, measured=tuple(measured)
+    )
+
+
+def score(layer: LayerPredictor, x: jax.Array) -> jax.Array:
+    """Logits [..., F] in float32 of inputs [..., D]; the products are taken in the dtype of the maps."""
+    x = x.astype(layer.fc1_RxD.dtype)
+    hidden = jax.nn.relu(jnp.einsum("...d,rd->...r", x, layer.fc1_RxD))
+    return jnp.einsum("...r,fr->...f", hidden, layer.fc2_FxR, preferred_element_type=jnp.float32)
+
+
+def select(logits: jax.Array, threshold: jax.Array | float, budget: jax.Array | int) -> jax.Array:
+    """The neurons to read, a mask [..., F]: logits at or over `threshold`, the `budget` highest of them.
+
+    Logits equal to the lowest that the budget admits are all admitted.
+    """
+    F = logits.shape[-1]
+    ascending = jnp.sort(logits, axis=-1)
+    lowest = jnp.take(ascending, jnp.clip(F - jnp.asarray(budget), 0, F - 1), axis=-1)[..., None]
+    return (logits >= jnp.maximum(lowest, threshold)) & (jnp.asarray(budget) > 0)
+
+
+def stack(layers: Sequence[LayerPredictor]) -> LayerPredictor:
+    """All layers as one tree with a leading L; smaller ranks are filled with zeros, which changes no logit."""
+    R = max(layer.fc1_RxD.shape[0] for layer in layers)
+
+    def widen(layer: LayerPredictor) -> LayerPredictor:
+        missing = R - layer.fc1_RxD.shape[0]
+        return LayerPredictor(
+            jnp.pad(layer.fc1_RxD, ((0, missing), (0, 0))), jnp.pad(layer.fc2_FxR, ((0, 0), (0, missing)))
+        )
+
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(widen, layers))
+
+
+def save(predictor: Predictor, path: Path, *, replace: bool = False) -> None:
+    """Writes one safetensors file: `layers.{i}.fc1.weight` [R, D], `layers.{i}.fc2.weight` [F, R], the rest as metadata.
+
+    Raises:
+      FalconError: the file exists and may not be replaced.
+    """
+    tensors = {name: tensor for i, layer in enumerate(predictor.layers) for name, tensor in _named(i, layer).items()}
+    metadata = {
+        "version": _VERSION,
+        "input": predictor.input,
+        "thresholds": predictor.thresholds,
+        "budgets": predictor.budgets,
+        "measured": [dict(figures) for figures in predictor.measured],
+        "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
+    }
+    with write_aside(path, replace=replace) as aside:
+        save_file(tensors, aside, {_METADATA: json.dumps(metadata)})
+
+
+def load(path: Path, config: FalconConfig) -> Predictor:
+    """Reads a predictor and checks that it is whole and fits the model.
+
+    Raises:
+      FalconError: no such file, not a predictor, damaged, or made for another model; the message says which.
+    """
+    try:
+        with safe_open(path, framework="flax") as file:
+            metadata = json.loads((file.metadata() or {})[_METADATA])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except FileNotFoundError:
+        raise FalconError(f"{path} does not exist") from None
+    except KeyError:
+        raise FalconError(
+            f"{path} is a safetensors file but not a predictor; make one with falcon-relu predictor"
+        ) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FalconError(f"{path} cannot be read as a predictor: {error}") from None
+    if metadata.get("version") != _VERSION:
+        raise FalconError(f"{path} has predictor format {metadata.get('version')!r}; this program reads {_VERSION}")
+
+    layers = tuple(_layer(tensors, f"layers.{i}.", config, path) for i in range(config.n_layers))
+    if unknown := sorted(tensors.keys() - {name for i, layer in enumerate(layers) for name in _named(i, layer)}):
+        raise FalconError(f"{path} holds {unknown[0]}, but the model has only {config.n_layers} layers")
+    for name, tensor in tensors.items():
+        if metadata["crc32"].get(name) != _crc32(tensor):
+            raise FalconError(f"{path} is damaged: the checksum of {name} does not match; copy or fit it again")
+    return _checked(
+        Predictor(
+            layers=layers,
+            input=metadata["input"],
+            thresholds=tuple(metadata["thresholds"]),
+            budgets=tuple(metadata["budgets"]),
+            measured=tuple(metadata["measured"]),
+        ),
+        config,
+        path,
+    )
+
+
+def import_powerinfer(folder: Path, config: FalconConfig) -> Predictor:
+    """Reads the `model_{i}.pt` files that PowerInfer releases, by torch's weights-only load.
+
+    Raises:
+      FalconError: torch is not installed, or a file is missing, damaged or of the wrong shape.
+    """
+    torch = _torch()
+    layers = []
+    for i in range(config.n_layers):
+        path = Path(folder) / f"model_{i}.pt"
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise FalconError(
+                f"{path} does not exist; a model of {config.n_layers} layers needs one file each"
+            ) from None
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise FalconError(f"{path} cannot be read as PyTorch weights: {error}") from None
+        arrays = {name: jnp.asarray(tensor.float().numpy()) for name, tensor in tensors.items()}
+        layers.append(_layer(arrays, "", config, path))
+    return uncalibrated(layers, "block_input")
+
+
+def export_powerinfer(predictor: Predictor, folder: Path) -> None:
+    """Writes `model_{i}.pt` files for PowerInfer's converter.
+
+    PowerInfer has one threshold for all layers and no budgets, so ours are left behind.
+
+    Raises:
+      FalconError: torch is not installed, the folder exists, or the predictor does not read the block input, as
+        PowerInfer's must.
+    """
+    torch = _torch()
+    if predictor.input != "block_input":
+        raise FalconError(
+            f"PowerInfer's predictors read block_input, this one reads {predictor.input}; fit another"
+        )
+    with write_aside(folder) as aside:
+        aside.mkdir()
+        for i, layer in enumerate(predictor.layers):
+            tensors = {name: torch.from_numpy(np.array(w, np.float32)).half() for name, w in _named(i, layer).items()}
+            torch.save({name.removeprefix(f"layers.{i}."): w for name, w in tensors.items()}, aside / f"model_{i}.pt")
+
+
+def _named(i: int, layer: LayerPredictor) -> dict[str, jax.Array]:
+    return {f"layers.{i}.fc1.weight": layer.fc1_RxD, f"layers.{i}.fc2.weight": layer.fc2_FxR}
+
+
+def _layer(tensors: Mapping[str, jax.Array], prefix: str, config: FalconConfig, path: Path) -> LayerPredictor:
+    """One layer's maps out of named tensors, shapes checked."""
+    names = (f"{prefix}fc1.weight", f"{prefix}fc2.weight")
+    if missing := [name for name in names if name not in tensors]:
+        raise FalconError(f"{path} has no {missing[0]}")
+    fc1_RxD, fc2_FxR = (tensors[name] for name in names)
+    R, D, F = fc1_RxD.shape[0], config.d_model, config.d_ff
+    for name, tensor, shape in ((names[0], fc1_RxD, (R, D)), (names[1], fc2_FxR, (F, R))):
+        if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise FalconError(
+                f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, the model needs floats of {list(shape)}"
+            )
+    return LayerPredictor(fc1_RxD, fc2_FxR)
+
+
+def _checked(predictor: Predictor, config: FalconConfig, path: Path) -> Predictor:
+    L, F = config.n_layers, config.d_ff
+    if predictor.input not in get_args(PredictorInput):
+        raise FalconError(f"{path}: input is {predictor.input!r}, must be one of {get_args(PredictorInput)}")
+    if len(predictor.thresholds) != L or not all(map(math.isfinite, predictor.thresholds)):
+        raise FalconError(f"{path}: thresholds must be {L} finite numbers, got {predictor.thresholds}")
+    if len(predictor.budgets) != L or not all(isinstance(k, int) and 0 <= k <= F for k in predictor.budgets):
+        raise FalconError(f"{path}: budgets must be {L} whole numbers from 0 to {F}, got {predictor.budgets}")
+    return predictor
+
+
+def _crc32(tensor: jax.Array) -> int:
+    return zlib.crc32(np.ascontiguousarray(tensor).view(np.uint8).data)
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise FalconError(
+            "PowerInfer's files need torch; install the extra: pip install 'falcon-relu[parity]'"
+        ) from None
+    return torch

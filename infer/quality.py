@@ -1,0 +1,152 @@
+"""Quality against neurons read: the Flax model with each MLP cut down to the neurons that a predictor selects."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from falcon_relu.config import FalconConfig
+from falcon_relu.model import Falcon, Params, Select
+from infer.predictor import LayerPredictor, Predictor, PredictorInput, score, select, stack
+from infer.record import Batch
+
+
+@struct.dataclass
+class Selector:
+    """A predictor as data for the compiled model, all layers stacked.
+
+    Attributes:
+      maps: both maps, [L, R, D] and [L, F, R].
+      threshold_L: lowest logit of a neuron that is kept, float32.
+      budget_L: most neurons that are kept, int32.
+    """
+
+    maps: LayerPredictor
+    threshold_L: jax.Array
+    budget_L: jax.Array
+
+
+def selector(predictor: Predictor) -> Selector:
+    """The stacked form of a predictor."""
+    return Selector(
+        stack(predictor.layers),
+        jnp.asarray(predictor.thresholds, jnp.float32),
+        jnp.asarray(predictor.budgets, jnp.int32),
+    )
+
+
+def masked_forward(
+    config: FalconConfig,
+    params: Params,
+    chosen: Selector,
+    input: PredictorInput,
+    tokens_BxT: jax.Array,
+    positions_BxT: jax.Array | None = None,
+    segment_ids_BxT: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, jax.Array]:
+    """The model's final hidden states [B, T, D] when only selected neurons count, and how many were, [L, B, T].
+
+    A neuron that is selected but does not fire stays zero. Traceable; thresholds and budgets are data.
+    """
+    model = Falcon(config, dtype, select=_reading(input))
+    variables = {"params": params, "selector": {"layers": {"layer": chosen}}}
+    hidden_BxTxD, updates = model.apply(
+        variables, tokens_BxT, positions_BxT, segment_ids_BxT, method="hidden", mutable=["statistics"]
+    )
+    return hidden_BxTxD, updates["statistics"]["layers"]["mlp"]["kept"]
+
+
+def compare(
+    config: FalconConfig, params: Params, predictor: Predictor, batches: Iterable[Batch], *, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """Dense against sparse on text.
+
+    Returns:
+      kl: KL(dense || sparse), nats a token.
+      agreement: share of tokens with the same most likely next token.
+      dense_loss, sparse_loss: nats a next token.
+      read, fired: share of the MLPs' neurons that were selected, that fire in the dense model.
+      read_per_layer, fired_per_layer: the same for each layer.
+    """
+    run = jax.jit(functools.partial(_sums, config, predictor.input, dtype))
+    chosen = selector(predictor)
+    totals: dict[str, np.ndarray] = {}
+    for batch in batches:
+        sums = run(params, chosen, *(batch[k] for k in ("tokens", "positions", "segment_ids")))
+        totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
+    tokens, targets = float(totals["tokens"]), float(totals["targets"])
+    read, fired = (totals[name] / (tokens * config.d_ff) for name in ("read_L", "fired_L"))
+    return {
+        "kl": float(totals["kl"]) / tokens,
+        "agreement": float(totals["agree"]) / tokens,
+        "dense_loss": float(totals["dense_loss"]) / targets,
+        "sparse_loss": float(totals["sparse_loss"]) / targets,
+        "read": float(read.mean()),
+        "fired": float(fired.mean()),
+        "read_per_layer": read.tolist(),
+        "fired_per_layer": fired.tolist(),
+    }
+
+
+def _sums(
+    config: FalconConfig,
+    input: PredictorInput,
+    dtype: Any,
+    params: Params,
+    chosen: Selector,
+    tokens_BxT: jax.Array,
+    positions_BxT: jax.Array,
+    segments_BxT: jax.Array,
+) -> dict[str, jax.Array]:
+    model = Falcon(config, dtype)
+    batch = (tokens_BxT, positions_BxT, segments_BxT)
+    dense_BxTxD, updates = model.apply({"params": params}, *batch, method="hidden", mutable=["statistics"])
+    sparse_BxTxD, kept_LxBxT = masked_forward(config, params, chosen, input, *batch, dtype=dtype)
+    real_BxT = segments_BxT != 0
+
+    def of_sequence(rows: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        dense_TxD, sparse_TxD, tokens_T, segments_T = rows
+        p_TxV, q_TxV = (
+            jax.nn.log_softmax(model.apply({"params": params}, h[None], method="unembed")[0])
+            for h in (dense_TxD, sparse_TxD)
+        )
+        real_T = segments_T != 0
+        target_T = real_T[:-1] & (segments_T[1:] == segments_T[:-1])
+
+        def loss(log_TxV: jax.Array) -> jax.Array:
+            return -jnp.sum(jnp.take_along_axis(log_TxV[:-1], tokens_T[1:, None], axis=-1)[:, 0] * target_T)
+
+        return {
+            "kl": jnp.sum(jnp.sum(jnp.exp(p_TxV) * (p_TxV - q_TxV), axis=-1) * real_T),
+            "agree": jnp.sum((p_TxV.argmax(-1) == q_TxV.argmax(-1)) & real_T),
+            "dense_loss": loss(p_TxV),
+            "sparse_loss": loss(q_TxV),
+            "tokens": jnp.sum(real_T),
+            "targets": jnp.sum(target_T),
+        }
+
+    # One sequence's logits at a time: a batch's would be the largest arrays of all.
+    sums = jax.lax.map(of_sequence, (dense_BxTxD, sparse_BxTxD, tokens_BxT, segments_BxT))
+    fired_LxBxT = updates["statistics"]["layers"]["mlp"]["active"]
+    return jax.tree.map(lambda x: x.sum(0), sums) | {
+        "read_L": jnp.sum(kept_LxBxT * real_BxT[None], axis=(1, 2)),
+        "fired_L": jnp.sum(fired_LxBxT * real_BxT[None], axis=(1, 2)),
+    }
+
+
+@functools.cache  # the model is a static value: the same function for the same input keeps compiled programs
+def _reading(input: PredictorInput) -> Select:
+    def keep(variables: Any, block_input: jax.Array, mlp_input: jax.Array) -> jax.Array:
+        layer = variables["layer"]
+        x = block_input if input == "block_input" else mlp_input
+        return select(score(layer.maps, x), layer.threshold_L, layer.budget_L)
+
+    return keep

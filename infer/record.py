@@ -1,0 +1,173 @@
+"""Recordings: what entered a model's MLPs on real text and what each neuron contributed, on disk, a layer at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json, write_aside, write_json
+from falcon_relu.model import Falcon, Params
+from falcon_relu.progress import progress
+from infer.predictor import PredictorInput
+
+Batch = Mapping[str, Any]  # tokens, segment_ids, positions: int32 [B, T]; segment 0 is padding
+
+INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
+CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A folder of recorded activations; D * 2 + F bytes for each token and layer.
+
+    Attributes:
+      folder: where it is.
+      input: which input of the layers was recorded.
+      tokens: N, tokens recorded, in the order of the batches.
+      layers: the layers recorded.
+      d_model: D.
+      d_ff: F.
+    """
+
+    folder: Path
+    input: PredictorInput
+    tokens: int
+    layers: tuple[int, ...]
+    d_model: int
+    d_ff: int
+
+    def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs [N, D] in bfloat16 and contributions [N, F] in float8 of layer `i`, mapped from disk.
+
+        A neuron's contribution is |h| * ||its row of W_down||: the length of what it adds to the residual stream. It is
+        zero exactly where the neuron does not fire.
+        """
+        inputs = np.memmap(_inputs(self.folder, i), INPUT_DTYPE, "r", shape=(self.tokens, self.d_model))
+        contributions = np.memmap(
+            _contributions(self.folder, i), CONTRIBUTION_DTYPE, "r", shape=(self.tokens, self.d_ff)
+        )
+        return inputs, contributions
+
+
+def record(
+    config: FalconConfig,
+    params: Params,
+    batches: Iterable[Batch],
+    folder: Path,
+    *,
+    tokens: int,
+    input: PredictorInput,
+    layers: Sequence[int] | None = None,
+    dtype: Any = jnp.float32,
+) -> Recording:
+    """Runs the model over `batches` and writes what its layers saw, padding left out.
+
+    Args:
+      config: the model; its activation must leave zeros.
+      params: its parameters.
+      batches: text; as many are taken as needed.
+      folder: the recording to make; appears when complete.
+      tokens: how many tokens to record.
+      input: which input of the layers.
+      layers: which layers, all if None; recording a large model in groups bounds the disk space.
+      dtype: compute dtype.
+
+    Raises:
+      FalconError: the activation leaves no zeros, the folder exists, or the batches end too early.
+    """
+    if config.activation == "gelu":
+        raise FalconError("a GELU model has no silent neurons to predict; record a model whose activation is a ReLU")
+    layers = tuple(range(config.n_layers)) if layers is None else tuple(layers)
+    done = 0
+    with write_aside(folder) as aside, progress("record", tokens, "tokens") as advance:
+        aside.mkdir()
+        for arrays in _observed(config, params, batches, input, layers, dtype):
+            kept = min(tokens - done, arrays[0].shape[1])
+            for i, x_NxD, c_NxF in zip(layers, *arrays, strict=True):
+                _append(_inputs(aside, i), x_NxD[:kept])
+                _append(_contributions(aside, i), c_NxF[:kept])
+            done += kept
+            advance(kept)
+            if done == tokens:
+                break
+        else:
+            raise FalconError(f"the text ended after {done} of {tokens} tokens; give more text or record fewer tokens")
+        made = Recording(Path(folder), input, tokens, layers, config.d_model, config.d_ff)
+        fields = {k: v for k, v in dataclasses.asdict(made).items() if k != "folder"}
+        write_json(aside / "recording.json", {"version": _VERSION, **fields})
+    return made
+
+
+def open_recording(folder: Path) -> Recording:
+    """Opens what `record` wrote.
+
+    Raises:
+      FalconError: it is missing, of another version, or its files do not have the sizes that it states.
+    """
+    fields = read_json(Path(folder) / "recording.json")
+    try:
+        version, input = fields.pop("version"), fields["input"]
+        recording = Recording(folder=Path(folder), **(fields | {"layers": tuple(fields["layers"])}))
+        if version != _VERSION or input not in get_args(PredictorInput):
+            raise ValueError(f"version {version!r}, input {input!r}")
+        for i in recording.layers:
+            recording.layer(i)
+    except (TypeError, KeyError, ValueError, AttributeError, OSError) as error:
+        raise FalconError(f"{folder} is not a whole recording: {error}; record it again") from None
+    return recording
+
+
+def _observed(
+    config: FalconConfig,
+    params: Params,
+    batches: Iterable[Batch],
+    input: PredictorInput,
+    layers: Sequence[int],
+    dtype: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs [l, N, D] and contributions [l, N, F] of the chosen layers for the real tokens of each batch."""
+    observe = jax.jit(functools.partial(_observe, Falcon(config, dtype), input, tuple(layers)))
+    for batch in batches:
+        real_BxT = np.asarray(batch["segment_ids"]) != 0
+        arrays = observe(params, *(batch[k] for k in ("tokens", "positions", "segment_ids")))
+        yield tuple(np.asarray(a)[:, real_BxT] for a in arrays)  # type: ignore[misc]
+
+
+def _observe(
+    model: Falcon, input: PredictorInput, layers: tuple[int, ...], params: Params, *batch: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, variables = model.apply({"params": params}, *batch, method="hidden", mutable=["activations"])
+    seen = variables["activations"]["layers"]
+    mlp = params["layers"]["mlp"]
+    chosen = jnp.array(layers)
+    lengths_LxF = jnp.linalg.norm(mlp["down"][chosen].astype(jnp.float32), axis=-1)
+    h_LxBxTxF = jnp.abs(seen["mlp"]["neurons"][chosen].astype(jnp.float32))
+    finite = jnp.finfo(CONTRIBUTION_DTYPE)
+    c_LxBxTxF = jnp.clip(h_LxBxTxF * lengths_LxF[:, None, None], float(finite.smallest_subnormal), float(finite.max))
+    c_LxBxTxF = jnp.where(h_LxBxTxF > 0, c_LxBxTxF, 0).astype(CONTRIBUTION_DTYPE)
+    return seen[input][chosen].astype(INPUT_DTYPE), c_LxBxTxF
+
+
+def _inputs(folder: Path, i: int) -> Path:
+    return folder / f"{i:03}.inputs"
+
+
+def _contributions(folder: Path, i: int) -> Path:
+    return folder / f"{i:03}.contributions"
+
+
+def _append(path: Path, array: np.ndarray) -> None:
+    with path.open("ab") as file:
+        file.write(np.ascontiguousarray(array).view(np.uint8).data)
