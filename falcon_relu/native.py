@@ -24,9 +24,7 @@ from jax.sharding import Mesh
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import aside_path, read_json, write_aside, write_json
-from falcon_relu.sharding import abstract_params, param_shardings
-
-Leaf = tuple[str, ...]  # path of a parameter in the tree
+from falcon_relu.sharding import Leaf, param_shapes, param_shardings
 
 _FORMAT = 1
 _CONFIG = "falcon.json"
@@ -117,7 +115,7 @@ def params_writer(
       FalconError: `path` exists.
     """
     path = Path(path).absolute()
-    shapes = {leaf: x.shape for leaf, x in flatten_dict(abstract_params(config)).items()}
+    shapes = param_shapes(config)
     with write_aside(path) as aside:
         # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
         _save(aside, config, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
@@ -138,13 +136,15 @@ def params_writer(
 
         def write(leaf: Leaf, layer: int | None, array: np.ndarray) -> None:
             store = stores[leaf] if layer is None else stores[leaf][layer]
-            store.write(array.astype(store.dtype.numpy_dtype, copy=False)).result()
+            store.write(array).result()
 
         yield write
 
 
-def params_reader(path: Path, config: FalconConfig) -> Callable[[Leaf, int | None], np.ndarray]:
-    """`read(leaf, layer)`: one layer of a stacked parameter, or a whole other one, straight from disk.
+def params_reader(
+    path: Path, config: FalconConfig
+) -> tuple[Callable[[Leaf, int | None], np.ndarray], dict[Leaf, np.dtype]]:
+    """`read(leaf, layer)`, one layer of a stacked parameter or a whole other one straight from disk, and the dtypes.
 
     Raises:
       FalconError: the folder is not whole or not of the config's shapes.
@@ -155,9 +155,9 @@ def params_reader(path: Path, config: FalconConfig) -> Callable[[Leaf, int | Non
         try:
             return (stores[leaf] if layer is None else stores[leaf][layer]).read().result()
         except ValueError as error:
-            raise FalconError(f"{path}: {'.'.join(leaf)} cannot be read: {error}") from error
+            raise FalconError(f"{path} is damaged at {'.'.join(leaf)}: {str(error).split(' [')[0]}") from error
 
-    return read
+    return read, {leaf: store.dtype.numpy_dtype for leaf, store in stores.items()}
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -183,15 +183,18 @@ def _open(path: Path, config: FalconConfig) -> dict[Leaf, Any]:
     """Every parameter as an open TensorStore, shapes checked."""
     spec = {"open": True, "fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
     try:
-        stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in flatten_dict(abstract_params(config))}
+        stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in param_shapes(config)}
     except ValueError as error:
-        raise FalconError(f"{path} is not whole: {error}") from error
+        raise FalconError(f"{path} is not whole: {str(error).split(' [')[0]}") from error
     _check_shapes({leaf: store.shape for leaf, store in stores.items()}, config, FalconError, str(path))
+    for leaf, store in stores.items():
+        if store.storage_statistics(query_not_stored=True).result().not_stored:
+            raise FalconError(f"{path} is not whole: a part of {'.'.join(leaf)} is gone")
     return stores
 
 
 def _check_shapes(shapes: Mapping[Leaf, Any], config: FalconConfig, error: type[Exception], where: str) -> None:
-    wanted = {leaf: x.shape for leaf, x in flatten_dict(abstract_params(config)).items()}
+    wanted = param_shapes(config)
     for leaf in sorted(wanted.keys() | shapes.keys()):
         if tuple(shapes.get(leaf, ())) != wanted.get(leaf):
             raise error(f"{where}: {'.'.join(leaf)} is {shapes.get(leaf)}, but the config wants {wanted.get(leaf)}")

@@ -1,0 +1,208 @@
+"""Models in and out: any checkpoint onto devices, Hugging Face -> native weights, native weights -> Hugging Face.
+
+All of it streams: one tensor of a checkpoint is in host memory at a time, beside what its open file maps.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from falcon_relu.config import Activation, FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json, write_aside, write_json
+from falcon_relu.hf_config import config_from_hf, config_to_hf
+from falcon_relu.hf_files import Header, fetch_weights, locate, read_headers, read_tensors, write_shards
+from falcon_relu.hf_layout import EMBEDDING, HEAD, HfTensor, check_tensors, hf_tensors, is_leftover
+from falcon_relu.native import is_native, load_params, params_reader, params_writer, read_config
+from falcon_relu.progress import progress
+from falcon_relu.sharding import Leaf, param_shapes, param_shardings
+
+Float = Literal["float32", "bfloat16", "float16"]
+
+
+def load_model(
+    source: str | Path, *, activation: Activation | None = None, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[FalconConfig, Any]:
+    """Config and parameters of any checkpoint. Every process of a job calls it; each places its own shards.
+
+    Args:
+      source: folder of native weights, folder in the Hugging Face layout, or hub id `owner/name[@revision]`.
+      activation: the user's word where a Hugging Face config does not state the MLP activation.
+      dtype: dtype of the parameters.
+      mesh: where to place them, by `param_shardings`; on the default device if None.
+
+    Raises:
+      FalconError: no such checkpoint, or it is damaged, not whole, or not of its config's names and shapes.
+    """
+    if is_native(Path(source)):
+        config, params = load_params(Path(source), dtype=dtype, mesh=mesh)
+        if activation not in (None, config.activation):
+            raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
+        return config, params
+    config, headers = _open_hf(source, activation)
+    shapes = param_shapes(config)
+    shardings: dict[Leaf, NamedSharding] = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
+    tree: dict[Leaf, jax.Array] = {}
+    for tensor, array in _stream(config, headers, f"loading {source}"):
+        leaf, layer, sharding = tensor.leaf, tensor.layer, shardings.get(tensor.leaf)
+        if leaf not in tree:
+            tree[leaf] = jax.jit(functools.partial(jnp.zeros, shapes[leaf], dtype), out_shardings=sharding)()
+        tree[leaf] = _fill(sharding)(tree[leaf], _place(array, sharding, is_layer=layer is not None), layer or 0)
+        tree[leaf].block_until_ready()  # else tensors not yet on their device pile up in host memory
+    return config, unflatten_dict(tree)
+
+
+def import_hf(
+    source: str | Path, out: Path, *, activation: Activation | None = None, dtype: Float | None = None
+) -> FalconConfig:
+    """Writes a Hugging Face checkpoint as native weights at `out`, whole or not at all.
+
+    Args:
+      source: folder in the Hugging Face layout, or hub id `owner/name[@revision]`.
+      out: folder to make.
+      activation: the user's word where the config does not state the MLP activation.
+      dtype: of the weights written; as stored if None.
+
+    Raises:
+      FalconError: as `load_model`; or `out` exists, or a value does not fit `dtype`.
+    """
+    config, headers = _open_hf(source, activation)
+    dtypes: dict[Leaf, Any] = {}
+    for tensor in hf_tensors(config).values():
+        stored = dtypes.setdefault(tensor.leaf, np.dtype(dtype or headers[tensor.name].dtype))
+        if dtype is None and stored != headers[tensor.name].dtype:
+            raise FalconError(f"{source} stores {'.'.join(tensor.leaf)} in several dtypes; choose one with --dtype")
+    with params_writer(out, config, dtypes) as write:
+        for tensor, array in _stream(config, headers, f"converting {source}"):
+            write(tensor.leaf, tensor.layer, cast(array, dtypes[tensor.leaf], tensor.name))
+    return config
+
+
+def export_hf(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    tokenizer: Path | None = None,
+) -> FalconConfig:
+    """Writes native weights as a folder that transformers loads, whole or not at all.
+
+    Args:
+      source: folder of native weights.
+      out: folder to make.
+      dtype: of the weights written; as stored if None.
+      max_shard_bytes: size that no safetensors shard exceeds unless a single tensor does; one shard is held in memory.
+      tokenizer: a `tokenizer.json` to put beside the weights.
+
+    Raises:
+      FalconError: `source` is not whole, transformers has no such model, `out` exists, or a value does not fit `dtype`.
+    """
+    config = read_config(source)
+    read, stored = params_reader(source, config)
+    table = hf_tensors(config)
+    dtypes = {name: np.dtype(dtype or stored[tensor.leaf]) for name, tensor in table.items()}
+    hf_config = config_to_hf(config, dtypes[EMBEDDING].name)
+    if tokenizer is not None and not tokenizer.is_file():
+        raise FalconError(f"{tokenizer} does not exist")
+    with write_aside(out) as aside, progress(f"exporting {source}", len(table), "tensors") as advance:
+
+        def read_hf(name: str) -> np.ndarray:
+            tensor = table[name]
+            array = cast(tensor.to_hf(read(tensor.leaf, tensor.layer)), dtypes[name], name)
+            advance()
+            return array
+
+        aside.mkdir()
+        sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in table.items()}
+        write_shards(aside, sizes, read_hf, max_shard_bytes)
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        write_json(aside / "generation_config.json", ids)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, aside / "tokenizer.json")
+            tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_positions}
+            write_json(aside / "tokenizer_config.json", tokenizer_config)
+        write_json(aside / "config.json", hf_config)
+    return config
+
+
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """`array` in another float dtype.
+
+    Raises:
+      FalconError: a finite value overflows it, as large values do in float16.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if np.dtype(dtype) == np.float16 and (np.isinf(result) & ~np.isinf(array)).any():
+        raise FalconError(f"{name} has values beyond the range of float16; choose bfloat16 or float32")
+    return result
+
+
+def _open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconConfig, dict[str, Header]]:
+    """Config and tensors of a checkpoint, names and shapes checked; no tensor is read, no weights fetched in vain."""
+    folder = locate(source)
+    hf = read_json(folder / "config.json")
+    try:
+        config = config_from_hf(hf, activation)
+        headers = read_headers(fetch_weights(source))
+        check_tensors(config, {name: header.shape for name, header in headers.items()})
+    except FalconError as error:
+        raise FalconError(f"{source}: {error}") from error
+    return config, {name: header for name, header in headers.items() if not is_leftover(name)}
+
+
+def _stream(
+    config: FalconConfig, headers: dict[str, Header], description: str
+) -> Iterator[tuple[HfTensor, np.ndarray]]:
+    """Each tensor of a checkpoint in our shape, in the order of the files.
+
+    Raises:
+      FalconError: the checkpoint of a tied model has a head that is not the embedding.
+    """
+    table = hf_tensors(config)
+    twins = {EMBEDDING, HEAD} if HEAD in headers and HEAD not in table else set()
+    digests = set()
+    with progress(description, len(headers), "tensors") as advance:
+        for name, array in read_tensors(headers):
+            if name in twins:
+                digests.add(hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest())
+            if name in table:
+                yield table[name], table[name].to_ours(array)
+            advance()
+    if len(digests) > 1:
+        raise FalconError(
+            f"{HEAD} differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to false there"
+        )
+
+
+def _place(array: np.ndarray, sharding: NamedSharding | None, is_layer: bool) -> jax.Array:
+    """A parameter, or a layer of one, on the parameter's devices; a process transfers only the shards that it holds."""
+    if sharding is None:
+        return jnp.asarray(array)
+    own = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if is_layer else sharding
+    return jax.make_array_from_callback(array.shape, own, lambda index: array[index])
+
+
+@functools.cache
+def _fill(sharding: NamedSharding | None) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """(parameter, one layer or all of it, first layer) -> the parameter with that set, in its old buffer."""
+
+    def fill(whole: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
+        rows = part.astype(whole.dtype).reshape(-1, *whole.shape[1:])
+        return jax.lax.dynamic_update_slice_in_dim(whole, rows, layer, 0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)

@@ -1,0 +1,51 @@
+"""`falcon-relu export`: native weights to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from falcon_relu.checkpoint import Float, export_hf
+from falcon_relu.cli.figures import report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Export native weights as a folder that transformers loads, its config stating the activation.
+
+    One shard is in memory at a time.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of native weights."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to make."""
+    dtype: Float | None = None
+    """Dtype of the exported weights; as stored if not given."""
+    max_shard_gb: float = 5.0
+    """GB that no safetensors file exceeds, unless a single tensor does."""
+    tokenizer: Path | None = None
+    """A tokenizer.json to put beside the weights."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Exports, then reports."""
+    start = time.perf_counter()
+    max_shard_bytes = int(args.max_shard_gb * 1e9)
+    config = export_hf(
+        args.source, args.out, dtype=args.dtype, max_shard_bytes=max_shard_bytes, tokenizer=args.tokenizer
+    )
+    figures = {
+        "parameters": config.n_params,
+        "layers": config.n_layers,
+        "activation": config.activation,
+        "files": len(list(args.out.glob("*.safetensors"))),
+        "seconds": time.perf_counter() - start,
+    }
+    report(figures, args.json)

@@ -1,0 +1,122 @@
+"""Which Hugging Face tensor is which part of our parameter tree; pure.
+
+Every tensor is a reshape of one layer of one of our parameters, and `dense_4h_to_h` the transpose of one:
+`query_key_value` of all members is (KV heads, query heads of each + key + value, head width) in its rows, with one KV
+head in 7B and as many as query heads in RW.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.sharding import Leaf, param_shapes
+
+EMBEDDING = "transformer.word_embeddings.weight"
+HEAD = "lm_head.weight"
+
+_NORMS = {
+    "parallel": {"input_layernorm": "attention_norm"},
+    "parallel_two_norms": {"ln_attn": "attention_norm", "ln_mlp": "mlp_norm"},
+    "sequential": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
+}
+# Rotary frequencies that old code stored as buffers; they follow from the config.
+_LEFTOVER = re.compile(r"transformer\.(h\.\d+\.self_attention\.)?(maybe_)?rotary(_emb)?\.inv_freq")
+
+
+@dataclasses.dataclass(frozen=True)
+class HfTensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+      name: its name there.
+      shape: its shape there.
+      leaf: our parameter.
+      layer: which layer of it; None for a parameter without layers.
+      our_shape: shape of that layer, or of the parameter.
+      transposed: whether ours is the transpose.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    leaf: Leaf
+    layer: int | None
+    our_shape: tuple[int, ...]
+    transposed: bool = False
+
+    def to_ours(self, x: np.ndarray) -> np.ndarray:
+        """From `shape` to `our_shape`, same dtype; a view."""
+        return (x.T if self.transposed else x).reshape(self.our_shape)
+
+    def to_hf(self, x: np.ndarray) -> np.ndarray:
+        """From `our_shape` to `shape`, same dtype; a view."""
+        return x.T if self.transposed else x.reshape(self.shape)
+
+
+def hf_tensors(config: FalconConfig) -> dict[str, HfTensor]:
+    """Every tensor of a checkpoint of this config by name, in the order of the model; a tied head is not among them."""
+    ours = param_shapes(config)
+    table: dict[str, HfTensor] = {}
+
+    def add(name: str, shape: tuple[int, ...], leaf: Leaf, layer: int | None = None, transposed: bool = False) -> None:
+        our_shape = ours[leaf] if layer is None else ours[leaf][1:]
+        table[name] = HfTensor(name, shape, leaf, layer, our_shape, transposed)
+
+    D, F, V = config.d_model, config.d_ff, config.vocab_size
+    qkv_rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    matrices = {
+        "self_attention.query_key_value": ("attention", "qkv", (qkv_rows, D)),
+        "self_attention.dense": ("attention", "out", (D, D)),
+        "mlp.dense_h_to_4h": ("mlp", "up", (F, D)),
+        "mlp.dense_4h_to_h": ("mlp", "down", (D, F)),
+    }
+    add(EMBEDDING, (V, D), ("embed", "embedding"))
+    for layer in range(config.n_layers):
+        prefix = f"transformer.h.{layer}."
+        for name, norm in _NORMS[config.block].items():
+            add(f"{prefix}{name}.weight", (D,), ("layers", norm, "scale"), layer)
+            add(f"{prefix}{name}.bias", (D,), ("layers", norm, "bias"), layer)
+        for name, (module, matrix, shape) in matrices.items():
+            add(f"{prefix}{name}.weight", shape, ("layers", module, matrix), layer, transposed=matrix == "down")
+            if config.use_bias:
+                add(f"{prefix}{name}.bias", shape[:1], ("layers", module, f"{matrix}_bias"), layer)
+    add("transformer.ln_f.weight", (D,), ("final_norm", "scale"))
+    add("transformer.ln_f.bias", (D,), ("final_norm", "bias"))
+    if not config.tied_embeddings:
+        add(HEAD, (V, D), ("head", "kernel"))
+    return table
+
+
+def check_tensors(config: FalconConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Holds the names and shapes that a checkpoint has against those that its config asks for.
+
+    The head of a tied model and leftovers of old code may be there too.
+
+    Raises:
+      FalconError: tensors are missing, unknown or of the wrong shape; the message names them.
+    """
+    wanted = {name: tensor.shape for name, tensor in hf_tensors(config).items()}
+    optional = {HEAD: wanted[EMBEDDING]} if config.tied_embeddings else {}
+    if missing := wanted.keys() - found.keys():
+        raise FalconError(f"the checkpoint lacks {_listing(missing)}")
+    if unknown := {name for name in found.keys() - wanted.keys() - optional.keys() if not is_leftover(name)}:
+        raise FalconError(f"the checkpoint has tensors that its config does not ask for: {_listing(unknown)}")
+    shapes = wanted | optional
+    if wrong := {name for name in found.keys() & shapes.keys() if found[name] != shapes[name]}:
+        detail = (f"{name} is {list(found[name])} instead of {list(shapes[name])}" for name in wrong)
+        raise FalconError(f"the checkpoint does not fit its config: {_listing(detail)}")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a tensor of this name carries nothing that the config does not say."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def _listing(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
