@@ -154,6 +154,18 @@ FAMILY: Mapping[str, FalconConfig] = MappingProxyType(
         "tiny-7b": _tiny(d_model=48, n_heads=3, n_kv_heads=1, d_ff=192, block="parallel"),
         "tiny-11b": _tiny(block="parallel", rope_theta=500_042.0, tied_embeddings=False),
         "tiny-rw": _tiny(n_kv_heads=4, block="sequential", position="alibi", use_bias=True),
+        # Small enough to train from nothing on two CPU cores in minutes; `falcon-relu demo` does.
+        "demo": FalconConfig(
+            d_model=256,
+            n_layers=4,
+            n_heads=8,
+            n_kv_heads=2,
+            d_ff=1024,
+            vocab_size=2048,
+            max_positions=512,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
     }
 )
 

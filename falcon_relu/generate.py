@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +128,10 @@ def _generate(
     slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     segments_BxT = (slots < lengths_B[:, None]).astype(jnp.int32)
     cache = KVCache.empty(model.config, B, T + N, model.dtype)
-    hidden_BxTxD, cache = model.apply(variables, tokens_BxT, slots, segments_BxT, cache, method="hidden")
+    apply: Any = model.apply
+    hidden_BxTxD, cache = apply(variables, tokens_BxT, slots, segments_BxT, cache, method="hidden")
     last_Bx1xD = jnp.take_along_axis(hidden_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
-    logits_BxV = model.apply(variables, last_Bx1xD, method="unembed")[:, 0]
+    logits_BxV = apply(variables, last_Bx1xD, method="unembed")[:, 0]
 
     def going(carry: tuple) -> jax.Array:
         step, *_, done_B = carry
@@ -141,7 +143,7 @@ def _generate(
         done_B = done_B | jnp.any(token_B[:, None] == stop[None], axis=1)
         out_BxN = out_BxN.at[:, step].set(jnp.where(done_B, 0, token_B))
         count_B = count_B + ~done_B
-        logits, cache = model.apply(
+        logits, cache = apply(
             variables, token_B[:, None], (lengths_B + step)[:, None], jnp.ones((B, 1), jnp.int32), cache
         )
         return step + 1, logits[:, 0], cache, out_BxN, count_B, done_B

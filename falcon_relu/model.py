@@ -69,7 +69,8 @@ class KVCache:
 def _parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> jax.Array:
     """Declares one parameter: name, shape, logical axes and spread (0 for zeros), once for every use of them."""
     init = nn.initializers.normal(std) if std else nn.initializers.zeros
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)  # type: ignore[no-any-return]
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value
 
 
 class LayerNorm(nn.Module):
@@ -82,7 +83,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """Returns the normalised input, [B, T, D] in `dtype`."""
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", ones, x_BxTxD.shape[-1:], jnp.float32)
+        scale_D: Any = self.param("scale", ones, x_BxTxD.shape[-1:], jnp.float32)
         bias_D = _parameter(self, "bias", x_BxTxD.shape[-1:], ("norm",), 0.0)
         x_BxTxD = x_BxTxD.astype(jnp.float32)
         centred = x_BxTxD - x_BxTxD.mean(-1, keepdims=True)

@@ -15,14 +15,25 @@ console = Console(stderr=True)
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="cyan")
+        if speed is None:
+            return Text("")
+        return Text(f"{speed * task.fields['scale']:,.0f} {task.fields['unit']}/s", style="cyan")
 
 
 @contextlib.contextmanager
-def progress(description: str, total: float | None, unit: str = "steps") -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left; yields `advance(amount=1, note="")`.
+def progress(
+    description: str, total: float | None, unit: str = "steps", *, scale: float = 1, done: float = 0
+) -> Iterator[Callable[..., None]]:
+    """A progress bar with rate and time left; yields `advance(amount=1, note=None)`.
 
     Where standard error is no terminal, one plain line is printed at the end instead.
+
+    Args:
+      description: what is going on.
+      total: steps in all, if known.
+      unit: what the rate counts.
+      scale: units in a step.
+      done: steps that an earlier process has done.
     """
     with Progress(
         TextColumn("{task.description}"),
@@ -32,9 +43,8 @@ def progress(description: str, total: float | None, unit: str = "steps") -> Iter
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        transient=False,
     ) as bar:
-        task = bar.add_task(description, total=total, unit=unit, note="")
+        task = bar.add_task(description, total=total, unit=unit, scale=scale, note="", completed=int(done))
 
         def advance(amount: float = 1, note: str | None = None) -> None:
             bar.update(task, advance=amount)

@@ -1,0 +1,146 @@
+"""What a training run is: one typed value that configs/ holds and the command line may change field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from falcon_relu.config import FAMILY, Activation
+from falcon_relu.model import Remat
+from train.data import DataConfig
+from train.loss import LossConfig
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101) with linear warm-up, cosine decay and clipping by the global norm.
+
+    Attributes:
+      learning_rate: peak, reached after the warm-up.
+      final_learning_rate: where the cosine ends.
+      warmup_steps: steps from 0 to the peak.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      epsilon: added to the root of the second moment.
+      weight_decay: of matrices; norms and biases are not decayed.
+      clip_norm: global gradient norm above which gradients are scaled down.
+    """
+
+    learning_rate: float = 3e-5
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError("OptimizerConfig needs learning_rate > 0 and 0 <= final_learning_rate <= learning_rate")
+        if self.warmup_steps < 0 or self.clip_norm <= 0:
+            raise ValueError("OptimizerConfig needs warmup_steps >= 0 and clip_norm > 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run: where the student starts, what it learns from, how, and where the result goes.
+
+    Attributes:
+      out: folder of the run; holds `config.json`, `log.jsonl`, `checkpoints/` and, once finished, `weights/`.
+      model: member of the family to start from fresh; exactly one of `model` and `init_from` is given.
+      init_from: native weights, Hugging Face folder or hub id to start from.
+      init_activation: the activation that `init_from` was trained with, if its config does not say.
+      activation: activation that the student trains with; None keeps what it starts with.
+      activation_shift: shift of "shifted_relu".
+      teacher: native weights, Hugging Face folder or hub id to distil from.
+      teacher_activation: the teacher's activation, if its config does not say.
+      data: token shards, row length, batch and order.
+      loss: weights, temperature and chunk of the loss.
+      optimizer: AdamW and its schedule.
+      steps: optimizer updates.
+      microbatches: pieces that a batch is worked through in, to save memory.
+      mesh: devices along (data, fsdp, tensor); one -1 takes what is left.
+      compute_dtype: dtype of the student's products; its parameters and optimizer state are float32.
+      teacher_dtype: dtype of the teacher's parameters and products.
+      remat: what the backward pass recomputes, see `falcon_relu.model.Falcon`.
+      query_chunk: queries that attention handles at a time; None for all.
+      seed: of fresh parameters.
+      log_every: steps between lines of the log.
+      validate_every: steps between passes over the validation rows; 0 for the end only.
+      checkpoint_every: steps between checkpoints; 0 for the end only.
+      keep_checkpoints: the newest ones that are kept.
+      max_bad_steps: updates in a row that may be skipped for a loss or gradient that is not finite.
+
+    Raises:
+      ValueError: a field is out of range or two contradict each other; the message names them.
+    """
+
+    out: Path
+    data: DataConfig
+    model: str | None = None
+    init_from: str | None = None
+    init_activation: Activation | None = None
+    activation: Activation | None = None
+    activation_shift: float = 0.0
+    teacher: str | None = None
+    teacher_activation: Activation | None = None
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    steps: int = 1000
+    microbatches: int = 1
+    mesh: tuple[int, int, int] = (1, -1, 1)
+    compute_dtype: Dtype = "bfloat16"
+    teacher_dtype: Dtype = "bfloat16"
+    remat: Remat = "none"
+    query_chunk: int | None = None
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+    max_bad_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.init_from is None):
+            raise ValueError("TrainConfig needs exactly one of model (start fresh) and init_from (start from weights)")
+        if self.model is not None and self.model not in FAMILY:
+            raise ValueError(f"TrainConfig.model {self.model!r} is unknown; known: {', '.join(FAMILY)}")
+        if self.loss.kd_weight and self.teacher is None:
+            raise ValueError("TrainConfig.loss.kd_weight is above 0 but no teacher is given")
+        for name in ("steps", "microbatches", "log_every", "keep_checkpoints", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.validate_every < 0 or self.checkpoint_every < 0:
+            raise ValueError("TrainConfig.validate_every and checkpoint_every must be at least 0")
+        if self.data.batch_size % self.microbatches:
+            raise ValueError(
+                f"TrainConfig.data.batch_size ({self.data.batch_size}) must be a multiple of microbatches "
+                f"({self.microbatches})"
+            )
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"TrainConfig.optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below steps ({self.steps})"
+            )
+        if self.query_chunk is not None and (self.query_chunk < 1 or self.data.seq_len % self.query_chunk):
+            raise ValueError(
+                f"TrainConfig.query_chunk ({self.query_chunk}) must divide data.seq_len ({self.data.seq_len})"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The config as values that JSON can hold."""
+
+        def plain(value: Any) -> Any:
+            match value:
+                case dict():
+                    return {key: plain(item) for key, item in value.items()}
+                case tuple() | list():
+                    return [plain(item) for item in value]
+                case Path():
+                    return str(value)
+            return value
+
+        return plain(dataclasses.asdict(self))

@@ -1,0 +1,101 @@
+"""What a run carries from step to step: parameters, optimizer state, counters; and how they lie on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from falcon_relu.config import FalconConfig
+from falcon_relu.model import Params
+from falcon_relu.sharding import abstract_params, param_shardings
+from train.config import OptimizerConfig
+
+
+@struct.dataclass
+class TrainState:
+    """The state of a run; also the shape of trees that say something of every leaf (shardings, shapes).
+
+    Attributes:
+      step: updates asked for so far, skipped ones included; int32 scalar.
+      params: float32 parameters.
+      opt_state: the optimizer's state, float32, sharded like the parameters.
+      bad_steps: updates skipped in a row, because the loss or a gradient was not finite; int32 scalar.
+      skipped: updates skipped in all; int32 scalar.
+    """
+
+    step: Any
+    params: Params
+    opt_state: Any
+    bad_steps: Any
+    skipped: Any
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine decay over the rest of `steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=config.final_learning_rate,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW; norms and biases are not decayed."""
+
+    def decayed(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[-1].key != "scale" and not path[-1].key.endswith("bias"), params
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def state_shardings(config: FalconConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The sharding of every leaf of a TrainState: moments like their parameters, counters on every device."""
+    params = param_shardings(config, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, abstract_params(config)),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, params, opt_state, everywhere, everywhere)
+
+
+def init_state(
+    config: FalconConfig, optimizer: optax.GradientTransformation, params: Params, shardings: TrainState
+) -> TrainState:
+    """The state before the first step, from float32 parameters that it takes over."""
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    zeros = (jax.device_put(jnp.zeros((), jnp.int32), shardings.step) for _ in range(3))
+    step, bad_steps, skipped = zeros
+    return TrainState(step, params, opt_state, bad_steps, skipped)
+
+
+def abstract_state(config: FalconConfig, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Shape, dtype and sharding of every leaf, for restoring a checkpoint or compiling ahead of time."""
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    params = abstract_params(config)
+    shapes = TrainState(count, params, jax.eval_shape(optimizer.init, params), count, count)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
