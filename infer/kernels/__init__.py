@@ -1,0 +1,42 @@
+"""What decoding computes on rows of weights: one signature, two backends.
+
+    rows_dot(w, x_BxD) -> y_BxM                                  every row with every vector
+    gathered_rows_dot(w, index_A, count, x_BxD) -> h_BxA         the rows that index_A[:count] names; 0 past them
+    weighted_row_sum(w, h_BxA, index_A, count) -> y_BxD          sum of rows (the named ones, if there is an index), weighted by h
+    select(score_BxF, threshold, budget) -> index_F, count       the neurons worth reading
+    attend(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, ...)       attention over the valid part of a cache
+    read_rows(w, index_A, count) -> int32                        reads and forgets: what the memory delivers
+
+A batch is a few sequences that share one read of each row. Everything is computed in f32, whatever the rows' format.
+`xla` is pure JAX and runs everywhere; `native` is C++ and runs at the speed of memory.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+from falcon_relu.errors import FalconError
+from infer.kernels import native, xla
+
+Backend = Literal["auto", "native", "xla"]
+
+
+def backend(name: Backend = "auto") -> ModuleType:
+    """The module with the kernels; "auto" is native where it was built.
+
+    Raises:
+      FalconError: the native kernels are asked for and not there; the message says why.
+    """
+    if name == "xla" or (name == "auto" and native.missing() is not None):
+        return xla
+    if (reason := native.missing()) is not None:
+        raise FalconError(
+            f"the native kernels cannot be used: {reason}; use the xla backend or reinstall with a C++17 compiler"
+        )
+    return native
+
+
+def describe(kernels: ModuleType) -> str:
+    """The backend in use, as shown to a person."""
+    return f"native ({native.instruction_set()})" if kernels is native else "xla"

@@ -1,0 +1,136 @@
+"""The native backend: the C++ of infer/native as XLA custom calls. Signatures: infer.kernels; reference: infer.kernels.xla."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from falcon_relu.errors import FalconError
+from infer.formats import Rows
+
+_TARGETS = ("rows_dot", "weighted_row_sum", "select", "attend", "read_rows")
+_FORCED = "FALCON_RELU_ISA"  # environment variable that picks the instruction set
+
+
+def missing() -> str | None:
+    """Why the native kernels cannot be used here; None if they can."""
+    try:
+        _library()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    here = Path(__file__).parents[1]
+    found = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := here / f"_native{suffix}").exists()]
+    if not found:
+        raise OSError("they were not built when the package was installed")
+    library = ctypes.CDLL(str(found[0]))
+    for name in ("falcon_instruction_sets", "falcon_instruction_set"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.falcon_use_instruction_set.restype = ctypes.c_bool
+    for name in _TARGETS:
+        jax.ffi.register_ffi_target(
+            f"falcon_{name}", jax.ffi.pycapsule(getattr(library, f"falcon_{name}")), platform="cpu"
+        )
+    if wanted := os.environ.get(_FORCED):
+        _use(library, wanted)
+    return library
+
+
+def _use(library: ctypes.CDLL, name: str) -> None:
+    if not library.falcon_use_instruction_set(name.encode()):
+        known = library.falcon_instruction_sets().decode()
+        raise FalconError(f"this CPU has no native kernels for {name!r}; it has: {known}")
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that this CPU can run, best first."""
+    return tuple(_library().falcon_instruction_sets().decode().split(","))
+
+
+def instruction_set() -> str:
+    """The instruction set in use."""
+    return _library().falcon_instruction_set().decode()
+
+
+def use_instruction_set(name: str) -> None:
+    """Uses another instruction set from the next call on.
+
+    Raises:
+      FalconError: this CPU has no such kernels.
+    """
+    _use(_library(), name)
+
+
+def rows_dot(w: Rows, x_BxD: jax.Array) -> jax.Array:
+    """See infer.kernels.xla.rows_dot."""
+    return _dot(w, x_BxD, *_EVERY_ROW, outputs=w.shape[0])
+
+
+def gathered_rows_dot(w: Rows, index_A: jax.Array, count: jax.Array, x_BxD: jax.Array) -> jax.Array:
+    """See infer.kernels.xla.gathered_rows_dot."""
+    return _dot(w, x_BxD, index_A, count, outputs=index_A.shape[0])
+
+
+def weighted_row_sum(
+    w: Rows, h_BxA: jax.Array, index_A: jax.Array | None = None, count: jax.Array | None = None
+) -> jax.Array:
+    """See infer.kernels.xla.weighted_row_sum."""
+    out = jax.ShapeDtypeStruct((h_BxA.shape[0], w.shape[1]), jnp.float32)
+    gathered = index_A is not None
+    index = (index_A, count) if gathered else _EVERY_ROW
+    return _call("weighted_row_sum", out, w.data, _scale(w), *index, h_BxA, gathered=gathered)
+
+
+def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See infer.kernels.xla.select."""
+    out = (jax.ShapeDtypeStruct((score_BxF.shape[1],), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
+    return _call("select", out, score_BxF, jnp.asarray(threshold, jnp.float32), jnp.asarray(budget, jnp.int32))
+
+
+def attend(
+    q_BxKxGxH: jax.Array,
+    k_BxSxKxH: jax.Array,
+    v_BxSxKxH: jax.Array,
+    length_B: jax.Array,
+    bias_NxS: jax.Array | None = None,
+) -> jax.Array:
+    """See infer.kernels.xla.attend."""
+    bias = jnp.zeros((0, 0), jnp.float32) if bias_NxS is None else bias_NxS
+    out = jax.ShapeDtypeStruct(q_BxKxGxH.shape, jnp.float32)
+    scale = np.float32(q_BxKxGxH.shape[-1] ** -0.5)
+    return _call("attend", out, q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, bias, softmax_scale=scale)
+
+
+def read_rows(w: Rows, index_A: jax.Array | None = None, count: jax.Array | None = None) -> jax.Array:
+    """See infer.kernels.xla.read_rows."""
+    gathered = index_A is not None
+    index = (index_A, count) if gathered else _EVERY_ROW
+    return _call("read_rows", jax.ShapeDtypeStruct((), jnp.int32), w.data, _scale(w), *index, gathered=gathered)
+
+
+_EVERY_ROW = (np.zeros(0, np.int32), np.zeros((), np.int32))
+
+
+def _dot(w: Rows, x_BxD: jax.Array, index: jax.Array, count: jax.Array, outputs: int) -> jax.Array:
+    out = jax.ShapeDtypeStruct((x_BxD.shape[0], outputs), jnp.float32)
+    return _call("rows_dot", out, w.data, _scale(w), index, count, x_BxD, gathered=index is not _EVERY_ROW[0])
+
+
+def _scale(w: Rows) -> jax.Array | np.ndarray:
+    return np.zeros(0, np.float32) if w.scale is None else w.scale
+
+
+def _call(name: str, out, *args, **attributes):  # type: ignore[no-untyped-def]
+    _library()
+    return jax.ffi.ffi_call(f"falcon_{name}", out)(*args, **attributes)

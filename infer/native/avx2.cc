@@ -1,0 +1,19 @@
+// The row kernels for AVX2 with FMA and F16C.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define FALCON_ISA avx2
+#define FALCON_VECTOR_BYTES 32
+#define FALCON_F16C
+#include "lanes.h"
+
+FALCON_KERNELS(kAvx2, "avx2",
+               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,324 @@
+// XLA custom calls (typed FFI) over the row kernels: every buffer is checked here, then the work is shared out on XLA's own
+// intra-op thread pool. What a call computes does not depend on the number of threads or on who takes which share.
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace falcon {
+namespace {
+
+// ---- which instruction set
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> out;  // best first
+#if defined(__x86_64__)
+  for (const Kernels* k : {&kAvx512Bf16, &kAvx512Vnni, &kAvx512, &kAvx2})
+    if (k->supported()) out.push_back(k);
+#endif
+  out.push_back(&kPlain);
+  return out;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{available().front()};
+  return kernels;
+}
+
+// ---- threads
+
+// Calls body(i) for 0 <= i < n, on the calling thread and as many of the pool's as are free. The caller takes shares too and
+// waits only for shares that somebody has begun, so that a call from inside the pool cannot wait for itself.
+template <class Body>
+void parallel_for(ffi::ThreadPool& pool, int64_t n, const Body& body) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  const int64_t helpers = std::min(pool.num_threads(), n) - 1;
+  if (helpers < 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  auto state = std::make_shared<State>();
+  auto work = [state, n, &body] {  // `body` is touched only after a share was claimed, while the caller waits
+    int64_t mine = 0;
+    for (int64_t i = state->next++; i < n; i = state->next++, ++mine) body(i);
+    if (!mine) return;
+    std::lock_guard<std::mutex> lock(state->mutex);
+    state->done += mine;
+    if (state->done == n) state->finished.notify_all();
+  };
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done == n; });
+}
+
+// Memory that a thread keeps from call to call, aligned for vectors.
+void* scratch(int64_t bytes, int slot) {
+  struct Slot {
+    std::unique_ptr<char[]> memory;
+    int64_t size = 0;
+  };
+  thread_local Slot slots[2];
+  Slot& s = slots[slot];
+  if (s.size < bytes + 64) {
+    s.memory.reset(new char[bytes + 64]);
+    s.size = bytes + 64;
+  }
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(s.memory.get()) + 63) / 64 * 64);
+}
+
+// Rows a share: enough bytes to be worth claiming, few enough that the threads finish together.
+int64_t share_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
+  const int64_t by_bytes = (int64_t{256} << 10) / std::max<int64_t>(row_bytes, 1);
+  const int64_t by_threads = rows / (4 * threads);
+  return std::max<int64_t>(4, std::min(by_bytes, by_threads) / 4 * 4);
+}
+
+// ---- checks
+
+ffi::Error invalid(const std::string& text) { return ffi::Error::InvalidArgument("falcon_relu: " + text); }
+
+int format_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return kF32;
+    case ffi::BF16: return kBF16;
+    case ffi::F16: return kF16;
+    case ffi::S8: return kI8;
+    default: return -1;
+  }
+}
+
+std::string check_matrix(const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& scale, const ffi::Buffer<ffi::S32>& index,
+                         const ffi::Buffer<ffi::S32>& count, bool gathered, Matrix* out) {
+  if (format_of(w.element_type()) < 0) return "rows must be f32, bf16, f16 or int8";
+  if (w.dimensions().size() != 2) return "rows must be a matrix";
+  const int64_t rows = w.dimensions()[0], columns = w.dimensions()[1];
+  if (columns < 1 || columns > (1 << 19)) return "rows must be 1 to 524288 wide, not " + std::to_string(columns);
+  const int64_t scales = scale.element_count();
+  if (scales != 0 && scales != rows) return std::to_string(scales) + " scales for " + std::to_string(rows) + " rows";
+  if (format_of(w.element_type()) == kI8 && scales != rows) return "int8 rows need scales";
+  *out = Matrix{w.untyped_data(), scales ? scale.typed_data() : nullptr, nullptr, rows, columns};
+  if (!gathered) return "";
+  if (count.element_count() != 1) return "count must be one number";
+  const int64_t capacity = index.element_count(), n = count.typed_data()[0];
+  if (n < 0 || n > capacity) return "count " + std::to_string(n) + " of " + std::to_string(capacity) + " indices";
+  const int32_t* ids = index.typed_data();
+  for (int64_t i = 0; i < n; ++i)
+    if (ids[i] < 0 || ids[i] >= rows)
+      return "index[" + std::to_string(i) + "] is " + std::to_string(ids[i]) + ", the matrix has " + std::to_string(rows) + " rows";
+  out->index = ids, out->count = n;
+  return "";
+}
+
+// ---- rows x vectors
+
+ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> index,
+                    ffi::Buffer<ffi::S32> count, ffi::BufferR2<ffi::F32> x, ffi::ResultBufferR2<ffi::F32> y, bool gathered) {
+  Matrix m;
+  if (auto wrong = check_matrix(w, scale, index, count, gathered, &m); !wrong.empty()) return invalid(wrong);
+  const int64_t batch = x.dimensions()[0], outputs = y->dimensions()[1];
+  if (x.dimensions()[1] != m.columns) return invalid("vectors and rows differ in width");
+  const int64_t expected = gathered ? static_cast<int64_t>(index.element_count()) : m.count;
+  if (y->dimensions()[0] != batch || outputs != expected) return invalid("the result has the wrong shape");
+  const Kernels& kernels = *chosen();
+  const int format = format_of(w.element_type());
+  const Packed packed =
+      kernels.pack_x(format, x.typed_data(), m.columns, batch, scratch(kernels.packed_bytes(format, m.columns, batch), 0));
+  float* out = y->typed_data();
+  const int64_t share = share_rows(m.count, m.columns * item_bytes(format), std::max<int64_t>(pool.num_threads(), 1));
+  parallel_for(pool, (m.count + share - 1) / share, [&](int64_t i) {
+    kernels.dot[format](m, packed, i * share, std::min(m.count, (i + 1) * share), out, outputs);
+  });
+  for (int64_t b = 0; b < batch; ++b) std::fill(out + b * outputs + m.count, out + (b + 1) * outputs, 0.0f);
+  return ffi::Error::Success();
+}
+
+ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> index,
+                            ffi::Buffer<ffi::S32> count, ffi::BufferR2<ffi::F32> h, ffi::ResultBufferR2<ffi::F32> y,
+                            bool gathered) {
+  Matrix m;
+  if (auto wrong = check_matrix(w, scale, index, count, gathered, &m); !wrong.empty()) return invalid(wrong);
+  const int64_t batch = h.dimensions()[0], inputs = h.dimensions()[1];
+  if (inputs != (gathered ? static_cast<int64_t>(index.element_count()) : m.count))
+    return invalid("there must be one weight a row");
+  if (y->dimensions()[0] != batch || y->dimensions()[1] != m.columns) return invalid("the result has the wrong shape");
+  const Kernels& kernels = *chosen();
+  const int format = format_of(w.element_type());
+  // Shares are blocks of columns: each column is summed by one thread, in the order of the rows.
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t share = std::max<int64_t>(512, (m.columns / threads + kStripe - 1) / kStripe * kStripe);
+  parallel_for(pool, (m.columns + share - 1) / share, [&](int64_t i) {
+    const int64_t begin = i * share, end = std::min(m.columns, begin + share);
+    void* memory = scratch(kernels.sum_bytes(format, m.count, end - begin, batch), 1);
+    kernels.sum[format](m, h.typed_data(), inputs, batch, begin, end, y->typed_data(), memory);
+  });
+  return ffi::Error::Success();
+}
+
+// ---- which neurons
+
+ffi::Error select(ffi::BufferR2<ffi::F32> score, ffi::Buffer<ffi::F32> threshold, ffi::Buffer<ffi::S32> budget,
+                  ffi::ResultBufferR1<ffi::S32> index, ffi::Result<ffi::Buffer<ffi::S32>> count) {
+  const int64_t batch = score.dimensions()[0], neurons = score.dimensions()[1];
+  if (threshold.element_count() != 1 || budget.element_count() != 1) return invalid("threshold and budget must be one number each");
+  if (static_cast<int64_t>(index->element_count()) != neurons || count->element_count() != 1)
+    return invalid("the result has the wrong shape");
+  const float least = threshold.typed_data()[0];
+  const int64_t most = std::clamp<int64_t>(budget.typed_data()[0], 0, neurons);
+  int32_t* out = index->typed_data();
+  int64_t n = 0;
+  float* best = static_cast<float*>(scratch(2 * neurons * sizeof(float), 0));  // of the neurons found: highest score of the batch
+  for (int64_t f = 0; f < neurons; ++f) {
+    bool wanted = false;
+    float highest = -std::numeric_limits<float>::infinity();
+    for (int64_t b = 0; b < batch; ++b) {
+      const float s = score.typed_data()[b * neurons + f];
+      wanted |= s >= least;
+      highest = s > highest ? s : highest;
+    }
+    out[n] = static_cast<int32_t>(f), best[n] = highest;
+    n += wanted;
+  }
+  if (n > most) {
+    float* sorted = best + neurons;
+    std::copy(best, best + n, sorted);
+    int64_t kept = 0;
+    if (most > 0) {
+      std::nth_element(sorted, sorted + (most - 1), sorted + n, std::greater<float>());
+      const float cut = sorted[most - 1];
+      int64_t ties = most - std::count_if(best, best + n, [cut](float s) { return s > cut; });  // the lowest indices stay
+      for (int64_t i = 0; i < n; ++i)
+        if (best[i] > cut || (best[i] == cut && ties-- > 0)) out[kept++] = out[i];
+    }
+    n = kept;
+  }
+  std::fill(out + n, out + neurons, static_cast<int32_t>(neurons));
+  count->typed_data()[0] = static_cast<int32_t>(n);
+  return ffi::Error::Success();
+}
+
+// ---- attention
+
+ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                  ffi::BufferR1<ffi::S32> length, ffi::BufferR2<ffi::F32> bias, ffi::ResultBufferR4<ffi::F32> out,
+                  float softmax_scale) {
+  const auto qd = q.dimensions();
+  const auto kd = k.dimensions(), vd = v.dimensions();
+  const int format = format_of(k.element_type());
+  if (kd.size() != 4 || !std::equal(kd.begin(), kd.end(), vd.begin(), vd.end()) || k.element_type() != v.element_type())
+    return invalid("keys and values must be alike");
+  if (format < 0 || format == kI8) return invalid("the cache must be f32, bf16 or f16");
+  const int64_t batch = qd[0], kv_heads = qd[1], group = qd[2], width = qd[3], positions = kd[1];
+  if (kd[0] != batch || kd[2] != kv_heads || kd[3] != width) return invalid("queries and cache differ in shape");
+  if (!std::equal(qd.begin(), qd.end(), out->dimensions().begin())) return invalid("the result has the wrong shape");
+  if (static_cast<int64_t>(length.element_count()) != batch) return invalid("one length a sequence");
+  for (int64_t b = 0; b < batch; ++b)
+    if (const int32_t n = length.typed_data()[b]; n < 1 || n > positions)
+      return invalid("length " + std::to_string(n) + " in a cache of " + std::to_string(positions) + " positions");
+  const bool biased = bias.element_count() > 0;
+  if (biased && (bias.dimensions()[0] != kv_heads * group || bias.dimensions()[1] < positions))
+    return invalid("the position bias must be (heads, positions)");
+  const Kernels& kernels = *chosen();
+  constexpr int64_t heads = 16;  // query heads a share
+  const int64_t shares = (group + heads - 1) / heads;
+  const int64_t item = item_bytes(format), stride = kv_heads * width;
+  parallel_for(pool, batch * kv_heads * shares, [&](int64_t i) {
+    const int64_t first = i % shares * heads, kv = i / shares % kv_heads, b = i / shares / kv_heads;
+    const int64_t n = std::min(heads, group - first), at = (b * kv_heads + kv) * group + first;
+    const int64_t valid = length.typed_data()[b], offset = (b * positions * kv_heads + kv) * width * item;
+    float* memory = static_cast<float*>(scratch((n * padded(valid) + kStripe * width) * sizeof(float), 1));
+    kernels.attend[format](q.typed_data() + at * width, n, width, static_cast<char*>(k.untyped_data()) + offset,
+                           static_cast<char*>(v.untyped_data()) + offset, stride, valid,
+                           biased ? bias.typed_data() + (kv * group + first) * bias.dimensions()[1] : nullptr,
+                           biased ? bias.dimensions()[1] : 0, softmax_scale, out->typed_data() + at * width, memory);
+  });
+  return ffi::Error::Success();
+}
+
+// ---- what memory delivers
+
+ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> index,
+                     ffi::Buffer<ffi::S32> count, ffi::Result<ffi::Buffer<ffi::S32>> out, bool gathered) {
+  Matrix m;
+  if (auto wrong = check_matrix(w, scale, index, count, gathered, &m); !wrong.empty()) return invalid(wrong);
+  const Kernels& kernels = *chosen();
+  const int64_t row_bytes = m.columns * item_bytes(format_of(w.element_type()));
+  const int64_t share = share_rows(m.count, row_bytes, std::max<int64_t>(pool.num_threads(), 1));
+  std::atomic<int64_t> all{0};
+  parallel_for(pool, (m.count + share - 1) / share, [&](int64_t i) {
+    all ^= kernels.read(m, row_bytes, i * share, std::min(m.count, (i + 1) * share));
+  });
+  out->typed_data()[0] = static_cast<int32_t>(all);
+  return ffi::Error::Success();
+}
+
+#define FALCON_MATRIX \
+  Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
+
+}  // namespace
+}  // namespace falcon
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_rows_dot, falcon::rows_dot,
+                              ffi::Ffi::Bind().FALCON_MATRIX.Arg<ffi::BufferR2<ffi::F32>>().Ret<ffi::BufferR2<ffi::F32>>().Attr<bool>(
+                                  "gathered"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_weighted_row_sum, falcon::weighted_row_sum,
+                              ffi::Ffi::Bind().FALCON_MATRIX.Arg<ffi::BufferR2<ffi::F32>>().Ret<ffi::BufferR2<ffi::F32>>().Attr<bool>(
+                                  "gathered"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_select, falcon::select,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::BufferR1<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_attend, falcon::attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR4<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::BufferR4<ffi::F32>>()
+                                  .Attr<float>("softmax_scale"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_read_rows, falcon::read_rows,
+                              ffi::Ffi::Bind().FALCON_MATRIX.Ret<ffi::Buffer<ffi::S32>>().Attr<bool>("gathered"));
+
+// Names of the instruction sets that this CPU has, best first, separated by commas.
+extern "C" const char* falcon_instruction_sets() {
+  static const std::string names = [] {
+    std::string out;
+    for (const falcon::Kernels* k : falcon::available()) out += (out.empty() ? "" : ",") + std::string(k->name);
+    return out;
+  }();
+  return names.c_str();
+}
+
+extern "C" const char* falcon_instruction_set() { return falcon::chosen().load()->name; }
+
+// Uses the named instruction set from now on; false if this CPU lacks it.
+extern "C" bool falcon_use_instruction_set(const char* name) {
+  for (const falcon::Kernels* k : falcon::available())
+    if (!std::strcmp(k->name, name)) {
+      falcon::chosen() = k;
+      return true;
+    }
+  return false;
+}

@@ -1,0 +1,69 @@
+// The row kernels of one instruction set, on one thread. handlers.cc checks the buffers and shares the work out.
+#pragma once
+
+#include <cstdint>
+
+namespace falcon {
+
+enum Format { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kFormats = 4 };
+
+constexpr int64_t kStripe = 64;  // columns handled at a time; packed inputs are padded with zeros to a multiple of it
+
+inline int64_t padded(int64_t columns) { return (columns + kStripe - 1) / kStripe * kStripe; }
+inline int64_t item_bytes(int format) { return format == kF32 ? 4 : format == kI8 ? 1 : 2; }
+
+// A matrix of rows, or the rows of it that `index` names.
+struct Matrix {
+  const void* data;
+  const float* scale;    // one a row, or null
+  const int32_t* index;  // null: every row in order
+  int64_t count;         // rows of the matrix, or entries of `index`
+  int64_t columns;
+
+  int64_t row(int64_t position) const { return index ? index[position] : position; }
+};
+
+// Vectors in the order and number format in which one instruction set multiplies them with rows of one format.
+// A plane holds `batch` vectors of `stride` elements.
+struct Packed {
+  const void* high;
+  const void* low;  // what `high` rounded away; null where nothing was
+  const float* unit;  // integer formats: value of one step of `low`, one a vector
+  const int32_t* sum;  // integer formats: sum of each vector, `high` then `low`
+  int64_t stride;
+  int64_t batch;
+};
+
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+
+  // Bytes of scratch that `pack_x` needs for `batch` vectors of `columns`.
+  int64_t (*packed_bytes)(int format, int64_t columns, int64_t batch);
+  Packed (*pack_x)(int format, const float* x, int64_t columns, int64_t batch, void* scratch);
+  // y[b * y_stride + i] = <row i, x_b> for begin <= i < end.
+  void (*dot[kFormats])(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride);
+
+  // Bytes of scratch that `sum` needs for one call.
+  int64_t (*sum_bytes)(int format, int64_t rows, int64_t columns, int64_t batch);
+  // y[b * w.columns + d] = sum_i h[b * h_stride + i] * row i [d] for begin <= d < end; begin a multiple of kStripe.
+  void (*sum[kFormats])(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end,
+                        float* y, void* scratch);
+
+  // Attention of `heads` query heads over one KV head's first `length` positions; see handlers.cc.
+  void (*attend[3])(const float* q, int64_t heads, int64_t width, const void* k, const void* v, int64_t stride,
+                    int64_t length, const float* bias, int64_t bias_stride, float softmax_scale, float* out,
+                    float* scratch);
+  // Reads rows [begin, end) and returns something that depends on every byte: what memory can deliver.
+  int64_t (*read)(const Matrix& w, int64_t row_bytes, int64_t begin, int64_t end);
+};
+
+extern const Kernels kPlain;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;
+extern const Kernels kAvx512Bf16;
+#endif
+
+}  // namespace falcon

@@ -1,0 +1,567 @@
+// The row kernels, written once over vectors of kBytes bytes and compiled once for each instruction set. The including file sets
+// FALCON_ISA (a namespace), FALCON_VECTOR_BYTES, what instructions there are (FALCON_F16C, FALCON_AVX512, FALCON_VNNI, FALCON_BF16),
+// and the compiler's target. Nothing here may have external linkage, or the linker could pick one instruction set's copy for all.
+#include <cmath>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "kernels.h"
+
+namespace falcon {
+namespace FALCON_ISA {
+namespace {
+
+#define FALCON_INLINE inline __attribute__((always_inline))
+
+constexpr int64_t kBytes = FALCON_VECTOR_BYTES;
+constexpr int kLanes = kBytes / 4;
+constexpr int64_t kAhead = 3072;  // bytes between what is multiplied and what is asked for
+
+typedef float F32 __attribute__((vector_size(kBytes)));
+typedef uint32_t U32 __attribute__((vector_size(kBytes)));
+typedef float LooseF32 __attribute__((vector_size(kBytes), aligned(4), may_alias));
+typedef uint32_t LooseU32 __attribute__((vector_size(kBytes), aligned(1), may_alias));
+
+FALCON_INLINE F32 load(const float* p) { return *reinterpret_cast<const LooseF32*>(p); }
+FALCON_INLINE void store(float* p, F32 v) { *reinterpret_cast<LooseF32*>(p) = v; }
+FALCON_INLINE F32 spread(float v) { return v - F32{}; }
+FALCON_INLINE float total(F32 v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, kBytes);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// A row format: its number type, and how 2 * kLanes of them become two vectors. `kPairs`: even and odd columns, instead of
+// the first and second half (a bf16 is the upper half of an f32, so a pair needs a shift and a mask only).
+struct F32Row {
+  using T = float;
+  static constexpr bool kPairs = false;
+  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = load(p), b = load(p + kLanes); }
+};
+
+struct BF16Row {
+  using T = uint16_t;
+  static constexpr bool kPairs = true;
+  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) {
+    const U32 pair = *reinterpret_cast<const LooseU32*>(p);
+    a = (F32)(pair << 16), b = (F32)(pair & 0xffff0000u);
+  }
+};
+
+struct F16Row {
+  using T = uint16_t;
+  static constexpr bool kPairs = false;
+  static FALCON_INLINE F32 half(const T* p) {
+#if defined(FALCON_AVX512)
+    return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(FALCON_F16C)
+    return (F32)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+    return (F32)vcvt_f32_f16(vld1_f16(reinterpret_cast<const __fp16*>(p)));
+#else
+    U32 bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = p[i];
+    // The exponent moves to its place in an f32 and is rebiased; where it is 0 there is no leading one, which is taken off again.
+    // No f32 subnormal may occur on the way: XLA's threads flush them.
+    const U32 magnitude = (bits & 0x7fffu) << 13;
+    const F32 normal = (F32)(magnitude + (112u << 23));
+    const F32 subnormal = (F32)(magnitude + (113u << 23)) - spread(0x1p-14f);
+    const U32 small = (U32)(magnitude < (1u << 23));
+    return (F32)(((U32)subnormal & small) | ((U32)normal & ~small) | ((bits & 0x8000u) << 16));
+#endif
+  }
+  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = half(p), b = half(p + kLanes); }
+};
+
+struct I8Row {
+  using T = int8_t;
+  static constexpr bool kPairs = false;
+  static FALCON_INLINE F32 half(const T* p) {
+#if defined(FALCON_AVX512)
+    return (F32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(FALCON_F16C)
+    return (F32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    F32 v;
+    for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+    return v;
+#endif
+  }
+  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = half(p), b = half(p + kLanes); }
+};
+
+// Where column `d` of a stripe stands in a packed vector of the format.
+template <class Row>
+FALCON_INLINE int64_t place(int64_t d) {
+  if (!Row::kPairs) return d;
+  const int64_t unit = d / (2 * kLanes) * (2 * kLanes), within = d - unit;
+  return unit + within / 2 + (within & 1) * kLanes;
+}
+
+template <class T>
+FALCON_INLINE void fetch_stripe(const T* p) {
+  for (size_t line = 0; line < sizeof(T); ++line) __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line);
+}
+
+// Calls step(stripe index, row pointers at the stripe) over columns [begin, end) of kRows rows, asking for what comes kAhead
+// bytes later, first in the same rows and then in the `next` ones.
+template <class T, int kRows, class Step>
+FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64_t begin, int64_t end, Step&& step) {
+  constexpr int64_t ahead = kAhead / sizeof(T) / kStripe * kStripe;
+  const int64_t whole = begin + (end - begin) / kStripe * kStripe;
+  const int64_t inside = whole - begin > ahead ? whole - ahead : begin;
+  const T* at[kRows];
+  int64_t d = begin;
+  for (; d < inside; d += kStripe) {
+    for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(at[r] + ahead);
+    step(d - begin, at);
+  }
+  for (; d < whole; d += kStripe) {
+    for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(next[r] + begin + (d - inside));
+    step(d - begin, at);
+  }
+}
+
+template <class T, int kRows>
+FALCON_INLINE void row_pointers(const Matrix& w, int64_t first, int64_t end, const T** rows, const T** next) {
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t here = first + r, then = first + kRows + r < end ? first + kRows + r : here;
+    rows[r] = static_cast<const T*>(w.data) + w.row(here) * w.columns;
+    next[r] = static_cast<const T*>(w.data) + w.row(then) * w.columns;
+  }
+}
+
+// ---- dot products of rows with vectors
+
+// Multiplies in f32: any format on any instruction set. An accumulator is a row's products with one vector.
+template <class Row>
+struct WideDot {
+  using T = typename Row::T;
+  using Acc = F32;
+  const Packed& x;
+  int64_t first;
+  template <int kRows, int kBatch>
+  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kBatch]) const {
+    for (int64_t u = 0; u < kStripe; u += 2 * kLanes) {
+      F32 xa[kBatch], xb[kBatch];
+      for (int b = 0; b < kBatch; ++b) {
+        const float* p = static_cast<const float*>(x.high) + (first + b) * x.stride + d + u;
+        xa[b] = load(p), xb[b] = load(p + kLanes);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        F32 wa, wb;
+        Row::load2(at[r] + u, wa, wb);
+        for (int b = 0; b < kBatch; ++b) acc[r][b] += wa * xa[b], acc[r][b] += wb * xb[b];
+      }
+    }
+  }
+  FALCON_INLINE float finish(Acc acc, int) const { return total(acc); }
+};
+
+#if defined(FALCON_BF16)
+// Two bf16 products a lane and instruction. The vector is split in two bf16 planes, so that 16 of its 24 bits count: the second
+// product costs nothing, since memory is the limit.
+struct BF16Dot {
+  using T = uint16_t;
+  using Acc = __m512;
+  const Packed& x;
+  int64_t first;
+  template <int kRows, int kBatch>
+  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kBatch]) const {
+    for (int64_t u = 0; u < kStripe; u += 32) {
+      __m512bh high[kBatch], low[kBatch];
+      for (int b = 0; b < kBatch; ++b) {
+        const int64_t i = (first + b) * x.stride + d + u;
+        high[b] = (__m512bh)_mm512_loadu_si512(static_cast<const uint16_t*>(x.high) + i);
+        low[b] = (__m512bh)_mm512_loadu_si512(static_cast<const uint16_t*>(x.low) + i);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const __m512bh w = (__m512bh)_mm512_loadu_si512(at[r] + u);
+        for (int b = 0; b < kBatch; ++b)
+          acc[r][b] = _mm512_dpbf16_ps(_mm512_dpbf16_ps(acc[r][b], w, low[b]), w, high[b]);
+      }
+    }
+  }
+  FALCON_INLINE float finish(Acc acc, int) const { return total((F32)acc); }
+};
+#endif
+
+#if defined(FALCON_VNNI)
+struct TwoPlanes {
+  __m512i high, low;
+};
+
+// Four int8 products a lane and instruction. The vector is rounded to 16 bits, split in two int8 planes. The instruction wants
+// one side unsigned: w + 128 is, and 128 * sum(x) is taken off at the end. Sums are exact below 2^19 columns.
+struct I8Dot {
+  using T = int8_t;
+  using Acc = TwoPlanes;
+  const Packed& x;
+  int64_t first;
+  template <int kRows, int kBatch>
+  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kBatch]) const {
+    const __m512i offset = _mm512_set1_epi8(-128);
+    __m512i w[kRows];
+    for (int r = 0; r < kRows; ++r) w[r] = _mm512_xor_si512(_mm512_loadu_si512(at[r]), offset);
+    for (int b = 0; b < kBatch; ++b) {
+      const int64_t i = (first + b) * x.stride + d;
+      const __m512i high = _mm512_loadu_si512(static_cast<const int8_t*>(x.high) + i);
+      const __m512i low = _mm512_loadu_si512(static_cast<const int8_t*>(x.low) + i);
+      for (int r = 0; r < kRows; ++r) {
+        acc[r][b].high = _mm512_dpbusd_epi32(acc[r][b].high, w[r], high);
+        acc[r][b].low = _mm512_dpbusd_epi32(acc[r][b].low, w[r], low);
+      }
+    }
+  }
+  FALCON_INLINE float finish(Acc acc, int b) const {
+    const int32_t* sum = x.sum + 2 * (first + b);
+    const int64_t high = _mm512_reduce_add_epi32(acc.high) - 128ll * sum[0];
+    const int64_t low = _mm512_reduce_add_epi32(acc.low) - 128ll * sum[1];
+    return x.unit[first + b] * static_cast<float>(256 * high + low);
+  }
+};
+#endif
+
+template <class Dot, int kRows, int kBatch>
+FALCON_INLINE void dot_tile(const Matrix& w, const Dot& dot, int64_t i, int64_t end, float* y, int64_t y_stride) {
+  using T = typename Dot::T;
+  const T *rows[kRows], *next[kRows];
+  row_pointers<T, kRows>(w, i, end, rows, next);
+  typename Dot::Acc acc[kRows][kBatch] = {};
+  each_stripe<T, kRows>(rows, next, 0, w.columns, [&](int64_t d, const T* const* at) __attribute__((always_inline)) {
+    dot.template step<kRows, kBatch>(d, at, acc);
+  });
+  const int64_t whole = w.columns / kStripe * kStripe;
+  if (whole < w.columns) {
+    T buffer[kRows][kStripe];
+    const T* at[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      std::memset(buffer[r], 0, sizeof(buffer[r]));
+      std::memcpy(buffer[r], rows[r] + whole, (w.columns - whole) * sizeof(T));
+      at[r] = buffer[r];
+    }
+    dot.template step<kRows, kBatch>(whole, at, acc);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const float scale = w.scale ? w.scale[w.row(i + r)] : 1.0f;
+    for (int b = 0; b < kBatch; ++b) y[(dot.first + b) * y_stride + i + r] = scale * dot.finish(acc[r][b], b);
+  }
+}
+
+template <class Dot, int kRows, int kBatch>
+FALCON_INLINE void dot_rows(const Matrix& w, const Packed& x, int64_t first, int64_t begin, int64_t end, float* y,
+                            int64_t y_stride) {
+  const Dot dot{x, first};
+  int64_t i = begin;
+  for (; i + kRows <= end; i += kRows) dot_tile<Dot, kRows, kBatch>(w, dot, i, end, y, y_stride);
+  for (; i < end; ++i) dot_tile<Dot, 1, kBatch>(w, dot, i, end, y, y_stride);
+}
+
+// Groups of rows that stay in the cache while all vectors of the batch pass over them.
+template <class Dot>
+void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+  constexpr int64_t group = 4;
+  if (x.batch == 1) return dot_rows<Dot, 4, 1>(w, x, 0, begin, end, y, y_stride);
+  for (int64_t i = begin; i < end; i += group) {
+    const int64_t stop = i + group < end ? i + group : end;
+    int64_t b = 0;
+    for (; b + 4 <= x.batch; b += 4) dot_rows<Dot, 2, 4>(w, x, b, i, stop, y, y_stride);
+    for (; b + 2 <= x.batch; b += 2) dot_rows<Dot, 4, 2>(w, x, b, i, stop, y, y_stride);
+    for (; b < x.batch; ++b) dot_rows<Dot, 4, 1>(w, x, b, i, stop, y, y_stride);
+  }
+}
+
+// ---- packing of vectors
+
+#if defined(FALCON_VNNI)
+// Rounds v to 16 bits in two int8 planes: v = step * (256 * high + low). Returns step; sums of the planes in sum[0..1].
+inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int32_t* sum) {
+  float largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::fabs(v[i]) > largest ? std::fabs(v[i]) : largest;
+  const float step = largest > 0 ? largest / 32639.0f : 1.0f, per_step = 1.0f / step;
+  int32_t high_sum = 0, low_sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t q = static_cast<int32_t>(std::nearbyint(v[i] * per_step));
+    const int32_t h = (q + 128) >> 8, l = q - 256 * h;
+    high[i] = static_cast<int8_t>(h), low[i] = static_cast<int8_t>(l);
+    high_sum += h, low_sum += l;
+  }
+  sum[0] = high_sum, sum[1] = low_sum;
+  return step;
+}
+#endif
+
+int64_t packed_bytes(int, int64_t columns, int64_t batch) { return batch * (4 * padded(columns) + 16) + 64; }
+
+template <class Row>
+Packed pack_wide(const float* x, int64_t columns, int64_t batch, void* scratch) {
+  const int64_t stride = padded(columns);
+  float* out = static_cast<float*>(scratch);
+  std::memset(out, 0, batch * stride * sizeof(float));
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t d = 0; d < columns; ++d) out[b * stride + place<Row>(d)] = x[b * columns + d];
+  return Packed{out, nullptr, nullptr, nullptr, stride, batch};
+}
+
+#if defined(FALCON_BF16)
+Packed pack_bf16(const float* x, int64_t columns, int64_t batch, void* scratch) {
+  const int64_t stride = padded(columns);
+  uint16_t* high = static_cast<uint16_t*>(scratch);
+  uint16_t* low = high + batch * stride;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t d = 0; d < stride; d += 16) {
+      const int64_t left = columns - d;
+      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+      const __m512 v = _mm512_maskz_loadu_ps(mask, x + b * columns + d);
+      const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);
+      const __m512 rest = _mm512_sub_ps(v, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + b * stride + d), h);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + b * stride + d), (__m256i)_mm512_cvtneps_pbh(rest));
+    }
+  return Packed{high, low, nullptr, nullptr, stride, batch};
+}
+#endif
+
+#if defined(FALCON_VNNI)
+Packed pack_i8(const float* x, int64_t columns, int64_t batch, void* scratch) {
+  const int64_t stride = padded(columns);
+  float* unit = static_cast<float*>(scratch);
+  int32_t* sum = reinterpret_cast<int32_t*>(unit + batch);
+  int8_t* high = reinterpret_cast<int8_t*>(sum + 2 * batch);
+  int8_t* low = high + batch * stride;
+  std::memset(high, 0, 2 * batch * stride);
+  for (int64_t b = 0; b < batch; ++b)
+    unit[b] = split_i8(x + b * columns, columns, high + b * stride, low + b * stride, sum + 2 * b);
+  return Packed{high, low, unit, sum, stride, batch};
+}
+#endif
+
+Packed pack_x(int format, const float* x, int64_t columns, int64_t batch, void* scratch) {
+  switch (format) {
+    case kBF16:
+#if defined(FALCON_BF16)
+      return pack_bf16(x, columns, batch, scratch);
+#else
+      return pack_wide<BF16Row>(x, columns, batch, scratch);
+#endif
+#if defined(FALCON_VNNI)
+    case kI8:
+      return pack_i8(x, columns, batch, scratch);
+#endif
+    default:
+      return pack_wide<F32Row>(x, columns, batch, scratch);
+  }
+}
+
+// ---- weighted sums of rows
+
+constexpr int64_t kSumRows = 32768;  // rows after which integer sums are added up in f32, before they could overflow
+
+int64_t sum_bytes(int, int64_t rows, int64_t columns, int64_t batch) {
+  const int64_t panel = (rows < kSumRows ? rows : kSumRows) + 8;
+  return batch * (8 * padded(columns) + 8 * panel + 64) + 64;
+}
+
+template <class Row, int kRows>
+FALCON_INLINE void sum_tile(const Matrix& w, const float* weight, int64_t weight_stride, int64_t batch, int64_t i, int64_t begin,
+                            int64_t end, float* acc) {
+  using T = typename Row::T;
+  const int64_t stride = padded(end - begin);
+  const T *rows[kRows], *next[kRows];
+  row_pointers<T, kRows>(w, i, w.count, rows, next);
+  const auto step = [&](int64_t d, const T* const* at) __attribute__((always_inline)) {
+    for (int64_t u = 0; u < kStripe; u += 2 * kLanes) {
+      F32 wa[kRows], wb[kRows];
+      for (int r = 0; r < kRows; ++r) Row::load2(at[r] + u, wa[r], wb[r]);
+      for (int64_t b = 0; b < batch; ++b) {
+        float* p = acc + b * stride + d + u;
+        F32 a = load(p), c = load(p + kLanes);
+        for (int r = 0; r < kRows; ++r) {
+          const F32 h = spread(weight[b * weight_stride + r]);
+          a += h * wa[r], c += h * wb[r];
+        }
+        store(p, a), store(p + kLanes, c);
+      }
+    }
+  };
+  each_stripe<T, kRows>(rows, next, begin, end, step);
+  const int64_t whole = (end - begin) / kStripe * kStripe;
+  if (begin + whole < end) {
+    T buffer[kRows][kStripe];
+    const T* at[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      std::memset(buffer[r], 0, sizeof(buffer[r]));
+      std::memcpy(buffer[r], rows[r] + begin + whole, (end - begin - whole) * sizeof(T));
+      at[r] = buffer[r];
+    }
+    step(whole, at);
+  }
+}
+
+template <class Row>
+void sum(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch) {
+  constexpr int kRows = 4;
+  const int64_t stride = padded(end - begin);
+  float* acc = static_cast<float*>(scratch);
+  float* weight = acc + batch * stride;  // of the tile's rows: h times the row's scale
+  std::memset(acc, 0, batch * stride * sizeof(float));
+  const auto weigh = [&](int64_t i, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float scale = w.scale ? w.scale[w.row(i + r)] : 1.0f;
+      for (int64_t b = 0; b < batch; ++b) weight[b * kRows + r] = scale * h[b * h_stride + i + r];
+    }
+  };
+  int64_t i = 0;
+  for (; i + kRows <= w.count; i += kRows) {
+    weigh(i, kRows);
+    sum_tile<Row, kRows>(w, weight, kRows, batch, i, begin, end, acc);
+  }
+  for (; i < w.count; ++i) {
+    weigh(i, 1);
+    sum_tile<Row, 1>(w, weight, kRows, batch, i, begin, end, acc);
+  }
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t d = begin; d < end; ++d) y[b * w.columns + d] = acc[b * stride + place<Row>(d - begin)];
+}
+
+// ---- attention
+
+// One KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over s < length, for `heads` query heads.
+// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + kBlock * width floats.
+constexpr int64_t kBlock = 64;  // positions turned round at a time, so that a lane is a position
+
+template <class T>
+FALCON_INLINE float widen(T v);
+template <>
+FALCON_INLINE float widen<float>(float v) {
+  return v;
+}
+struct Half {
+  uint16_t bits;
+};
+template <>
+FALCON_INLINE float widen<uint16_t>(uint16_t v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+template <>
+FALCON_INLINE float widen<Half>(Half v) {
+  const uint32_t magnitude = (v.bits & 0x7fffu) << 13;
+  const bool small = magnitude < (1u << 23);
+  const uint32_t bits = magnitude + ((small ? 113u : 112u) << 23);
+  float out;
+  std::memcpy(&out, &bits, 4);
+  if (small) out -= 0x1p-14f;
+  return v.bits & 0x8000u ? -out : out;
+}
+
+template <class T>
+void attend(const float* q, int64_t heads, int64_t width, const void* k_, const void* v_, int64_t stride, int64_t length,
+            const float* bias, int64_t bias_stride, float softmax_scale, float* out, float* scratch) {
+  const T* k = static_cast<const T*>(k_);
+  const T* v = static_cast<const T*>(v_);
+  const int64_t room = padded(length);
+  float* score = scratch;
+  float* block = scratch + heads * room;
+  for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
+    const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
+    for (int64_t s = 0; s < kBlock; ++s)
+      for (int64_t c = 0; c < width; ++c) block[c * kBlock + s] = s < n ? widen<T>(k[(s0 + s) * stride + c]) : 0.0f;
+    for (int64_t g = 0; g < heads; ++g) {
+      F32 acc[kBlock / kLanes] = {};
+      for (int64_t c = 0; c < width; ++c) {
+        const F32 qc = spread(q[g * width + c]);
+        for (int j = 0; j < kBlock / kLanes; ++j) acc[j] += qc * load(block + c * kBlock + j * kLanes);
+      }
+      for (int j = 0; j < kBlock / kLanes; ++j) store(score + g * room + s0 + j * kLanes, acc[j]);
+    }
+  }
+  for (int64_t g = 0; g < heads; ++g) {
+    float* p = score + g * room;
+    float largest = -INFINITY, sum = 0;
+    for (int64_t s = 0; s < length; ++s) {
+      p[s] = softmax_scale * p[s] + (bias ? bias[g * bias_stride + s] : 0.0f);
+      largest = p[s] > largest ? p[s] : largest;
+    }
+    for (int64_t s = 0; s < length; ++s) p[s] = std::exp(p[s] - largest), sum += p[s];
+    for (int64_t s = 0; s < length; ++s) p[s] /= sum;
+    for (int64_t c = 0; c < width; ++c) out[g * width + c] = 0;
+  }
+  const int64_t wide = width / kLanes * kLanes;
+  for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
+    const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
+    for (int64_t s = 0; s < n; ++s)
+      for (int64_t c = 0; c < width; ++c) block[s * width + c] = widen<T>(v[(s0 + s) * stride + c]);
+    for (int64_t g = 0; g < heads; ++g) {
+      const float* p = score + g * room + s0;
+      float* o = out + g * width;
+      for (int64_t c = 0; c < wide; c += kLanes) {
+        F32 acc = load(o + c);
+        for (int64_t s = 0; s < n; ++s) acc += spread(p[s]) * load(block + s * width + c);
+        store(o + c, acc);
+      }
+      for (int64_t c = wide; c < width; ++c)
+        for (int64_t s = 0; s < n; ++s) o[c] += p[s] * block[s * width + c];
+    }
+  }
+}
+
+// ---- reading alone, to measure memory
+
+int64_t read(const Matrix& w, int64_t row_bytes, int64_t begin, int64_t end) {
+  U32 acc[4] = {};
+  const int64_t whole = row_bytes / (4 * kBytes) * (4 * kBytes);
+  for (int64_t i = begin; i < end; ++i) {
+    const char* row = static_cast<const char*>(w.data) + w.row(i) * row_bytes;
+    const char* next = static_cast<const char*>(w.data) + w.row(i + 1 < end ? i + 1 : i) * row_bytes;
+    for (int64_t d = 0; d < whole; d += 4 * kBytes) {
+      const char* wanted = d + kAhead < whole ? row + d + kAhead : next + (d + kAhead - whole);
+      for (int64_t line = 0; line < 4 * kBytes; line += 64) __builtin_prefetch(wanted + line);
+      for (int j = 0; j < 4; ++j) acc[j] ^= *reinterpret_cast<const LooseU32*>(row + d + j * kBytes);
+    }
+  }
+  const U32 all = acc[0] ^ acc[1] ^ acc[2] ^ acc[3];
+  int64_t out = 0;
+  for (int i = 0; i < kLanes; ++i) out ^= all[i];
+  return out;
+}
+
+#if defined(FALCON_BF16)
+using UsedBF16Dot = BF16Dot;
+#else
+using UsedBF16Dot = WideDot<BF16Row>;
+#endif
+#if defined(FALCON_VNNI)
+using UsedI8Dot = I8Dot;
+#else
+using UsedI8Dot = WideDot<I8Row>;
+#endif
+
+}  // namespace
+}  // namespace FALCON_ISA
+}  // namespace falcon
+
+#define FALCON_KERNELS(NAME, TEXT, SUPPORTED)                                                       \
+  namespace falcon {                                                                                \
+  const Kernels NAME = {                                                                            \
+      TEXT,                                                                                         \
+      [] { return static_cast<bool>(SUPPORTED); },                                                  \
+      FALCON_ISA::packed_bytes,                                                                     \
+      FALCON_ISA::pack_x,                                                                           \
+      {FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F32Row>>, FALCON_ISA::dot<FALCON_ISA::UsedBF16Dot>, \
+       FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F16Row>>, FALCON_ISA::dot<FALCON_ISA::UsedI8Dot>},  \
+      FALCON_ISA::sum_bytes,                                                                        \
+      {FALCON_ISA::sum<FALCON_ISA::F32Row>, FALCON_ISA::sum<FALCON_ISA::BF16Row>,                   \
+       FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::sum<FALCON_ISA::I8Row>},                    \
+      {FALCON_ISA::attend<float>, FALCON_ISA::attend<uint16_t>, FALCON_ISA::attend<FALCON_ISA::Half>}, \
+      FALCON_ISA::read,                                                                             \
+  };                                                                                                \
+  }
