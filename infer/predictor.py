@@ -31,6 +31,8 @@ from falcon_relu.files import write_aside
 # What a predictor reads: the residual stream before the block's LayerNorms, or the MLP's own input after its LayerNorm.
 PredictorInput = Literal["block_input", "mlp_input"]
 
+EVERY = -1e30  # the threshold at which every neuron is selected
+
 _VERSION = 1
 _METADATA = "falcon_relu_predictor"
 
@@ -91,10 +93,10 @@ def uncalibrated(
 
 
 def score(layer: LayerPredictor, x: jax.Array) -> jax.Array:
-    """Logits [..., F] in float32 of inputs [..., D]; the products are taken in the dtype of the maps."""
-    x = x.astype(layer.fc1_RxD.dtype)
-    hidden = jax.nn.relu(jnp.einsum("...d,rd->...r", x, layer.fc1_RxD))
-    return jnp.einsum("...r,fr->...f", hidden, layer.fc2_FxR, preferred_element_type=jnp.float32)
+    """Logits [..., F] of inputs [..., D], computed in float32 whatever the dtypes."""
+    fc1_RxD, fc2_FxR = layer.fc1_RxD.astype(jnp.float32), layer.fc2_FxR.astype(jnp.float32)
+    hidden = jax.nn.relu(jnp.einsum("...d,rd->...r", x.astype(jnp.float32), fc1_RxD))
+    return jnp.einsum("...r,fr->...f", hidden, fc2_FxR)
 
 
 def select(logits: jax.Array, threshold: jax.Array | float, budget: jax.Array | int) -> jax.Array:
@@ -122,7 +124,7 @@ def stack(layers: Sequence[LayerPredictor]) -> LayerPredictor:
 
 
 def save(predictor: Predictor, path: Path, *, replace: bool = False) -> None:
-    """Writes one safetensors file: `layers.{i}.fc1.weight` [R, D], `layers.{i}.fc2.weight` [F, R], the rest as metadata.
+    """Writes one safetensors file: `layers.{i}.fc1.weight` [R, D], `layers.{i}.fc2.weight` [F, R], metadata.
 
     Raises:
       FalconError: the file exists and may not be replaced.
@@ -214,9 +216,7 @@ def export_powerinfer(predictor: Predictor, folder: Path) -> None:
     """
     torch = _torch()
     if predictor.input != "block_input":
-        raise FalconError(
-            f"PowerInfer's predictors read block_input, this one reads {predictor.input}; fit another"
-        )
+        raise FalconError(f"PowerInfer's predictors read block_input, this one reads {predictor.input}; fit another")
     with write_aside(folder) as aside:
         aside.mkdir()
         for i, layer in enumerate(predictor.layers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from flax import struct
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.model import Falcon, Params, Select
-from infer.predictor import LayerPredictor, Predictor, PredictorInput, score, select, stack
+from infer.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, select, stack
 from infer.record import Batch
 
 
@@ -76,11 +76,12 @@ def compare(
       read, fired: share of the MLPs' neurons that were selected, that fire in the dense model.
       read_per_layer, fired_per_layer: the same for each layer.
     """
-    run = jax.jit(functools.partial(_sums, config, predictor.input, dtype))
     chosen = selector(predictor)
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
-        sums = run(params, chosen, *(batch[k] for k in ("tokens", "positions", "segment_ids")))
+        sums = _sums(
+            config, predictor.input, dtype, params, chosen, *(batch[k] for k in ("tokens", "positions", "segment_ids"))
+        )
         totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
     tokens, targets = float(totals["tokens"]), float(totals["targets"])
     read, fired = (totals[name] / (tokens * config.d_ff) for name in ("read_L", "fired_L"))
@@ -96,6 +97,35 @@ def compare(
     }
 
 
+def sensitivity(
+    config: FalconConfig, params: Params, predictor: Predictor, batches: Sequence[Batch], *, dtype: Any = jnp.float32
+) -> list[float]:
+    """KL(dense || sparse) for each unit of a layer's share of lost energy, when that layer alone is sparse.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      predictor: calibrated once, so that every layer loses a little.
+      batches: text; a few thousand tokens are enough, and are run once for every layer.
+      dtype: compute dtype.
+
+    Returns:
+      L weights for `calibrate`.
+    """
+    others = predictor.replace(thresholds=(EVERY,) * config.n_layers, budgets=(config.d_ff,) * config.n_layers)
+
+    def alone(i: int) -> Predictor:
+        thresholds = [*others.thresholds]
+        thresholds[i] = predictor.thresholds[i]
+        return others.replace(thresholds=tuple(thresholds))
+
+    return [
+        compare(config, params, alone(i), batches, dtype=dtype)["kl"] / max(1 - figures["energy"], 1e-6)
+        for i, figures in enumerate(predictor.measured)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(
     config: FalconConfig,
     input: PredictorInput,

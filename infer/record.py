@@ -48,6 +48,20 @@ class Recording:
     d_model: int
     d_ff: int
 
+    @property
+    def held_out(self) -> range:
+        """The tokens kept for measuring: the last tenth."""
+        return range(self.tokens - self.tokens // 10, self.tokens)
+
+    def check(self, config: FalconConfig) -> None:
+        """Raises FalconError unless this is a recording of every layer of such a model."""
+        sizes, needed = (self.d_model, self.d_ff), (config.d_model, config.d_ff)
+        if sizes != needed or self.layers != tuple(range(config.n_layers)):
+            raise FalconError(
+                f"{self.folder} has D, F = {sizes} and layers {list(self.layers)}; the model has {needed} and "
+                f"{config.n_layers} layers, all of which are needed"
+            )
+
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs [N, D] in bfloat16 and contributions [N, F] in float8 of layer `i`, mapped from disk.
 
