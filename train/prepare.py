@@ -250,7 +250,7 @@ class _Workers:
     def __init__(self, config: PrepareConfig, settings: dict[str, Any], advance: Callable[..., None]):
         self.tokens = 0
         self._config, self._settings, self._advance = config, settings, advance
-        self._processes = config.processes or len(os.sched_getaffinity(0))
+        self._processes = config.processes or _cpus()
         self._pending: dict[futures.Future[int], float] = {}
         self._started = time.monotonic()
 
@@ -287,6 +287,11 @@ class _Workers:
                 ) from None
             rate = self.tokens / (time.monotonic() - self._started)
             self._advance(self._pending.pop(unit), f"{rate:,.0f} tokens/s")
+
+
+def _cpus() -> int:
+    """CPUs that this process may use, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _worker_tokenizer: Tokenizer

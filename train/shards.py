@@ -8,6 +8,7 @@ tokens:
 
 The runs cut the row into its documents (segments 1, 2, ...); what they leave over at the end is padding (segment 0,
 id 0). A document ends with the end-of-text token; one that does not fit goes on in the next row, as a segment there.
+Targets are the next tokens of the same segment, so the last token of a row has none.
 """
 
 from __future__ import annotations
