@@ -1,9 +1,9 @@
 """Calibration: a threshold and a budget for every layer, chosen together for the whole model.
 
-What a layer loses by not reading neurons that fire is measured as energy, the sum of their squared contributions.
-The outputs of skipped neurons add up nearly at random, so their energy is the squared error of the MLP's output, and to
-second order KL(dense || sparse) is a weighted sum of the layers' squared errors. Thresholds are therefore chosen so that
-the last neuron read lowers the lost energy by the same amount in every layer.
+What a layer loses by not reading neurons that fire is measured as energy, the sum of their squared contributions. The
+outputs of skipped neurons add up nearly at random, so this is the squared error of the MLP's output, and to second
+order KL(dense || sparse) is a weighted sum of the layers' squared errors. Thresholds are therefore chosen so that the
+last neuron read lowers the (weighted) lost energy by the same amount in every layer.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ class Curve:
     fired: float
 
     def covering(self, energy: float) -> int:
-        """The first point that covers a share of the energy; the last if none does."""
+        """The first point that covers a share of the energy."""
         return min(int(np.searchsorted(self.energy_P, energy)), len(self.energy_P) - 1)
+
+    def reading(self, neurons: float) -> int:
+        """The last point that reads at most so many neurons a token; the first if none does."""
+        return max(int(np.searchsorted(self.read_P, neurons, side="right")) - 1, 0)
 
     def figures(self, p: int) -> dict[str, float]:
         """What a predictor stores of its point `p`: read, fired (neurons a token), recall, precision, mass, energy."""
@@ -83,6 +87,7 @@ def calibrate(
     *,
     energy: float | None = None,
     neurons: float | None = None,
+    kl: float | None = None,
     sensitivity: Sequence[float] | None = None,
 ) -> Predictor:
     """Sets thresholds, budgets and measured figures, from held-out tokens.
@@ -91,25 +96,27 @@ def calibrate(
       predictor: as fitted.
       recording: of its model and of its input.
       energy: the share of the energy to cover, a mean over layers; with the fewest neurons read. Or:
-      neurons: the neurons to read for a token in all layers together; with the most energy covered.
-      sensitivity: weight of each layer's share of lost energy (see `quality.sensitivity`); equal if None.
+      neurons: the neurons to read for a token in all layers together; with the most energy covered. Or:
+      kl: KL(dense || sparse) to expect, nats a token; with the fewest neurons read; needs the sensitivity.
+      sensitivity: weight of each layer's share of lost energy, nats (see `quality.sensitivity`); equal if None.
 
     Raises:
       FalconError: the recording is of another input or model, or not exactly one target is given.
     """
-    if (energy is None) == (neurons is None):
-        raise FalconError("calibrate to a share of the energy or to a number of neurons, one of the two")
+    if sum(target is not None for target in (energy, neurons, kl)) != 1 or (kl is not None and sensitivity is None):
+        raise FalconError("calibrate to one of: energy, neurons, kl (which needs the layers' sensitivity)")
     if recording.input != predictor.input:
         raise FalconError(f"the recording is of {recording.input}, the predictor reads {predictor.input}")
-    if recording.layers != tuple(range(len(predictor.layers))):
-        raise FalconError(f"{recording.folder} holds layers {recording.layers}; a recording of all layers is needed")
+    if recording.n_layers != len(predictor.layers):
+        raise FalconError(f"the recording is of {recording.n_layers} layers, the predictor of {len(predictor.layers)}")
     weight_L = np.ones(len(predictor.layers)) if sensitivity is None else np.asarray(sensitivity, np.float64)
+    max_loss = kl if energy is None else (1 - energy) * float(weight_L.sum())
     curves = [measure(layer, recording, i) for i, layer in enumerate(predictor.layers)]
     points = allocate(
         [curve.read_P for curve in curves],
         [weight * (1 - curve.energy_P) for weight, curve in zip(weight_L, curves, strict=True)],
         max_cost=neurons,
-        max_loss=None if energy is None else (1 - energy) * float(weight_L.sum()),
+        max_loss=max_loss,
     )
     thresholds = tuple(float(curve.threshold_P[p]) for curve, p in zip(curves, points, strict=True))
     budgets = tuple(

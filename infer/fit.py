@@ -1,8 +1,8 @@
 """Fitting predictors to a recording, a layer at a time.
 
 The loss weighs neurons by what they contribute. With e the contribution of a neuron (over the mean of those that fire,
-to a power) and z its logit, it is e * softplus(-z) + price * softplus(z), which is least where z = log(E[e | x] / price):
-the logit reaches 0 exactly where the contribution to be expected is worth the price of a read. With power 0 it is a
+to a power) and z its logit, it is e * softplus(-z) + price * softplus(z), least where z = log(E[e | x] / price): the
+logit reaches 0 exactly where the contribution to be expected is worth the price of a read. With power 0 it is a
 class-weighted cross-entropy as in Deja Vu (arXiv:2310.17157).
 """
 
@@ -51,7 +51,7 @@ class FitConfig:
     epochs: int = 8
     patience: int = 2
     batch: int = 512
-    learning_rate: float = 0.02
+    learning_rate: float = 0.06
     weight_decay: float = 1e-4
     seed: int = 0
 
@@ -67,26 +67,35 @@ class FitConfig:
 def fit(
     recording: Recording, config: FalconConfig, params: Params, ranks: Sequence[int], how: FitConfig | None = None
 ) -> Predictor:
-    """Fits all layers, in bfloat16, with threshold 0 and no budgets; `calibrate` sets those.
+    """Fits all layers, in bfloat16, with the thresholds at which as many neurons are read as fire.
+
+    `measured` are the held-out figures there, and `start_recall` and `start_energy` of `linear_start` at as many reads.
 
     Args:
-      recording: of all layers of the model.
+      recording: of the model.
       config: the model.
       params: its parameters; the start is made from them.
       ranks: R of each layer, even.
       how: settings.
 
     Raises:
-      FalconError: the recording is not of this model, or a layer of it never fires.
+      FalconError: the recording is not of this model or too short, or a layer of it never fires.
     """
     how = how or FitConfig()
     recording.check(config)
-    layers = []
+    layers, thresholds, measured = [], [], []
     with progress("fit predictors", config.n_layers * how.epochs, "epochs") as advance:
         for i, R in enumerate(ranks):
             up_FxD = up_rows(config, params, i, recording.input)
-            layers.append(fit_layer(recording, i, up_FxD, R, how, functools.partial(advance, note=f"layer {i}")))
-    return uncalibrated(layers, recording.input).astype(jnp.bfloat16)
+            fitted = fit_layer(recording, i, up_FxD, R, how, functools.partial(advance, note=f"layer {i}"))
+            layers.append(jax.tree.map(lambda w: w.astype(jnp.bfloat16), fitted))
+            curve = measure(layers[-1], recording, i)
+            start = measure(linear_start(_sample(recording, i)[0], up_FxD, R), recording, i)
+            p, q = curve.reading(curve.fired), start.reading(curve.fired)
+            thresholds.append(float(curve.threshold_P[p]))
+            baseline = {"start_recall": float(start.recall_P[q]), "start_energy": float(start.energy_P[q])}
+            measured.append(curve.figures(p) | baseline)
+    return uncalibrated(layers, recording.input).replace(thresholds=tuple(thresholds), measured=tuple(measured))
 
 
 def fit_layer(
@@ -99,7 +108,11 @@ def fit_layer(
 ) -> LayerPredictor:
     """Fits layer `i` from `linear_start`; returns the weights that did best on held-out tokens, float32."""
     (x_NxD, c_NxF), held_out = recording.layer(i), recording.held_out
-    sample_nxD, sample_nxF = (a[: min(_SAMPLE, held_out.start)].astype(np.float32) for a in (x_NxD, c_NxF))
+    if len(held_out) < how.batch:
+        raise FalconError(
+            f"{recording.folder} is too short: batches of {how.batch} need {10 * how.batch} tokens recorded"
+        )
+    sample_nxD, sample_nxF = _sample(recording, i)
     fires = sample_nxF > 0
     if not fires.any():
         raise FalconError(f"no neuron of layer {i} fires on the recorded text; is it the right model?")
@@ -172,12 +185,12 @@ def choose_rank(
     up_FxD: jax.Array,
     candidates: Sequence[int],
     *,
-    recall: float,
+    energy: float,
     how: FitConfig | None = None,
 ) -> tuple[int, list[dict[str, float]]]:
     """The rank of layer `i` at which a token reads least: both maps, and 2 D weights for each neuron selected.
 
-    Every candidate is fitted for one epoch and read at the threshold that covers `recall` of the held-out energy.
+    Every candidate is fitted for one epoch and measured where it covers a share `energy` of the held-out energy.
 
     Returns:
       The rank and, for each candidate, rank, neurons read a token and weights read a token.
@@ -187,9 +200,14 @@ def choose_rank(
     tried = []
     for R in candidates:
         curve = measure(fit_layer(recording, i, up_FxD, R, how), recording, i)
-        read = float(curve.read_P[curve.covering(recall)])
+        read = float(curve.read_P[curve.covering(energy)])
         tried.append({"rank": R, "read": read, "weights": R * (D + F) + 2 * D * read})
     return int(min(tried, key=lambda row: row["weights"])["rank"]), tried
+
+
+def _sample(recording: Recording, i: int) -> tuple[np.ndarray, ...]:
+    """Inputs and contributions of the first tokens, float32."""
+    return tuple(a[: min(_SAMPLE, recording.held_out.start)].astype(np.float32) for a in recording.layer(i))
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ from flax import struct
 from falcon_relu.config import FalconConfig
 from falcon_relu.model import Falcon, Params, Select
 from infer.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, select, stack
-from infer.record import Batch
+from infer.record import BATCH_KEYS, Batch
 
 
 @struct.dataclass
@@ -79,9 +79,7 @@ def compare(
     chosen = selector(predictor)
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
-        sums = _sums(
-            config, predictor.input, dtype, params, chosen, *(batch[k] for k in ("tokens", "positions", "segment_ids"))
-        )
+        sums = _sums(config, predictor.input, dtype, params, chosen, *(batch[k] for k in BATCH_KEYS))
         totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
     tokens, targets = float(totals["tokens"]), float(totals["targets"])
     read, fired = (totals[name] / (tokens * config.d_ff) for name in ("read_L", "fired_L"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +20,8 @@ from falcon_relu.model import Falcon, Params
 from falcon_relu.progress import progress
 from infer.predictor import PredictorInput
 
-Batch = Mapping[str, Any]  # tokens, segment_ids, positions: int32 [B, T]; segment 0 is padding
+Batch = Mapping[str, Any]  # as of train.data: the three below, int32 [B, T]; segment 0 is padding
+BATCH_KEYS = ("tokens_BxT", "positions_BxT", "segment_ids_BxT")  # in the order in which the model takes them
 
 INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
@@ -36,7 +37,7 @@ class Recording:
       folder: where it is.
       input: which input of the layers was recorded.
       tokens: N, tokens recorded, in the order of the batches.
-      layers: the layers recorded.
+      n_layers: L.
       d_model: D.
       d_ff: F.
     """
@@ -44,7 +45,7 @@ class Recording:
     folder: Path
     input: PredictorInput
     tokens: int
-    layers: tuple[int, ...]
+    n_layers: int
     d_model: int
     d_ff: int
 
@@ -54,13 +55,10 @@ class Recording:
         return range(self.tokens - self.tokens // 10, self.tokens)
 
     def check(self, config: FalconConfig) -> None:
-        """Raises FalconError unless this is a recording of every layer of such a model."""
-        sizes, needed = (self.d_model, self.d_ff), (config.d_model, config.d_ff)
-        if sizes != needed or self.layers != tuple(range(config.n_layers)):
-            raise FalconError(
-                f"{self.folder} has D, F = {sizes} and layers {list(self.layers)}; the model has {needed} and "
-                f"{config.n_layers} layers, all of which are needed"
-            )
+        """Raises FalconError unless this is a recording of such a model."""
+        sizes, needed = ((c.n_layers, c.d_model, c.d_ff) for c in (self, config))
+        if sizes != needed:
+            raise FalconError(f"{self.folder} is of a model with L, D, F = {sizes}; this one has {needed}")
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs [N, D] in bfloat16 and contributions [N, F] in float8 of layer `i`, mapped from disk.
@@ -83,7 +81,6 @@ def record(
     *,
     tokens: int,
     input: PredictorInput,
-    layers: Sequence[int] | None = None,
     dtype: Any = jnp.float32,
 ) -> Recording:
     """Runs the model over `batches` and writes what its layers saw, padding left out.
@@ -95,7 +92,6 @@ def record(
       folder: the recording to make; appears when complete.
       tokens: how many tokens to record.
       input: which input of the layers.
-      layers: which layers, all if None; recording a large model in groups bounds the disk space.
       dtype: compute dtype.
 
     Raises:
@@ -103,13 +99,12 @@ def record(
     """
     if config.activation == "gelu":
         raise FalconError("a GELU model has no silent neurons to predict; record a model whose activation is a ReLU")
-    layers = tuple(range(config.n_layers)) if layers is None else tuple(layers)
     done = 0
     with write_aside(folder) as aside, progress("record", tokens, "tokens") as advance:
         aside.mkdir()
-        for arrays in _observed(config, params, batches, input, layers, dtype):
+        for arrays in _observed(config, params, batches, input, dtype):
             kept = min(tokens - done, arrays[0].shape[1])
-            for i, x_NxD, c_NxF in zip(layers, *arrays, strict=True):
+            for i, (x_NxD, c_NxF) in enumerate(zip(*arrays, strict=True)):
                 _append(_inputs(aside, i), x_NxD[:kept])
                 _append(_contributions(aside, i), c_NxF[:kept])
             done += kept
@@ -118,7 +113,7 @@ def record(
                 break
         else:
             raise FalconError(f"the text ended after {done} of {tokens} tokens; give more text or record fewer tokens")
-        made = Recording(Path(folder), input, tokens, layers, config.d_model, config.d_ff)
+        made = Recording(Path(folder), input, tokens, config.n_layers, config.d_model, config.d_ff)
         fields = {k: v for k, v in dataclasses.asdict(made).items() if k != "folder"}
         write_json(aside / "recording.json", {"version": _VERSION, **fields})
     return made
@@ -133,10 +128,10 @@ def open_recording(folder: Path) -> Recording:
     fields = read_json(Path(folder) / "recording.json")
     try:
         version, input = fields.pop("version"), fields["input"]
-        recording = Recording(folder=Path(folder), **(fields | {"layers": tuple(fields["layers"])}))
+        recording = Recording(folder=Path(folder), **fields)
         if version != _VERSION or input not in get_args(PredictorInput):
             raise ValueError(f"version {version!r}, input {input!r}")
-        for i in recording.layers:
+        for i in range(recording.n_layers):
             recording.layer(i)
     except (TypeError, KeyError, ValueError, AttributeError, OSError) as error:
         raise FalconError(f"{folder} is not a whole recording: {error}; record it again") from None
@@ -144,34 +139,25 @@ def open_recording(folder: Path) -> Recording:
 
 
 def _observed(
-    config: FalconConfig,
-    params: Params,
-    batches: Iterable[Batch],
-    input: PredictorInput,
-    layers: Sequence[int],
-    dtype: Any,
+    config: FalconConfig, params: Params, batches: Iterable[Batch], input: PredictorInput, dtype: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs [l, N, D] and contributions [l, N, F] of the chosen layers for the real tokens of each batch."""
-    observe = jax.jit(functools.partial(_observe, Falcon(config, dtype), input, tuple(layers)))
+    """Inputs [L, N, D] and contributions [L, N, F] for the real tokens of each batch."""
+    observe = jax.jit(functools.partial(_observe, Falcon(config, dtype), input))
     for batch in batches:
-        real_BxT = np.asarray(batch["segment_ids"]) != 0
-        arrays = observe(params, *(batch[k] for k in ("tokens", "positions", "segment_ids")))
+        real_BxT = np.asarray(batch["segment_ids_BxT"]) != 0
+        arrays = observe(params, *(batch[k] for k in BATCH_KEYS))
         yield tuple(np.asarray(a)[:, real_BxT] for a in arrays)  # type: ignore[misc]
 
 
-def _observe(
-    model: Falcon, input: PredictorInput, layers: tuple[int, ...], params: Params, *batch: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _observe(model: Falcon, input: PredictorInput, params: Params, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
     _, variables = model.apply({"params": params}, *batch, method="hidden", mutable=["activations"])
     seen = variables["activations"]["layers"]
-    mlp = params["layers"]["mlp"]
-    chosen = jnp.array(layers)
-    lengths_LxF = jnp.linalg.norm(mlp["down"][chosen].astype(jnp.float32), axis=-1)
-    h_LxBxTxF = jnp.abs(seen["mlp"]["neurons"][chosen].astype(jnp.float32))
+    lengths_LxF = jnp.linalg.norm(params["layers"]["mlp"]["down"].astype(jnp.float32), axis=-1)
+    h_LxBxTxF = jnp.abs(seen["mlp"]["neurons"].astype(jnp.float32))
     finite = jnp.finfo(CONTRIBUTION_DTYPE)
     c_LxBxTxF = jnp.clip(h_LxBxTxF * lengths_LxF[:, None, None], float(finite.smallest_subnormal), float(finite.max))
     c_LxBxTxF = jnp.where(h_LxBxTxF > 0, c_LxBxTxF, 0).astype(CONTRIBUTION_DTYPE)
-    return seen[input][chosen].astype(INPUT_DTYPE), c_LxBxTxF
+    return seen[input].astype(INPUT_DTYPE), c_LxBxTxF
 
 
 def _inputs(folder: Path, i: int) -> Path:

@@ -1,0 +1,222 @@
+"""`falcon-relu predictor`: record, fit and calibrate the predictors of which neurons fire."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from falcon_relu.checkpoint import load_model
+from falcon_relu.cli.figures import report
+from falcon_relu.config import Activation, FalconConfig
+from falcon_relu.model import Params
+from falcon_relu.progress import progress
+from falcon_relu.sparsity import sparsity
+from infer.calibrate import calibrate, neurons_for_bytes
+from infer.fit import FitConfig, choose_rank, fit, up_rows
+from infer.predictor import Predictor, PredictorInput, export_powerinfer, import_powerinfer, load, save
+from infer.quality import compare, sensitivity
+from infer.record import Batch, Recording, open_recording, record
+from train.data import DataConfig, Source, train_batches, validation_batches
+from train.shards import read_manifest
+
+_WEIGHING_BATCHES = 2  # batches on which the layers' sensitivity is measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Step:
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder of native or Hugging Face weights, or hub id, of a ReLU model."""
+    activation: Activation | None = None
+    """MLP activation, where a Hugging Face config does not state it."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record(_Step):
+    """Run the model on text; keep what entered its MLPs and what each neuron added, 2 D + F bytes a token and layer."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Token shards made by falcon-relu prepare; the training split is read."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to make."""
+    tokens: int = 200_000
+    """Tokens to record; the last tenth is held out."""
+    input: PredictorInput = "mlp_input"
+    """What the predictor reads: the block's input (as PowerInfer's do) or the MLP's, after the LayerNorm."""
+    batch_size: int = 8
+    """Sequences run together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit(_Step):
+    """Fit a predictor for every layer to a recording."""
+
+    recording: Annotated[Path, tyro.conf.Positional]
+    """Folder made by falcon-relu predictor record."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Predictor file to make."""
+    rank: int | None = None
+    """R of every layer; if not given, each layer takes the one at which a token reads least."""
+    rank_energy: float = 0.99
+    """Share of the squared contributions to be covered when ranks are compared."""
+    how: Annotated[FitConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FitConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrate(_Step):
+    """Choose all layers' thresholds and budgets for one target, and measure the quality on held-out text.
+
+    Give one of --kl, --energy, --neurons and --megabytes.
+    """
+
+    recording: Annotated[Path, tyro.conf.Positional]
+    """Recording of the model."""
+    predictor: Annotated[Path, tyro.conf.Positional]
+    """Predictor file that was fitted to it."""
+    data: Annotated[Path, tyro.conf.Positional]
+    """Token shards: the training split weighs the layers, the validation split measures."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Predictor file to make."""
+    kl: float | None = None
+    """KL(dense || sparse) to expect, nats a token."""
+    energy: float | None = None
+    """Share of the squared contributions to cover."""
+    neurons: float | None = None
+    """Neurons to read for a token in all layers together."""
+    megabytes: float | None = None
+    """MB that MLPs and predictors may read for a token."""
+    weight_bytes: float = 2.0
+    """Bytes of a weight when decoding, for --megabytes: 2 for bf16, 1 for int8."""
+    batch_size: int = 8
+    """Sequences run together."""
+    batches: int = 16
+    """Validation batches to measure on, at most."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import(_Step):
+    """Turn PowerInfer's model_0.pt, model_1.pt, ... into a predictor file."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of the .pt files."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Predictor file to make."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(_Step):
+    """Turn a predictor file into model_0.pt, model_1.pt, ... for PowerInfer."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Predictor file, fitted to block_input."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to make."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Predictors of which neurons fire: record, fit, calibrate; exchange them with PowerInfer."""
+
+    step: tyro.conf.OmitSubcommandPrefixes[Record | Fit | Calibrate | Import | Export]
+    """What to do; in the order of the list."""
+
+
+def run(args: Args) -> None:
+    """Runs one step, then reports."""
+    step = args.step
+    config, params = load_model(step.model, activation=step.activation)
+    match step:
+        case Record():
+            figures = _record(step, config, params)
+        case Fit():
+            figures = _fit(step, config, params)
+        case Calibrate():
+            figures = _calibrate(step, config, params)
+        case Import():
+            predictor = import_powerinfer(step.source, config)
+            save(predictor, step.out)
+            figures = _sizes(predictor, config)
+        case Export():
+            predictor = load(step.source, config)
+            export_powerinfer(predictor, step.out)
+            figures = _sizes(predictor, config)
+    report(figures, step.json)
+
+
+def _record(step: Record, config: FalconConfig, params: Params) -> dict[str, Any]:
+    data = _data(step.data, step.batch_size)
+    recording = record(config, params, train_batches(data), step.out, tokens=step.tokens, input=step.input)
+    zeros = sparsity(config, params, itertools.islice(train_batches(data), _WEIGHING_BATCHES))
+    size = sum(file.stat().st_size for file in recording.folder.iterdir())
+    return {"tokens": recording.tokens, "GB": size / 1e9, "zeros": zeros["zeros"], "layers": zeros["layers"]}
+
+
+def _fit(step: Fit, config: FalconConfig, params: Params) -> dict[str, Any]:
+    recording = open_recording(step.recording)
+    recording.check(config)
+    ranks = _cheapest_ranks(step, recording, config, params) if step.rank is None else [step.rank] * config.n_layers
+    predictor = fit(recording, config, params, ranks, step.how)
+    save(predictor, step.out)
+    return _sizes(predictor, config) | {"held out, as many read as fire": _rows(predictor)}
+
+
+def _cheapest_ranks(step: Fit, recording: Recording, config: FalconConfig, params: Params) -> list[int]:
+    candidates = sorted({max(config.d_model // part // 2 * 2, 2) for part in (16, 8, 4, 2)})
+    ranks = []
+    with progress("choose ranks", config.n_layers, "layers") as advance:
+        for i in range(config.n_layers):
+            up_FxD = up_rows(config, params, i, recording.input)
+            rank, _ = choose_rank(recording, i, up_FxD, candidates, energy=step.rank_energy, how=step.how)
+            ranks.append(rank)
+            advance(note=f"layer {i}: {rank}")
+    return ranks
+
+
+def _calibrate(step: Calibrate, config: FalconConfig, params: Params) -> dict[str, Any]:
+    predictor, recording = load(step.predictor, config), open_recording(step.recording)
+    recording.check(config)
+    data = _data(step.data, step.batch_size)
+    neurons = step.neurons
+    if step.megabytes is not None:
+        neurons = neurons_for_bytes(predictor, step.megabytes * 1e6, step.weight_bytes)
+    weighing = list(itertools.islice(train_batches(data), _WEIGHING_BATCHES))
+    weights = sensitivity(config, params, predictor, weighing)
+    predictor = calibrate(predictor, recording, energy=step.energy, neurons=neurons, kl=step.kl, sensitivity=weights)
+    quality = compare(config, params, predictor, _first(validation_batches(data), step.batches))
+    save(predictor, step.out)
+    quality = {name: value for name, value in quality.items() if not isinstance(value, list)}
+    return _sizes(predictor, config) | quality | {"held out": _rows(predictor)}
+
+
+def _sizes(predictor: Predictor, config: FalconConfig) -> dict[str, Any]:
+    weights = sum(predictor.ranks) * (config.d_model + config.d_ff)
+    return {
+        "input": predictor.input,
+        "predictor weights": weights,
+        "share of the MLPs' weights": weights / (config.n_layers * 2 * config.d_model * config.d_ff),
+    }
+
+
+def _rows(predictor: Predictor) -> list[dict[str, Any]]:
+    columns = zip(predictor.ranks, predictor.thresholds, predictor.budgets, predictor.measured, strict=True)
+    return [
+        {"layer": i, "rank": rank, "threshold": threshold, "budget": budget, **measured}
+        for i, (rank, threshold, budget, measured) in enumerate(columns)
+    ]
+
+
+def _data(folder: Path, batch_size: int) -> DataConfig:
+    return DataConfig(sources=(Source(folder),), seq_len=read_manifest(folder).seq_len, batch_size=batch_size)
+
+
+def _first(batches: Iterator[Batch], n: int) -> Iterator[Batch]:
+    with progress("measure", n, "batches") as advance:
+        for batch in itertools.islice(batches, n):
+            yield batch
+            advance()
