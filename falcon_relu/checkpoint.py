@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from falcon_relu.files import read_json, write_aside, write_json
 from falcon_relu.hf_config import config_from_hf, config_to_hf
 from falcon_relu.hf_files import Header, fetch_weights, locate, read_headers, read_tensors, write_shards
 from falcon_relu.hf_layout import EMBEDDING, HEAD, HfTensor, check_tensors, hf_tensors, is_leftover
-from falcon_relu.native import is_native, load_params, params_reader, params_writer, read_config
+from falcon_relu.native import is_native, params_reader, params_writer, read_config
 from falcon_relu.progress import progress
 from falcon_relu.sharding import Leaf, param_shapes, param_shardings
 
@@ -39,28 +39,35 @@ def load_model(
     Args:
       source: folder of native weights, folder in the Hugging Face layout, or hub id `owner/name[@revision]`.
       activation: the user's word where a Hugging Face config does not state the MLP activation.
-      dtype: dtype of the parameters.
+      dtype: dtype of the parameters; as stored if None.
       mesh: where to place them, by `param_shardings`; on the default device if None.
 
     Raises:
       FalconError: no such checkpoint, or it is damaged, not whole, or not of its config's names and shapes.
     """
     if is_native(Path(source)):
-        config, params = load_params(Path(source), dtype=dtype, mesh=mesh)
+        config = read_config(Path(source))
         if activation not in (None, config.activation):
             raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
-        return config, params
-    config, headers = _open_hf(source, activation)
+        read, dtypes = params_reader(Path(source), config)
+        pieces = _stream_native(config, read, f"loading {source}")
+    else:
+        config, headers = _open_hf(source, activation)
+        dtypes = {} if dtype is not None else _stored_dtypes(config, headers)
+        pieces = _stream_hf(config, headers, f"loading {source}")
     shapes = param_shapes(config)
     shardings: dict[Leaf, NamedSharding] = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
-    tree: dict[Leaf, jax.Array] = {}
-    for tensor, array in _stream(config, headers, f"loading {source}"):
+
+    def zeros() -> dict[Leaf, jax.Array]:
+        return {leaf: jnp.zeros(shape, dtype or dtypes[leaf]) for leaf, shape in shapes.items()}
+
+    params = jax.jit(zeros, out_shardings=shardings or None)()
+    for tensor, array in pieces:
         leaf, layer, sharding = tensor.leaf, tensor.layer, shardings.get(tensor.leaf)
-        if leaf not in tree:
-            tree[leaf] = jax.jit(functools.partial(jnp.zeros, shapes[leaf], dtype), out_shardings=sharding)()
-        tree[leaf] = _fill(sharding)(tree[leaf], _place(array, sharding, is_layer=layer is not None), layer or 0)
-        tree[leaf].block_until_ready()  # else tensors not yet on their device pile up in host memory
-    return config, unflatten_dict(tree)
+        part = _place(array, sharding, is_layer=layer is not None)
+        params[leaf] = _fill(sharding)(params[leaf], part, layer or 0)
+        params[leaf].block_until_ready()  # else tensors not yet on their device pile up in host memory
+    return config, unflatten_dict(params)
 
 
 def import_hf(
@@ -78,13 +85,9 @@ def import_hf(
       FalconError: as `load_model`; or `out` exists, or a value does not fit `dtype`.
     """
     config, headers = _open_hf(source, activation)
-    dtypes: dict[Leaf, Any] = {}
-    for tensor in hf_tensors(config).values():
-        stored = dtypes.setdefault(tensor.leaf, np.dtype(dtype or headers[tensor.name].dtype))
-        if dtype is None and stored != headers[tensor.name].dtype:
-            raise FalconError(f"{source} stores {'.'.join(tensor.leaf)} in several dtypes; choose one with --dtype")
+    dtypes = dict.fromkeys(param_shapes(config), np.dtype(dtype)) if dtype else _stored_dtypes(config, headers)
     with params_writer(out, config, dtypes) as write:
-        for tensor, array in _stream(config, headers, f"converting {source}"):
+        for tensor, array in _stream_hf(config, headers, f"converting {source}"):
             write(tensor.leaf, tensor.layer, cast(array, dtypes[tensor.leaf], tensor.name))
     return config
 
@@ -165,7 +168,7 @@ def _open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconC
     return config, {name: header for name, header in headers.items() if not is_leftover(name)}
 
 
-def _stream(
+def _stream_hf(
     config: FalconConfig, headers: dict[str, Header], description: str
 ) -> Iterator[tuple[HfTensor, np.ndarray]]:
     """Each tensor of a checkpoint in our shape, in the order of the files.
@@ -187,6 +190,30 @@ def _stream(
         raise FalconError(
             f"{HEAD} differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to false there"
         )
+
+
+def _stream_native(
+    config: FalconConfig, read: Callable[[Leaf, int | None], np.ndarray], description: str
+) -> Iterator[tuple[HfTensor, np.ndarray]]:
+    """The same pieces from native weights."""
+    table = hf_tensors(config)
+    with progress(description, len(table), "tensors") as advance:
+        for tensor in table.values():
+            yield tensor, read(tensor.leaf, tensor.layer)
+            advance()
+
+
+def _stored_dtypes(config: FalconConfig, headers: Mapping[str, Header]) -> dict[Leaf, np.dtype]:
+    """The dtype of each parameter in a checkpoint.
+
+    Raises:
+      FalconError: it differs from layer to layer.
+    """
+    dtypes: dict[Leaf, np.dtype] = {}
+    for name, tensor in hf_tensors(config).items():
+        if dtypes.setdefault(tensor.leaf, headers[name].dtype) != headers[name].dtype:
+            raise FalconError(f"{name} is not of the dtype that other layers have; choose a dtype")
+    return dtypes
 
 
 def _place(array: np.ndarray, sharding: NamedSharding | None, is_layer: bool) -> jax.Array:

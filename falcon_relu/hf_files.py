@@ -100,7 +100,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
         if wrong := sorted(name for name in index.keys() | placed.keys() if index.get(name) != placed.get(name)):
             name = wrong[0]
             raise FalconError(
-                f"{folder}: the index has {name} in {index.get(name, 'no file')}, "
+                f"the index has {name} in {index.get(name, 'no file')}, "
                 f"but it is in {placed.get(name, 'no file')} ({len(wrong)} such)"
             )
     return headers

@@ -1,30 +1,29 @@
 """Native weights: a folder with `falcon.json` (the config) and `params/` (an Orbax checkpoint).
 
 Orbax is asked for one plain Zarr array a parameter, so that a layer of a stacked parameter can be written and read
-alone, with TensorStore, whatever the size of the model. Any Orbax reader restores what either way wrote.
+alone, with TensorStore, whatever the size of the model. Any Orbax reader restores the whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import aside_path, read_json, write_aside, write_json
-from falcon_relu.sharding import Leaf, param_shapes, param_shardings
+from falcon_relu.sharding import Leaf, param_shapes
 
 _FORMAT = 1
 _CONFIG = "falcon.json"
@@ -69,38 +68,10 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
     _check_shapes({leaf: x.shape for leaf, x in flatten_dict(params).items()}, config, ValueError, "params")
     first = jax.process_index() == 0
     with write_aside(path, replace=replace) if first else contextlib.nullcontext(aside_path(path)) as aside:
-        _save(aside, config, params)
+        _save(aside, params)
+        if first:
+            _write_config(aside, config)
     multihost_utils.sync_global_devices(f"saved {path}")
-
-
-def load_params(path: Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[FalconConfig, Any]:
-    """Config and parameters of a folder of native weights.
-
-    Args:
-      path: folder that `save_params` or `import_hf` made.
-      dtype: dtype of the parameters; as stored if None.
-      mesh: where to place them, by `param_shardings`; on the default device if None.
-
-    Raises:
-      FalconError: the folder is not whole or not of its own config's shapes.
-    """
-    path = Path(path).absolute()
-    config = read_config(path)
-    stored = _open(path, config)
-    shardings = None if mesh is None else flatten_dict(param_shardings(config, mesh))
-    default = jnp.zeros(()).sharding
-    target = {
-        leaf: jax.ShapeDtypeStruct(
-            store.shape, dtype or store.dtype.numpy_dtype, sharding=default if shardings is None else shardings[leaf]
-        )
-        for leaf, store in stored.items()
-    }
-    try:
-        with _checkpointer() as checkpointer:
-            params = checkpointer.restore(path / _PARAMS, args=ocp.args.StandardRestore(unflatten_dict(target)))
-    except Exception as error:  # Orbax raises no narrower class for a lost or damaged chunk
-        raise FalconError(f"{path} is damaged, make it again: {str(error).splitlines()[0]}") from error
-    return config, params
 
 
 @contextlib.contextmanager
@@ -118,7 +89,7 @@ def params_writer(
     shapes = param_shapes(config)
     with write_aside(path) as aside:
         # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
-        _save(aside, config, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
+        _save(aside, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
         stores = {
             leaf: ts.open(
                 _spec(aside, leaf)
@@ -139,6 +110,7 @@ def params_writer(
             store.write(array).result()
 
         yield write
+        _write_config(aside, config)
 
 
 def params_reader(
@@ -147,9 +119,15 @@ def params_reader(
     """`read(leaf, layer)`, one layer of a stacked parameter or a whole other one straight from disk, and the dtypes.
 
     Raises:
-      FalconError: the folder is not whole or not of the config's shapes.
+      FalconError: the folder is not whole or not of the config's shapes; or, on reading, it is damaged.
     """
-    stores = _open(Path(path).absolute(), config)
+    path = Path(path).absolute()
+    spec = {"open": True, "fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
+    try:
+        stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in param_shapes(config)}
+    except ValueError as error:
+        raise FalconError(f"{path} is not whole: {str(error).split(' [')[0]}") from error
+    _check_shapes({leaf: store.shape for leaf, store in stores.items()}, config, FalconError, str(path))
 
     def read(leaf: Leaf, layer: int | None) -> np.ndarray:
         try:
@@ -160,37 +138,31 @@ def params_reader(
     return read, {leaf: store.dtype.numpy_dtype for leaf, store in stores.items()}
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False))
-
-
-def _save(folder: Path, config: FalconConfig, params: Any) -> None:
-    """Writes both parts; the config last, because it marks the folder as native weights."""
-    stacked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
+def _save(folder: Path, params: Any) -> None:
+    stacked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))  # a layer is never half of a chunk
     save_args = {leaf: stacked if leaf[0] == "layers" else ocp.SaveArgs() for leaf in flatten_dict(params)}
-    with _checkpointer() as checkpointer:
-        args = ocp.args.StandardSave(params, save_args=unflatten_dict(save_args))
-        checkpointer.save(folder / _PARAMS, args=args)
-    if jax.process_index() == 0:
-        write_json(folder / _CONFIG, {"format": _FORMAT, "config": dataclasses.asdict(config)})
+    args = ocp.args.StandardSave(params, save_args=unflatten_dict(save_args))
+    log = logging.getLogger("absl")
+    log.addFilter(_is_news)
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            checkpointer.save(folder / _PARAMS, args=args)
+    finally:
+        log.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not Orbax's warning that there is no OCDBT, which we have asked for."""
+    return "Skipping merge of OCDBT" not in record.msg
+
+
+def _write_config(folder: Path, config: FalconConfig) -> None:
+    """Writes what makes a folder native weights, so it comes last."""
+    write_json(folder / _CONFIG, {"format": _FORMAT, "config": dataclasses.asdict(config)})
 
 
 def _spec(folder: Path, leaf: Leaf) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / _PARAMS / ".".join(leaf))}}
-
-
-def _open(path: Path, config: FalconConfig) -> dict[Leaf, Any]:
-    """Every parameter as an open TensorStore, shapes checked."""
-    spec = {"open": True, "fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
-    try:
-        stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in param_shapes(config)}
-    except ValueError as error:
-        raise FalconError(f"{path} is not whole: {str(error).split(' [')[0]}") from error
-    _check_shapes({leaf: store.shape for leaf, store in stores.items()}, config, FalconError, str(path))
-    for leaf, store in stores.items():
-        if store.storage_statistics(query_not_stored=True).result().not_stored:
-            raise FalconError(f"{path} is not whole: a part of {'.'.join(leaf)} is gone")
-    return stores
 
 
 def _check_shapes(shapes: Mapping[Leaf, Any], config: FalconConfig, error: type[Exception], where: str) -> None:

@@ -15,6 +15,7 @@ from tests.conftest import TINY
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # its threads and ours would fight for the cores
 
 # As the published checkpoints describe themselves, and not through our own `config_to_hf`.
 HF_CONFIGS = {
