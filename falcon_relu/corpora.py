@@ -180,7 +180,8 @@ def _pip_download(archive: Archive, folder: Path) -> None:
         backend.parent.mkdir()
         (backend.parent / "__init__.py").touch()
         backend.write_text(_NAME_ONLY_BACKEND.format(package=archive.package, version=archive.version))
-        environment = os.environ | {"PYTHONPATH": stand_in, "PIP_USE_PEP517": "1"}
+        path = os.pathsep.join(filter(None, (stand_in, os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path, "PIP_USE_PEP517": "1"}
         done = subprocess.run(
             [*command, *archive.options, f"--dest={folder}", requirement],
             env=environment,

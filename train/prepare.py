@@ -285,6 +285,8 @@ class _Workers:
                     "a tokenising process was killed (out of memory?); finished units are kept: run the same command "
                     "again, with fewer processes or a smaller unit_mb if memory is short"
                 ) from None
+            except OSError as error:
+                raise FalconError(f"could not write to {self._config.out} (disk full?): {error}") from None
             rate = self.tokens / (time.monotonic() - self._started)
             self._advance(self._pending.pop(unit), f"{rate:,.0f} tokens/s")
 

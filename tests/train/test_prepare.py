@@ -166,6 +166,8 @@ def test_wrong_use(config, tmp_path, capsys):
     source.write_text('{"body": "text under another name"}\n')
     with pytest.raises(FalconError, match=r"no document: 1 lines .* no text under 'text'"):
         prepare(changed(config, inputs=(str(source),), out=tmp_path / "out"))
+    with pytest.raises(FalconError, match="could not write to"):
+        prepare(changed(config, out=source / "below-a-file"))
     for field, value in (("seq_len", 1), ("shard", (2, 2)), ("validation_fraction", 1.0), ("inputs", ())):
         with pytest.raises(FalconError, match=field.rstrip("s")):
             changed(config, **{field: value})
