@@ -29,7 +29,7 @@ def _native_kernels() -> list[Extension]:
             ],
             language="c++",
             optional=True,  # no compiler, no kernels: never a failed install
-            py_limited_api=True,  # it is no Python module but a library of XLA custom calls, loaded by infer.kernels.native
+            py_limited_api=True,  # no Python module but a library of XLA custom calls, loaded by infer.kernels.native
         )
     ]
 

@@ -12,7 +12,7 @@ _HUGE = 2 << 20
 
 
 def huge_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An uninitialised (zero) array in private anonymous memory, aligned to 2 MiB, huge pages asked for where the system has them.
+    """A zeroed array in private memory aligned to 2 MiB, in huge pages where the system has them.
 
     A page of 4 KiB costs a table walk every other row; with huge pages rows read at random come as fast as a stream.
     `jax.device_put` of such an array on a CPU takes it over without a copy. The memory is returned with the last view.

@@ -1,4 +1,4 @@
-"""The native backend: the C++ of infer/native as XLA custom calls. Signatures: infer.kernels; reference: infer.kernels.xla."""
+"""The native backend: the C++ of infer/native as XLA custom calls. What each computes: infer.kernels.xla."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from falcon_relu.errors import FalconError
-from infer.formats import Rows
+from infer.formats import Array, Rows
 
 _TARGETS = ("rows_dot", "weighted_row_sum", "select", "attend", "read_rows")
 _FORCED = "FALCON_RELU_ISA"  # environment variable that picks the instruction set
@@ -74,7 +74,7 @@ def use_instruction_set(name: str) -> None:
 
 def rows_dot(w: Rows, x_BxD: jax.Array) -> jax.Array:
     """See infer.kernels.xla.rows_dot."""
-    return _dot(w, x_BxD, *_EVERY_ROW, outputs=w.shape[0])
+    return _dot(w, x_BxD, None, None, outputs=w.shape[0])
 
 
 def gathered_rows_dot(w: Rows, index_A: jax.Array, count: jax.Array, x_BxD: jax.Array) -> jax.Array:
@@ -83,13 +83,16 @@ def gathered_rows_dot(w: Rows, index_A: jax.Array, count: jax.Array, x_BxD: jax.
 
 
 def weighted_row_sum(
-    w: Rows, h_BxA: jax.Array, index_A: jax.Array | None = None, count: jax.Array | None = None
+    w: Rows,
+    h_BxA: jax.Array,
+    index_A: jax.Array | None = None,
+    count: jax.Array | None = None,
+    skip_zeros: bool = False,
 ) -> jax.Array:
     """See infer.kernels.xla.weighted_row_sum."""
     out = jax.ShapeDtypeStruct((h_BxA.shape[0], w.shape[1]), jnp.float32)
-    gathered = index_A is not None
-    index = (index_A, count) if gathered else _EVERY_ROW
-    return _call("weighted_row_sum", out, w.data, _scale(w), *index, h_BxA, gathered=gathered)
+    gathered, index = _index(index_A, count)
+    return _call("weighted_row_sum", out, w.data, _scale(w), *index, h_BxA, gathered=gathered, skip_zeros=skip_zeros)
 
 
 def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,20 +117,23 @@ def attend(
 
 def read_rows(w: Rows, index_A: jax.Array | None = None, count: jax.Array | None = None) -> jax.Array:
     """See infer.kernels.xla.read_rows."""
-    gathered = index_A is not None
-    index = (index_A, count) if gathered else _EVERY_ROW
+    gathered, index = _index(index_A, count)
     return _call("read_rows", jax.ShapeDtypeStruct((), jnp.int32), w.data, _scale(w), *index, gathered=gathered)
 
 
-_EVERY_ROW = (np.zeros(0, np.int32), np.zeros((), np.int32))
-
-
-def _dot(w: Rows, x_BxD: jax.Array, index: jax.Array, count: jax.Array, outputs: int) -> jax.Array:
+def _dot(w: Rows, x_BxD: jax.Array, index_A: jax.Array | None, count: jax.Array | None, outputs: int) -> jax.Array:
     out = jax.ShapeDtypeStruct((x_BxD.shape[0], outputs), jnp.float32)
-    return _call("rows_dot", out, w.data, _scale(w), index, count, x_BxD, gathered=index is not _EVERY_ROW[0])
+    gathered, index = _index(index_A, count)
+    return _call("rows_dot", out, w.data, _scale(w), *index, x_BxD, gathered=gathered)
 
 
-def _scale(w: Rows) -> jax.Array | np.ndarray:
+def _index(index_A: jax.Array | None, count: jax.Array | None) -> tuple[bool, tuple[Array, Array]]:
+    if index_A is None or count is None:
+        return False, (np.zeros(0, np.int32), np.zeros((), np.int32))
+    return True, (index_A, count)
+
+
+def _scale(w: Rows) -> Array:
     return np.zeros(0, np.float32) if w.scale is None else w.scale
 
 

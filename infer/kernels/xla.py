@@ -1,7 +1,7 @@
 """The portable backend: the kernels in pure JAX, which also says what the native ones must compute.
 
-What XLA:CPU does well with 16-bit rows is elementwise work on 32-bit lanes inside a loop over blocks of rows; its own
-conversions and gathers run at a tenth of that, and a conversion of the whole matrix is hoisted out of a loop if it can be.
+What XLA:CPU does well with 16-bit rows is elementwise work on 32-bit lanes inside a loop over blocks of rows; its
+own conversions and gathers run at a tenth of that, and it hoists the conversion of a whole matrix out of a loop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from infer.formats import Rows
+from infer.formats import Array, Rows
 
 _BLOCK = 16  # rows a step of a loop
 _KEYS = 256  # cache positions a step of a loop
@@ -34,9 +34,18 @@ def gathered_rows_dot(w: Rows, index_A: jax.Array, count: jax.Array, x_BxD: jax.
 
 
 def weighted_row_sum(
-    w: Rows, h_BxA: jax.Array, index_A: jax.Array | None = None, count: jax.Array | None = None
+    w: Rows,
+    h_BxA: jax.Array,
+    index_A: jax.Array | None = None,
+    count: jax.Array | None = None,
+    skip_zeros: bool = False,
 ) -> jax.Array:
-    """y[b] = sum over a < count of h[b, a] * row index[a]: [B, D] f32; without an index over every row."""
+    """y[b] = sum over a < count of h[b, a] * row index[a]: [B, D] f32; without an index over every row.
+
+    With `skip_zeros` (a static choice), rows whose weight is 0 in every sequence are not read.
+    """
+    if skip_zeros:
+        index_A, count, h_BxA = _without_zeros(h_BxA, index_A, count)
     B, A = h_BxA.shape
     total = jnp.asarray(A if count is None else count, jnp.int32)
     columns = w.shape[1]
@@ -142,9 +151,9 @@ def _block_rows(w: Rows, index_A: jax.Array | None, total: jax.Array, i: jax.Arr
     return position, last if index_A is None else index_A[last]
 
 
-def _take(data: jax.Array, index_A: jax.Array | None, rows: jax.Array) -> jax.Array:
+def _take(data: Array, index_A: jax.Array | None, rows: jax.Array) -> jax.Array:
     """The rows [R, ...] of a block, each a slice of its own: XLA's gather is ten times slower."""
-    return jnp.concatenate([lax.dynamic_slice_in_dim(data, rows[r], 1, 0) for r in range(_BLOCK)])
+    return jnp.concatenate([lax.dynamic_slice_in_dim(jnp.asarray(data), rows[r], 1, 0) for r in range(_BLOCK)])
 
 
 def _row_scale(w: Rows, rows: jax.Array) -> jax.Array:
@@ -195,6 +204,16 @@ def _dot(w: Rows, index_A: jax.Array | None, count: jax.Array | int, outputs: in
 
 
 # ---- selection
+
+
+def _without_zeros(
+    h_BxA: jax.Array, index_A: jax.Array | None, count: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    A = h_BxA.shape[1]
+    used_A = jnp.any(h_BxA != 0, axis=0) & (True if count is None else jnp.arange(A) < count)
+    position_A = jnp.nonzero(used_A, size=A, fill_value=0)[0].astype(jnp.int32)
+    index_A = position_A if index_A is None else index_A[position_A]
+    return index_A, jnp.sum(used_A).astype(jnp.int32), h_BxA[:, position_A]
 
 
 def _ordered(x: jax.Array) -> jax.Array:

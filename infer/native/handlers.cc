@@ -150,15 +150,43 @@ ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32
   return ffi::Error::Success();
 }
 
+// The rows whose weight is not 0 in every vector of the batch: their numbers, and their weights side by side.
+struct Compact {
+  std::vector<int32_t> index;
+  std::vector<float> h;
+};
+
+Compact without_zeros(const Matrix& m, const float* h, int64_t h_stride, int64_t batch) {
+  Compact out;
+  std::vector<int32_t> position;
+  for (int64_t i = 0; i < m.count; ++i) {
+    bool wanted = false;
+    for (int64_t b = 0; b < batch; ++b) wanted |= h[b * h_stride + i] != 0.0f;
+    if (wanted) position.push_back(static_cast<int32_t>(i));
+  }
+  for (int32_t i : position) out.index.push_back(static_cast<int32_t>(m.row(i)));
+  for (int64_t b = 0; b < batch; ++b)
+    for (int32_t i : position) out.h.push_back(h[b * h_stride + i]);
+  return out;
+}
+
 ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> index,
                             ffi::Buffer<ffi::S32> count, ffi::BufferR2<ffi::F32> h, ffi::ResultBufferR2<ffi::F32> y,
-                            bool gathered) {
+                            bool gathered, bool skip_zeros) {
   Matrix m;
   if (auto wrong = check_matrix(w, scale, index, count, gathered, &m); !wrong.empty()) return invalid(wrong);
-  const int64_t batch = h.dimensions()[0], inputs = h.dimensions()[1];
-  if (inputs != (gathered ? static_cast<int64_t>(index.element_count()) : m.count))
+  const int64_t batch = h.dimensions()[0];
+  int64_t h_stride = h.dimensions()[1];
+  if (h_stride != (gathered ? static_cast<int64_t>(index.element_count()) : m.count))
     return invalid("there must be one weight a row");
   if (y->dimensions()[0] != batch || y->dimensions()[1] != m.columns) return invalid("the result has the wrong shape");
+  const float* weights = h.typed_data();
+  Compact compact;
+  if (skip_zeros) {
+    compact = without_zeros(m, weights, h_stride, batch);
+    m.index = compact.index.data(), m.count = h_stride = static_cast<int64_t>(compact.index.size());
+    weights = compact.h.data();
+  }
   const Kernels& kernels = *chosen();
   const int format = format_of(w.element_type());
   // Shares are blocks of columns: each column is summed by one thread, in the order of the rows.
@@ -167,7 +195,7 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<
   parallel_for(pool, (m.columns + share - 1) / share, [&](int64_t i) {
     const int64_t begin = i * share, end = std::min(m.columns, begin + share);
     void* memory = scratch(kernels.sum_bytes(format, m.count, end - begin, batch), 1);
-    kernels.sum[format](m, h.typed_data(), inputs, batch, begin, end, y->typed_data(), memory);
+    kernels.sum[format](m, weights, h_stride, batch, begin, end, y->typed_data(), memory);
   });
   return ffi::Error::Success();
 }
@@ -279,8 +307,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_rows_dot, falcon::rows_dot,
                               ffi::Ffi::Bind().FALCON_MATRIX.Arg<ffi::BufferR2<ffi::F32>>().Ret<ffi::BufferR2<ffi::F32>>().Attr<bool>(
                                   "gathered"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_weighted_row_sum, falcon::weighted_row_sum,
-                              ffi::Ffi::Bind().FALCON_MATRIX.Arg<ffi::BufferR2<ffi::F32>>().Ret<ffi::BufferR2<ffi::F32>>().Attr<bool>(
-                                  "gathered"));
+                              ffi::Ffi::Bind()
+                                  .FALCON_MATRIX.Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<bool>("gathered")
+                                  .Attr<bool>("skip_zeros"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_select, falcon::select,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::BufferR2<ffi::F32>>()

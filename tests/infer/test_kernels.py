@@ -17,7 +17,11 @@ BACKENDS = ("xla", *INSTRUCTION_SETS)
 FORMATS = tuple(DTYPES)
 KERNELS = ("rows_dot", "gathered_rows_dot", "weighted_row_sum", "select", "attend")
 # Compiled once a shape: instruction sets are picked when a kernel runs.
-COMPILED = {(module, name): jax.jit(getattr(module, name)) for module in (xla, native) for name in KERNELS}
+COMPILED = {
+    (module, name): jax.jit(getattr(module, name), static_argnums=4 if name == "weighted_row_sum" else ())
+    for module in (xla, native)
+    for name in KERNELS
+}
 
 
 def run(backend: str, kernel: str, *args):
@@ -72,6 +76,8 @@ def test_rows_match_plain_arithmetic(format, M, D, B, seed, share):
         close(run(name, "weighted_row_sum", w, h), total, total_size)
         summed = run(name, "weighted_row_sum", w, h, index, count)
         close(summed, h_active @ active, np.abs(h_active) @ np.abs(active))
+        skipped = run(name, "weighted_row_sum", w, np.maximum(h, 0), index, count, True)
+        close(skipped, np.maximum(h_active, 0) @ active, np.abs(h_active) @ np.abs(active))
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
@@ -160,8 +166,8 @@ def test_bad_buffers_are_refused_and_nothing_crashes():
         native.rows_dot(w, x[:, :-1]).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError, match="need scales"):
         native.rows_dot(Rows(np.zeros((4, 64), np.int8)), x).block_until_ready()
+    q, cache = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 8, 1, 4), np.float32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="length 9 in a cache of 8"):
-        q, cache = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 8, 1, 4), np.float32)
         native.attend(q, cache, cache, np.array([9], np.int32)).block_until_ready()
 
 

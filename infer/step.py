@@ -1,0 +1,278 @@
+"""The decode step and the prefill: pure functions from weights, state and tokens to logits and the next state.
+
+Layers are unrolled in Python inside one program, each with its own cache buffers: a scan would copy the whole cache
+twice a layer on a CPU. Weights are arguments and are never copied, converted or sliced as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from falcon_relu.activation import activation_fn
+from falcon_relu.attention import alibi_bias, alibi_slopes, attend, rotary
+from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
+from infer import kernels
+from infer.matmul import rows_matmul, weighted_rows_matmul
+from infer.weights import DecodeWeights, LayerWeights, Norm
+
+Mode = Literal["dense", "exact", "sparse"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a batch of sequences has behind it.
+
+    Attributes:
+      keys: of each layer [B, S, K, H], rotated already, in the cache's dtype; filled from slot 0.
+      values: of each layer [B, S, K, H].
+      length_B: tokens of each sequence that are in the cache.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+    @classmethod
+    def empty(cls, config: FalconConfig, batch: int, context: int, dtype: Any = jnp.float32) -> DecodeState:
+        """Room for `batch` sequences of up to `context` tokens."""
+        shape = (batch, context, config.n_kv_heads, config.head_dim)
+        caches = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))  # noqa: E731
+        return cls(caches(), caches(), jnp.zeros(batch, jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """Neurons whose rows were read for one step, per layer.
+
+    Attributes:
+      up_L: rows of the up-projection, int32.
+      down_L: rows of the down-projection, int32.
+    """
+
+    up_L: jax.Array
+    down_L: jax.Array
+
+
+def check_mode(weights: DecodeWeights, mode: Mode) -> None:
+    """Refuses a mode that the weights cannot serve.
+
+    Raises:
+      FalconError: no zeros to skip under GELU, or no predictor.
+    """
+    if mode != "dense" and weights.config.activation == "gelu":
+        raise FalconError(f"{mode} decoding needs a model with a ReLU; this one's activation is gelu: use dense")
+    if mode == "sparse" and weights.predictor_input is None:
+        raise FalconError("sparse decoding needs a predictor; fit one with `falcon-relu predictor`, or use exact")
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "backend"), donate_argnames="state")
+def decode_step(
+    weights: DecodeWeights,
+    state: DecodeState,
+    token_B: jax.Array,
+    *,
+    mode: Mode = "dense",
+    backend: kernels.Backend = "auto",
+) -> tuple[jax.Array, DecodeState, Reads]:
+    """Adds one token to every sequence.
+
+    Args:
+      weights: the model.
+      state: given up; its buffers are updated in place. Every sequence must have a free slot.
+      token_B: token ids, int32.
+      mode: "dense" reads everything, "exact" skips rows of the down-projection whose neuron is 0, "sparse" reads
+        only neurons that the predictor chooses for any sequence of the batch.
+      backend: of the kernels.
+
+    Returns:
+      Logits [B, V] in f32, the next state, and how many neurons were read.
+    """
+    k = kernels.backend(backend)
+    x_BxD = _embed(weights, token_B)
+    keys, values, reads = [], [], []
+    for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
+        x_BxD, key, value, read = _layer_step(weights, layer, x_BxD, key, value, state.length_B, mode, k)
+        keys.append(key)
+        values.append(value)
+        reads.append(read)
+    logits_BxV = k.rows_dot(weights.head_rows, _norm(weights.final_norm, x_BxD, weights.config.norm_eps))
+    up, down = (jnp.stack(column) for column in zip(*reads, strict=True))
+    return logits_BxV, DecodeState(tuple(keys), tuple(values), state.length_B + 1), Reads(up, down)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def prefill(
+    weights: DecodeWeights, state: DecodeState, tokens_BxT: jax.Array, valid_B: jax.Array
+) -> tuple[jax.Array, DecodeState]:
+    """Adds the first `valid` of T tokens to every sequence, through matrix-matrix products and all neurons.
+
+    Args:
+      weights: the model.
+      state: given up; every sequence must have room for its valid tokens.
+      tokens_BxT: token ids, padded on the right.
+      valid_B: how many of them count, int32, possibly 0.
+
+    Returns:
+      The final hidden state [B, D] in f32 after each sequence's last valid token (see `unembed`), and the next state.
+    """
+    c = weights.config
+    B, T = tokens_BxT.shape
+    S = state.keys[0].shape[1]
+    position_BxT = state.length_B[:, None] + jnp.arange(T)[None]
+    slot_BxT = jnp.where(jnp.arange(T)[None] < valid_B[:, None], position_BxT, S)  # padding falls off the cache
+    slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
+    seeing = functools.partial(
+        attend,
+        q_positions_BxT=position_BxT,
+        k_positions_BxS=slots,
+        q_segments_BxT=jnp.ones((B, T), jnp.int32),
+        k_segments_BxS=(slots < (state.length_B + valid_B)[:, None]).astype(jnp.int32),
+        use_alibi=c.position == "alibi",
+    )
+    x_BxTxD = _embed(weights, tokens_BxT.reshape(-1)).reshape(B, T, -1)
+    keys, values = [], []
+    for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
+        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), position_BxT, rows_matmul)
+        key = _write(key, slot_BxT, k_new)
+        value = _write(value, slot_BxT, v_new)
+        y_BxTxKxGxH = seeing(q, key.astype(jnp.float32), value.astype(jnp.float32))
+        attention = _plus(rows_matmul(layer.out, y_BxTxKxGxH.reshape(B, T, -1)), layer.out_bias)
+        residual, mlp_input = _mlp_input(c, layer, x_BxTxD, attention)
+        h_BxTxF = activation_fn(c)(_plus(rows_matmul(layer.up, mlp_input), layer.up_bias))
+        x_BxTxD = residual + _plus(weighted_rows_matmul(layer.down, h_BxTxF), layer.down_bias)
+        keys.append(key)
+        values.append(value)
+    last_B = jnp.maximum(valid_B - 1, 0)
+    hidden_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+    return hidden_BxD, DecodeState(tuple(keys), tuple(values), state.length_B + valid_B)
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def unembed(weights: DecodeWeights, hidden_BxD: jax.Array, *, backend: kernels.Backend = "auto") -> jax.Array:
+    """Logits [B, V] in f32 of final hidden states."""
+    normed_BxD = _norm(weights.final_norm, hidden_BxD, weights.config.norm_eps)
+    return kernels.backend(backend).rows_dot(weights.head_rows, normed_BxD)
+
+
+def step_bytes(weights: DecodeWeights, reads: Reads, mode: Mode) -> int:
+    """Bytes of weights that the step read, from the neurons that it read."""
+    total = weights.head_rows.nbytes
+    for layer, up, down in zip(weights.layers, reads.up_L.tolist(), reads.down_L.tolist(), strict=True):
+        total += layer.qkv.nbytes + layer.out.nbytes + up * layer.up.row_bytes + down * layer.down.row_bytes
+        if mode == "sparse" and layer.predictor is not None:
+            total += layer.predictor.fc1.nbytes + layer.predictor.fc2.nbytes
+    return total
+
+
+# ---- one layer
+
+
+def _layer_step(
+    weights: DecodeWeights,
+    layer: LayerWeights,
+    x_BxD: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    length_B: jax.Array,
+    mode: Mode,
+    k: ModuleType,
+) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    c = weights.config
+    B, S = x_BxD.shape[0], key.shape[1]
+    normed_Bx1xD = _norm(layer.attention_norm, x_BxD, c.norm_eps)[:, None]
+    q, k_new, v_new = _qkv(c, layer, normed_Bx1xD, length_B[:, None], lambda w, x: k.rows_dot(w, x[:, 0])[:, None])
+    key = _write(key, length_B[:, None], k_new)
+    value = _write(value, length_B[:, None], v_new)
+    bias_NxS = None
+    if c.position == "alibi":
+        bias_NxS = alibi_bias(jnp.asarray(alibi_slopes(c.n_heads)), jnp.arange(S)[None], c.head_dim)[0]
+    y_BxKxGxH = k.attend(q[:, 0], key, value, length_B + 1, bias_NxS)
+    attention_BxD = _plus(k.rows_dot(layer.out, y_BxKxGxH.reshape(B, -1)), layer.out_bias)
+    residual_BxD, mlp_input_BxD = _mlp_input(c, layer, x_BxD, attention_BxD)
+    predicting_BxD = x_BxD if weights.predictor_input == "block_input" else mlp_input_BxD
+    mlp_BxD, read = _mlp(c, layer, mlp_input_BxD, predicting_BxD, mode, k)
+    return residual_BxD + _plus(mlp_BxD, layer.down_bias), key, value, read
+
+
+def _mlp(
+    c: FalconConfig, layer: LayerWeights, x_BxD: jax.Array, predicting_BxD: jax.Array, mode: Mode, k: ModuleType
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The MLP's output [B, D] without its last bias, and the numbers of up and down rows read."""
+    F = layer.up.shape[0]
+    every = jnp.int32(F)
+    if mode != "sparse":
+        h_BxF = activation_fn(c)(_plus(k.rows_dot(layer.up, x_BxD), layer.up_bias))
+        if mode == "dense":
+            return k.weighted_row_sum(layer.down, h_BxF), (every, every)
+        return k.weighted_row_sum(layer.down, h_BxF, skip_zeros=True), (every, _firing(h_BxF))
+    assert layer.predictor is not None  # check_mode
+    hidden_BxR = jax.nn.relu(k.rows_dot(layer.predictor.fc1, predicting_BxD))
+    score_BxF = k.rows_dot(layer.predictor.fc2, hidden_BxR)
+    index_F, count = k.select(score_BxF, layer.predictor.threshold, layer.predictor.budget)
+    h_BxF = k.gathered_rows_dot(layer.up, index_F, count, x_BxD)
+    if layer.up_bias is not None:
+        h_BxF += jnp.asarray(layer.up_bias)[index_F][None]  # past `count` this is a number that nobody reads
+    h_BxF = jnp.where(jnp.arange(F)[None] < count, activation_fn(c)(h_BxF), 0)
+    return k.weighted_row_sum(layer.down, h_BxF, index_F, count, skip_zeros=True), (count, _firing(h_BxF))
+
+
+def _firing(h_BxF: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.any(h_BxF != 0, axis=0)).astype(jnp.int32)
+
+
+def _qkv(
+    c: FalconConfig, layer: LayerWeights, x_BxTxD: jax.Array, position_BxT: jax.Array, multiply: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, K, G, H], keys and values [B, T, K, H], rotated where the model rotates."""
+    B, T = position_BxT.shape
+    K, G, H = c.n_kv_heads, c.q_per_kv, c.head_dim
+    heads = _plus(multiply(layer.qkv, x_BxTxD), layer.qkv_bias).reshape(B, T, K, G + 2, H)
+    if c.position == "rotary":
+        turned = rotary(heads[..., : G + 1, :].reshape(B, T, -1, H), position_BxT, c.rope_theta)
+        turned = turned.reshape(B, T, K, G + 1, H)
+        return turned[..., :G, :], turned[..., G, :], heads[..., G + 1, :]
+    return heads[..., :G, :], heads[..., G, :], heads[..., G + 1, :]
+
+
+def _mlp_input(c: FalconConfig, layer: LayerWeights, x: jax.Array, attention: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The residual stream that the MLP's output is added to, and the MLP's input."""
+    residual = x + attention
+    if layer.mlp_norm is None:
+        return residual, _norm(layer.attention_norm, x, c.norm_eps)
+    return residual, _norm(layer.mlp_norm, residual if c.block == "sequential" else x, c.norm_eps)
+
+
+def _embed(weights: DecodeWeights, token_N: jax.Array) -> jax.Array:
+    rows = weights.embedding
+    x_NxD = jnp.asarray(rows.data)[token_N].astype(jnp.float32)
+    return x_NxD if rows.scale is None else x_NxD * jnp.asarray(rows.scale)[token_N][:, None]
+
+
+def _norm(norm: Norm, x: jax.Array, epsilon: float) -> jax.Array:
+    """LayerNorm over the last axis, in f32."""
+    centred = x - x.mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    return _plus(normal * _spread(norm.scale_D, x), norm.bias_D)
+
+
+def _plus(x: jax.Array, bias: Any) -> jax.Array:
+    return x if bias is None else x + _spread(bias, x)
+
+
+def _spread(vector: Any, like: jax.Array) -> jax.Array:
+    return jnp.asarray(vector).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def _write(cache_BxSxKxH: jax.Array, slot_BxT: jax.Array, new_BxTxKxH: jax.Array) -> jax.Array:
+    """The cache with new entries in the given slots, in place where the buffer is given up."""
+    row_Bx1 = jnp.arange(cache_BxSxKxH.shape[0])[:, None]
+    return cache_BxSxKxH.at[row_Bx1, slot_BxT].set(new_BxTxKxH.astype(cache_BxSxKxH.dtype), mode="drop")
