@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -370,3 +371,37 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(tmp_path):
     import_hf(tmp_path / "hf", out)
     assert all((leaf == 0.5).all() for leaf in jax.tree.leaves(load_model(out)[1]))
     assert list(tmp_path.glob("native*")) == [out]
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+from falcon_relu.checkpoint import load_model
+from falcon_relu.native import save_params
+from falcon_relu.sharding import make_mesh
+mesh = make_mesh((1, 2, 2))
+config, params = load_model(folder / "hf", mesh=mesh)
+save_params(folder / "native", config, params)
+_, again = load_model(folder / "native", mesh=mesh)
+for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+    assert one.sharding == other.sharding
+    for mine, same in zip(one.addressable_shards, other.addressable_shards, strict=True):
+        np.testing.assert_array_equal(mine.data, same.data)
+"""
+
+
+def test_two_processes_load_and_save_together(tmp_path):
+    _, params = hf_folder(tmp_path / "hf", max_shard_bytes=100_000)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", PROCESS]
+    processes = [subprocess.Popen([*command, str(rank), port, str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert_equal(load_model(tmp_path / "native")[1], params)
+    assert not list(tmp_path.glob("native?*"))
