@@ -12,8 +12,14 @@ from rich.table import Table
 from falcon_relu.files import write_json
 
 
-def report(figures: Mapping[str, Any], json: Path | None) -> None:
-    """Prints scalar figures as `name  value` lines and lists of mappings as tables; writes all to `json` if given."""
+def report(figures: Mapping[str, Any], json: Path | None, also: Mapping[str, Any] | None = None) -> None:
+    """Prints scalar figures as `name  value` lines and lists of mappings as tables; writes all to `json` if given.
+
+    Args:
+      figures: what to print and write.
+      json: file to write, if any.
+      also: what to write but not to print.
+    """
     out = Console()
     plain = Table(box=None, show_header=False, pad_edge=False)
     for name, value in figures.items():
@@ -28,7 +34,7 @@ def report(figures: Mapping[str, Any], json: Path | None) -> None:
                 table.add_row(*(format_value(cell) for cell in row.values()))
             out.print(table)
     if json is not None:
-        write_json(json, dict(figures))
+        write_json(json, {**figures, **(also or {})})
 
 
 def format_value(value: Any) -> str:

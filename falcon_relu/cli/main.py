@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +15,8 @@ from rich.table import Table
 from falcon_relu.errors import FalconError
 from falcon_relu.progress import console as stderr
 
-# Every module below has a dataclass `Args`, whose docstring is the help text, and `run(args)`.
+# Every module below has a dataclass `Args`, whose docstring is the help text, and `run(args)`; those that start from
+# a config also have `defaults(config_name)`.
 COMMANDS = {
     "demo": "The whole idea on real text in ten minutes: train, swap, distil, predict, decode, report",
     "convert": "Hugging Face checkpoint -> native (Orbax) weights, streaming",
@@ -41,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         stderr.print(f"falcon-relu: no command {name!r}; there are: {', '.join(COMMANDS)}", style="red", markup=False)
         return 2
     module = importlib.import_module(f"falcon_relu.cli.{name.replace('-', '_')}")
-    import tyro
-
     try:
-        args = tyro.cli(module.Args, prog=f"falcon-relu {name}", args=rest, description=module.Args.__doc__)
-    except SystemExit as exit_:  # tyro has printed the usage
+        args = _parse(module, name, rest)
+    except SystemExit as exit_:  # the usage has been printed
         return exit_.code if isinstance(exit_.code, int) else 2
+    except (FalconError, ValueError) as error:  # a config's own check refused the values
+        stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, highlight=False)
+        return 2
     try:
         module.run(args)
     except FalconError as error:
@@ -56,6 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         stderr.print(f"falcon-relu {name}: interrupted; finished work is kept", markup=False)
         return 130
     return 0
+
+
+def _parse(module: ModuleType, name: str, rest: list[str]) -> Any:
+    import tyro
+
+    default = None
+    if hasattr(module, "defaults"):  # `--config NAME` gives every other argument its default
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        known, rest = first.parse_known_args(rest)
+        if known.config is None and not {"-h", "--help"} & set(rest):
+            raise FalconError("say which run to start from with --config; --help lists them")
+        default = module.defaults(known.config)
+    description = "\n\n".join(filter(None, (module.Args.__doc__, getattr(module, "EPILOGUE", None))))
+    return tyro.cli(module.Args, prog=f"falcon-relu {name}", args=rest, default=default, description=description)
 
 
 def _guide() -> None:

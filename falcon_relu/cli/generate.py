@@ -1,0 +1,76 @@
+"""`falcon-relu generate`: continue prompts with the dense model, on any backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import tyro
+
+from falcon_relu.checkpoint import load_model
+from falcon_relu.cli.figures import report
+from falcon_relu.config import Activation
+from falcon_relu.generate import Sampling, generate
+from falcon_relu.model import Falcon
+from falcon_relu.sharding import make_mesh, use_mesh
+from falcon_relu.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Continue prompts with a model on whatever devices JAX finds."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Native weights, Hugging Face folder or hub id."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ("",)
+    """Texts to continue; the empty text starts from the end-of-text token."""
+    tokenizer: Path
+    """A tokenizer.json, or a folder with one."""
+    activation: Activation | None = None
+    """MLP activation, where a Hugging Face config does not state it."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of weights and products."""
+    mesh: tuple[int, int, int] = (1, -1, 1)
+    """Devices along (data, fsdp, tensor); one -1 takes what is left."""
+    max_new_tokens: int = 64
+    """Tokens to add at most."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together hold this probability."""
+    seed: int = 0
+    """Of the random draws."""
+    json: Path | None = None
+    """Also write the figures and texts to this file."""
+
+
+def run(args: Args) -> None:
+    """Generates, prints the texts, then reports."""
+    tokenizer = Tokenizer(args.tokenizer)
+    sampling = Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_tokens=(tokenizer.eos_id,),
+    )
+    mesh = make_mesh(args.mesh)
+    with use_mesh(mesh):
+        config, params = load_model(args.model, activation=args.activation, dtype=jnp.dtype(args.dtype), mesh=mesh)
+        tokenizer.check_fits(config.vocab_size)
+        prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in args.prompts]
+        start = time.perf_counter()
+        new = generate(Falcon(config, jnp.dtype(args.dtype)), params, prompts, sampling)
+    seconds = time.perf_counter() - start
+    texts = [tokenizer.decode(ids) for ids in new]
+    for prompt, text in zip(args.prompts, texts, strict=True):
+        print(f"{prompt}{text}\n")
+    count = sum(map(len, new))
+    figures = {"new tokens": count, "seconds, compilation included": seconds, "tokens/s": count / seconds}
+    report(figures, args.json, also={"prompts": list(args.prompts), "texts": texts})

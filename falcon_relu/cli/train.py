@@ -1,0 +1,42 @@
+"""`falcon-relu train`: a run from a config, changed field by field from the shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from falcon_relu.cli.configs import config_names, load_config
+from falcon_relu.cli.figures import report
+from train.config import TrainConfig
+from train.loop import train
+
+EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
+
+  falcon-relu train --config falcon_40b --out runs/40b --data.batch-size 960
+
+Run the same command again to go on after an interruption."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Train or distil a model as a config says."""
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def defaults(config: str | None) -> Args:
+    """The arguments that `--config` stands for; those of the published run for `--help` alone."""
+    return Args(run=load_config(config or "falcon_40b", TrainConfig))
+
+
+def run(args: Args) -> None:
+    """Trains, then reports the last validation."""
+    start = time.perf_counter()
+    figures = train(args.run)
+    report({"out": str(args.run.out)} | figures | {"seconds": time.perf_counter() - start}, args.json)
