@@ -1,4 +1,4 @@
-"""How sparse a model's MLPs are on text: zeros by layer and by neuron, and how much stays the same from token to token."""
+"""How sparse a model's MLPs are on text: zeros by layer and neuron, and what stays the same from token to token."""
 
 from __future__ import annotations
 

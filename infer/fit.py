@@ -47,11 +47,11 @@ class FitConfig:
     """
 
     power: float = 1.0
-    price: float = 1.0
+    price: float = 0.3
     epochs: int = 8
     patience: int = 2
     batch: int = 512
-    learning_rate: float = 0.06
+    learning_rate: float = 0.12
     weight_decay: float = 1e-4
     seed: int = 0
 
@@ -166,8 +166,8 @@ def linear_start(x_nxD: np.ndarray, up_FxD: jax.Array, R: int) -> LayerPredictor
     Of all matrices of that rank it is the closest to W_up in the mean square over the inputs: the truncated SVD of
     W_up S, S the root of the inputs' second moment. Each direction is used with both signs, as relu(a) - relu(-a) = a.
     """
-    if R < 2 or R % 2:
-        raise FalconError(f"a predictor's rank must be even and at least 2, got {R}")
+    if R % 2 or not 2 <= R <= 2 * up_FxD.shape[1]:
+        raise FalconError(f"a predictor's rank must be even, from 2 to 2 D = {2 * up_FxD.shape[1]}, got {R}")
     moment_DxD = x_nxD.T @ x_nxD / len(x_nxD)
     eigen_D, basis_DxD = jnp.linalg.eigh(moment_DxD)
     root_D = jnp.sqrt(jnp.maximum(eigen_D, 1e-5 * eigen_D.mean()))  # directions never seen must not blow up

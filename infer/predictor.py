@@ -160,26 +160,27 @@ def load(path: Path, config: FalconConfig) -> Predictor:
         ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise FalconError(f"{path} cannot be read as a predictor: {error}") from None
-    if metadata.get("version") != _VERSION:
-        raise FalconError(f"{path} has predictor format {metadata.get('version')!r}; this program reads {_VERSION}")
+    version = metadata.get("version") if isinstance(metadata, dict) else None
+    if version != _VERSION:
+        raise FalconError(f"{path} has predictor format {version!r}; this program reads {_VERSION}")
 
     layers = tuple(_layer(tensors, f"layers.{i}.", config, path) for i in range(config.n_layers))
     if unknown := sorted(tensors.keys() - {name for i, layer in enumerate(layers) for name in _named(i, layer)}):
         raise FalconError(f"{path} holds {unknown[0]}, but the model has only {config.n_layers} layers")
-    for name, tensor in tensors.items():
-        if metadata["crc32"].get(name) != _crc32(tensor):
-            raise FalconError(f"{path} is damaged: the checksum of {name} does not match; copy or fit it again")
-    return _checked(
-        Predictor(
+    try:
+        crc32 = {name: metadata["crc32"][name] for name in tensors}
+        predictor = Predictor(
             layers=layers,
             input=metadata["input"],
             thresholds=tuple(metadata["thresholds"]),
             budgets=tuple(metadata["budgets"]),
             measured=tuple(metadata["measured"]),
-        ),
-        config,
-        path,
-    )
+        )
+    except (KeyError, TypeError) as error:
+        raise FalconError(f"{path} is not whole: {error} is missing or invalid in its metadata") from None
+    if damaged := [name for name, tensor in tensors.items() if crc32[name] != _crc32(tensor)]:
+        raise FalconError(f"{path} is damaged: the checksum of {damaged[0]} does not match; copy or fit it again")
+    return _checked(predictor, config, path)
 
 
 def import_powerinfer(folder: Path, config: FalconConfig) -> Predictor:
@@ -234,8 +235,8 @@ def _layer(tensors: Mapping[str, jax.Array], prefix: str, config: FalconConfig, 
     if missing := [name for name in names if name not in tensors]:
         raise FalconError(f"{path} has no {missing[0]}")
     fc1_RxD, fc2_FxR = (tensors[name] for name in names)
-    R, D, F = fc1_RxD.shape[0], config.d_model, config.d_ff
-    for name, tensor, shape in ((names[0], fc1_RxD, (R, D)), (names[1], fc2_FxR, (F, R))):
+    R, D, F = fc1_RxD.shape[:1], config.d_model, config.d_ff
+    for name, tensor, shape in ((names[0], fc1_RxD, (*R, D)), (names[1], fc2_FxR, (F, *R))):
         if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise FalconError(
                 f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, the model needs floats of {list(shape)}"
@@ -247,11 +248,15 @@ def _checked(predictor: Predictor, config: FalconConfig, path: Path) -> Predicto
     L, F = config.n_layers, config.d_ff
     if predictor.input not in get_args(PredictorInput):
         raise FalconError(f"{path}: input is {predictor.input!r}, must be one of {get_args(PredictorInput)}")
-    if len(predictor.thresholds) != L or not all(map(math.isfinite, predictor.thresholds)):
+    if len(predictor.thresholds) != L or not all(map(_is_finite, predictor.thresholds)):
         raise FalconError(f"{path}: thresholds must be {L} finite numbers, got {predictor.thresholds}")
     if len(predictor.budgets) != L or not all(isinstance(k, int) and 0 <= k <= F for k in predictor.budgets):
         raise FalconError(f"{path}: budgets must be {L} whole numbers from 0 to {F}, got {predictor.budgets}")
     return predictor
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _crc32(tensor: jax.Array) -> int:

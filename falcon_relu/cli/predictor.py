@@ -13,7 +13,12 @@ import tyro
 from falcon_relu.checkpoint import load_model
 from falcon_relu.cli.figures import report
 from falcon_relu.config import Activation, FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json
+from falcon_relu.hf_config import config_from_hf
+from falcon_relu.hf_files import locate
 from falcon_relu.model import Params
+from falcon_relu.native import is_native, read_config
 from falcon_relu.progress import progress
 from falcon_relu.sparsity import sparsity
 from infer.calibrate import calibrate, neurons_for_bytes
@@ -25,6 +30,7 @@ from train.data import DataConfig, Source, train_batches, validation_batches
 from train.shards import read_manifest
 
 _WEIGHING_BATCHES = 2  # batches on which the layers' sensitivity is measured
+_FIRST_ENERGY = 0.98  # covered while the sensitivity of an imported predictor's layers is measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,26 +136,36 @@ class Args:
 def run(args: Args) -> None:
     """Runs one step, then reports."""
     step = args.step
-    config, params = load_model(step.model, activation=step.activation)
+    if step.out.exists():
+        raise FalconError(f"{step.out} exists already; choose another path or remove it first")
     match step:
         case Record():
-            figures = _record(step, config, params)
+            figures = _record(step)
         case Fit():
-            figures = _fit(step, config, params)
+            figures = _fit(step)
         case Calibrate():
-            figures = _calibrate(step, config, params)
+            figures = _calibrate(step)
         case Import():
+            config = _config(step)
             predictor = import_powerinfer(step.source, config)
             save(predictor, step.out)
             figures = _sizes(predictor, config)
         case Export():
+            config = _config(step)
             predictor = load(step.source, config)
             export_powerinfer(predictor, step.out)
             figures = _sizes(predictor, config)
     report(figures, step.json)
 
 
-def _record(step: Record, config: FalconConfig, params: Params) -> dict[str, Any]:
+def _config(step: _Step) -> FalconConfig:
+    if is_native(Path(step.model)):
+        return read_config(Path(step.model))
+    return config_from_hf(read_json(locate(step.model) / "config.json"), step.activation)
+
+
+def _record(step: Record) -> dict[str, Any]:
+    config, params = load_model(step.model, activation=step.activation)
     data = _data(step.data, step.batch_size)
     recording = record(config, params, train_batches(data), step.out, tokens=step.tokens, input=step.input)
     zeros = sparsity(config, params, itertools.islice(train_batches(data), _WEIGHING_BATCHES))
@@ -157,8 +173,9 @@ def _record(step: Record, config: FalconConfig, params: Params) -> dict[str, Any
     return {"tokens": recording.tokens, "GB": size / 1e9, "zeros": zeros["zeros"], "layers": zeros["layers"]}
 
 
-def _fit(step: Fit, config: FalconConfig, params: Params) -> dict[str, Any]:
+def _fit(step: Fit) -> dict[str, Any]:
     recording = open_recording(step.recording)
+    config, params = load_model(step.model, activation=step.activation)
     recording.check(config)
     ranks = _cheapest_ranks(step, recording, config, params) if step.rank is None else [step.rank] * config.n_layers
     predictor = fit(recording, config, params, ranks, step.how)
@@ -178,9 +195,13 @@ def _cheapest_ranks(step: Fit, recording: Recording, config: FalconConfig, param
     return ranks
 
 
-def _calibrate(step: Calibrate, config: FalconConfig, params: Params) -> dict[str, Any]:
-    predictor, recording = load(step.predictor, config), open_recording(step.recording)
+def _calibrate(step: Calibrate) -> dict[str, Any]:
+    recording = open_recording(step.recording)
+    config, params = load_model(step.model, activation=step.activation)
     recording.check(config)
+    predictor = load(step.predictor, config)
+    if not predictor.measured:
+        predictor = calibrate(predictor, recording, energy=_FIRST_ENERGY)
     data = _data(step.data, step.batch_size)
     neurons = step.neurons
     if step.megabytes is not None:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from falcon_relu.config import family
+from falcon_relu.model import Falcon
+from falcon_relu.sparsity import sparsity
+from tests.conftest import random_params
+
+
+def test_statistics_are_those_of_a_plain_count() -> None:
+    config = family("tiny-40b").with_activation("relu")
+    params = random_params(config)
+    rng = np.random.default_rng(0)
+    segments = np.array([[1] * 6 + [2] * 7 + [0] * 3, [1] * 16], np.int32)
+    positions = np.array([[*range(6), *range(7), 0, 0, 0], [*range(16)]], np.int32)
+    keys = ("tokens_BxT", "positions_BxT", "segment_ids_BxT")
+    batches = [
+        dict(zip(keys, (rng.integers(0, config.vocab_size, (2, 16), np.int32), positions, segments), strict=True))
+        for _ in range(2)
+    ]
+    got = sparsity(config, params, batches)
+
+    observe = jax.jit(lambda *batch: Falcon(config).apply({"params": params}, *batch, mutable=["activations"])[1])
+    for i in range(config.n_layers):
+        fired, again, later = [], 0, 0
+        for batch in batches:
+            seen = observe(*(batch[k] for k in keys))
+            fires = np.asarray(seen["activations"]["layers"]["mlp"]["neurons"][i]) != 0
+            for b, t in np.argwhere(segments != 0):
+                fired.append(fires[b, t])
+                if t and segments[b, t] == segments[b, t - 1]:
+                    again += (fires[b, t] & fires[b, t - 1]).sum()
+                    later += fires[b, t].sum()
+        rates = np.mean(fired, axis=0)
+        np.testing.assert_allclose(got["rates_LxF"][i], rates)
+        expected = {"zeros": 1 - rates.mean(), "overlap": again / later}
+        expected |= {"layer": i, "never": (rates == 0).mean(), "always": (rates == 1).mean()}
+        assert got["layers"][i].keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(got["layers"][i][name], value)
+    np.testing.assert_allclose(got["zeros"], 1 - got["rates_LxF"].mean())
