@@ -107,7 +107,7 @@ def params_writer(
 
         def write(leaf: Leaf, layer: int | None, array: np.ndarray) -> None:
             store = stores[leaf] if layer is None else stores[leaf][layer]
-            store.write(array).result()
+            store.write(array, can_reference_source_data_indefinitely=True).result()
 
         yield write
         _write_config(aside, config)
