@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import lax
 
 from falcon_relu.errors import FalconError
 from infer.memory import huge_empty
@@ -16,9 +17,10 @@ from infer.memory import huge_empty
 Format = Literal["f32", "bf16", "f16", "int8"]
 Array = jax.Array | np.ndarray
 
+# A bf16 is kept as its bits: XLA:CPU widens an array that it knows to be bf16 whole, before anything else.
 DTYPES: dict[Format, np.dtype] = {
     "f32": np.dtype(np.float32),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "bf16": np.dtype(np.uint16),
     "f16": np.dtype(np.float16),
     "int8": np.dtype(np.int8),
 }
@@ -31,7 +33,7 @@ class Rows:
     """A matrix of which whole rows are read.
 
     Attributes:
-      data: [M, D] in f32, bf16, f16 or int8.
+      data: [M, D] in f32, uint16 (the bits of bf16), f16 or int8.
       scale: [M] f32, what one step of a row is worth; None where the numbers stand for themselves.
     """
 
@@ -83,11 +85,25 @@ def quantise(x_MxD: Array, format: Format) -> Rows:
         else:
             if format == "f16" and np.abs(block).max() > np.finfo(np.float16).max:
                 raise FalconError(f"rows {start} to {start + len(block) - 1} hold numbers too large for f16; use bf16")
-            data[rows] = block
+            data[rows] = block.astype(ml_dtypes.bfloat16).view(np.uint16) if format == "bf16" else block
     return Rows(data, scale)
+
+
+def widen(data: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """Rows [R, D] in f32 from some rows of `Rows.data` and, where there is one, of `Rows.scale`."""
+    if data.dtype == jnp.uint16:
+        wide = lax.bitcast_convert_type(data.astype(jnp.uint32) << 16, jnp.float32)
+    else:
+        wide = data.astype(jnp.float32)
+    return wide if scale is None else wide * scale[:, None]
+
+
+def take(rows: Rows, index_N: jax.Array) -> jax.Array:
+    """The rows [N, D] in f32 that `index_N`, which must lie within the matrix, names."""
+    some = lambda leaf: jnp.asarray(leaf).at[index_N].get(mode="promise_in_bounds")  # noqa: E731
+    return widen(some(rows.data), None if rows.scale is None else some(rows.scale))
 
 
 def dequantise(rows: Rows) -> jax.Array:
     """The matrix [M, D] in f32."""
-    x = jnp.asarray(rows.data).astype(jnp.float32)
-    return x if rows.scale is None else x * jnp.asarray(rows.scale)[:, None]
+    return widen(jnp.asarray(rows.data), None if rows.scale is None else jnp.asarray(rows.scale))

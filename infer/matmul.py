@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from infer.formats import Rows
+from infer.formats import Rows, widen
 
 _BLOCK_BYTES = 16 << 20  # of the widened block
 
@@ -44,19 +44,16 @@ def weighted_rows_matmul(w: Rows, h: jax.Array) -> jax.Array:
 def _over_blocks(w: Rows, carry: jax.Array, add: Callable[..., jax.Array]) -> jax.Array:
     """Folds `add(carry, first row, widened rows)` over blocks of rows."""
     M, D = w.shape
-    size = min(M, max(1, _BLOCK_BYTES // (4 * D)))
+    R = min(M, max(1, _BLOCK_BYTES // (4 * D)))
 
     def block(start: jax.Array, rows: int) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(jnp.asarray(w.data), start, rows, 0)
-        wide = lax.optimization_barrier(part).astype(jnp.float32)  # else the whole matrix is widened before the loop
-        if w.scale is None:
-            return wide
-        return wide * lax.dynamic_slice_in_dim(jnp.asarray(w.scale), start, rows)[:, None]
+        part = lambda leaf: lax.dynamic_slice_in_dim(jnp.asarray(leaf), start, rows)  # noqa: E731
+        return lax.optimization_barrier(widen(part(w.data), None if w.scale is None else part(w.scale)))
 
     def body(i: jax.Array, carry: jax.Array) -> jax.Array:
-        return add(carry, i * size, block(i * size, size))
+        return add(carry, i * R, block(i * R, R))
 
-    carry = lax.fori_loop(0, M // size, body, carry)
-    if rest := M % size:
+    carry = lax.fori_loop(0, M // R, body, carry)
+    if rest := M % R:
         carry = add(carry, jnp.int32(M - rest), block(jnp.int32(M - rest), rest))
     return carry

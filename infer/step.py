@@ -19,6 +19,7 @@ from falcon_relu.attention import alibi_bias, alibi_slopes, attend, rotary
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from infer import kernels
+from infer.formats import take
 from infer.matmul import rows_matmul, weighted_rows_matmul
 from infer.weights import DecodeWeights, LayerWeights, Norm
 
@@ -97,7 +98,7 @@ def decode_step(
       Logits [B, V] in f32, the next state, and how many neurons were read.
     """
     k = kernels.backend(backend)
-    x_BxD = _embed(weights, token_B)
+    x_BxD = take(weights.embedding, token_B)
     keys, values, reads = [], [], []
     for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
         x_BxD, key, value, read = _layer_step(weights, layer, x_BxD, key, value, state.length_B, mode, k)
@@ -138,7 +139,7 @@ def prefill(
         k_segments_BxS=(slots < (state.length_B + valid_B)[:, None]).astype(jnp.int32),
         use_alibi=c.position == "alibi",
     )
-    x_BxTxD = _embed(weights, tokens_BxT.reshape(-1)).reshape(B, T, -1)
+    x_BxTxD = take(weights.embedding, tokens_BxT.reshape(-1)).reshape(B, T, -1)
     keys, values = [], []
     for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
         q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), position_BxT, rows_matmul)
@@ -249,12 +250,6 @@ def _mlp_input(c: FalconConfig, layer: LayerWeights, x: jax.Array, attention: ja
     if layer.mlp_norm is None:
         return residual, _norm(layer.attention_norm, x, c.norm_eps)
     return residual, _norm(layer.mlp_norm, residual if c.block == "sequential" else x, c.norm_eps)
-
-
-def _embed(weights: DecodeWeights, token_N: jax.Array) -> jax.Array:
-    rows = weights.embedding
-    x_NxD = jnp.asarray(rows.data)[token_N].astype(jnp.float32)
-    return x_NxD if rows.scale is None else x_NxD * jnp.asarray(rows.scale)[token_N][:, None]
 
 
 def _norm(norm: Norm, x: jax.Array, epsilon: float) -> jax.Array:

@@ -1,24 +1,26 @@
 """The portable backend: the kernels in pure JAX, which also says what the native ones must compute.
 
-What XLA:CPU does well with 16-bit rows is elementwise work on 32-bit lanes inside a loop over blocks of rows; its
-own conversions and gathers run at a tenth of that, and it hoists the conversion of a whole matrix out of a loop.
+XLA:CPU multiplies 16-bit matrices at a tenth of the memory's speed, so everything is a loop over blocks of rows,
+widened into the cache and multiplied there in f32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from infer.formats import Array, Rows
+from infer.formats import Rows, take
 
-_BLOCK = 16  # rows a step of a loop
+_BLOCK_BYTES = 4 << 20  # of a widened block: in the cache
 _KEYS = 256  # cache positions a step of a loop
 
 
 def rows_dot(w: Rows, x_BxD: jax.Array) -> jax.Array:
     """y[b, m] = <row m, x_b>: [B, M] f32 from f32 vectors."""
-    return _dot(w, None, w.shape[0], w.shape[0], x_BxD)
+    return _dot(w, None, None, w.shape[0], x_BxD)
 
 
 def gathered_rows_dot(w: Rows, index_A: jax.Array, count: jax.Array, x_BxD: jax.Array) -> jax.Array:
@@ -47,22 +49,12 @@ def weighted_row_sum(
     if skip_zeros:
         index_A, count, h_BxA = _without_zeros(h_BxA, index_A, count)
     B, A = h_BxA.shape
-    total = jnp.asarray(A if count is None else count, jnp.int32)
-    columns = w.shape[1]
 
-    def add(i: jax.Array, planes: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        position, rows = _block_rows(w, index_A, total, i)
-        weight_BxR = (
-            jnp.where((position < total)[None], h_BxA[:, jnp.minimum(position, A - 1)], 0) * _row_scale(w, rows)[None]
-        )
-        block = _widen(_take(w.data, index_A, rows), columns)
-        for r in range(_BLOCK):
-            planes = tuple(y + weight_BxR[:, r, None] * plane[r][None] for y, plane in zip(planes, block, strict=True))
-        return planes
+    def add(y_BxD: jax.Array, start: jax.Array, fresh_R: jax.Array, rows_RxD: jax.Array) -> jax.Array:
+        h_BxR = lax.dynamic_slice_in_dim(h_BxA, start, len(fresh_R), 1)
+        return y_BxD + _product(jnp.where(fresh_R[None], h_BxR, 0), rows_RxD)
 
-    width = _planes(w.data.dtype, columns)
-    start = tuple(jnp.zeros((B, columns // width), jnp.float32) for _ in range(width))
-    return _join(lax.fori_loop(0, -(-total // _BLOCK), add, start))
+    return _fold(w, index_A, count, A, jnp.zeros((B, w.shape[1]), jnp.float32), add)
 
 
 def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,75 +124,54 @@ def attend(
 def read_rows(w: Rows, index_A: jax.Array | None = None, count: jax.Array | None = None) -> jax.Array:
     """Reads the rows and returns a number that depends on all of them: a measure of memory."""
     A = w.shape[0] if index_A is None else index_A.shape[0]
-    total = jnp.asarray(A if count is None else count, jnp.int32)
 
-    def add(i: jax.Array, seen: jax.Array) -> jax.Array:
-        _, rows = _block_rows(w, index_A, total, i)
-        return seen + jnp.sum(_take(w.data, index_A, rows).astype(jnp.int32))
+    def add(seen: jax.Array, start: jax.Array, fresh_R: jax.Array, rows_RxD: jax.Array) -> jax.Array:
+        return seen + jnp.sum(rows_RxD)
 
-    return lax.fori_loop(0, -(-total // _BLOCK), add, jnp.int32(0))
+    return _fold(w, index_A, count, A, jnp.float32(0), add).astype(jnp.int32)
 
 
 # ---- blocks of rows
 
 
-def _block_rows(w: Rows, index_A: jax.Array | None, total: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions [R] of block i and the rows [R] that stand there; past the end the last row again."""
-    position = i * _BLOCK + jnp.arange(_BLOCK)
-    last = jnp.minimum(position, total - 1)
-    return position, last if index_A is None else index_A[last]
+def _dot(w: Rows, index_A: jax.Array | None, count: jax.Array | None, outputs: int, x_BxD: jax.Array) -> jax.Array:
+    def write(y_BxA: jax.Array, start: jax.Array, fresh_R: jax.Array, rows_RxD: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(y_BxA, _product(x_BxD, rows_RxD.T), start, 1)
+
+    y_BxA = _fold(w, index_A, count, outputs, jnp.zeros((len(x_BxD), outputs), jnp.float32), write)
+    return y_BxA if count is None else jnp.where(jnp.arange(outputs)[None] < count, y_BxA, 0)
 
 
-def _take(data: Array, index_A: jax.Array | None, rows: jax.Array) -> jax.Array:
-    """The rows [R, ...] of a block, each a slice of its own: XLA's gather is ten times slower."""
-    return jnp.concatenate([lax.dynamic_slice_in_dim(jnp.asarray(data), rows[r], 1, 0) for r in range(_BLOCK)])
+def _product(a_BxN: jax.Array, b_NxM: jax.Array) -> jax.Array:
+    """a @ b; one vector is multiplied as a vector, for which XLA has faster code."""
+    return a_BxN @ b_NxM if len(a_BxN) > 1 else (b_NxM.T @ a_BxN[0])[None]
 
 
-def _row_scale(w: Rows, rows: jax.Array) -> jax.Array:
-    return jnp.ones(rows.shape) if w.scale is None else jnp.asarray(w.scale)[rows]
+def _fold(
+    w: Rows,
+    index_A: jax.Array | None,
+    count: jax.Array | None,
+    positions: int,
+    carry: jax.Array,
+    step: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Folds step(carry, first position, whether positions [R] are in use and new, rows [R, D] in f32) over blocks.
 
+    The last block is moved back to end at the last position; what came before in it is not new.
+    """
+    R = max(1, min(positions, _BLOCK_BYTES // (4 * w.shape[1])))
+    total = jnp.asarray(positions if count is None else count, jnp.int32)
 
-def _planes(dtype: jnp.dtype, columns: int) -> int:
-    """In how many vectors a row is widened: even and odd columns for bf16, where a pair is one 32-bit lane."""
-    return 2 if dtype == jnp.bfloat16 and columns % 2 == 0 else 1
+    def body(i: jax.Array, carry: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * R, positions - R)
+        position_R = start + jnp.arange(R, dtype=jnp.int32)
+        fresh_R = (position_R >= i * R) & (position_R < total)
+        row_R = position_R if index_A is None else jnp.asarray(index_A)[position_R]
+        row_R = jnp.minimum(row_R, w.shape[0] - 1)  # past the count an index names no row
+        rows_RxD = lax.optimization_barrier(take(w, row_R))  # else the product is computed element by element
+        return step(carry, start, fresh_R, rows_RxD)
 
-
-def _widen(block_RxD: jax.Array, columns: int) -> tuple[jax.Array, ...]:
-    if _planes(block_RxD.dtype, columns) == 1:
-        return (block_RxD.astype(jnp.float32),)
-    pairs = lax.bitcast_convert_type(block_RxD.reshape(*block_RxD.shape[:-1], columns // 2, 2), jnp.uint32)
-    return (
-        lax.bitcast_convert_type(pairs << 16, jnp.float32),
-        lax.bitcast_convert_type(pairs & jnp.uint32(0xFFFF0000), jnp.float32),
-    )
-
-
-def _split(x_BxD: jax.Array, planes: int) -> tuple[jax.Array, ...]:
-    return tuple(x_BxD[:, i::planes] for i in range(planes))
-
-
-def _join(planes: tuple[jax.Array, ...]) -> jax.Array:
-    return jnp.stack(planes, -1).reshape(planes[0].shape[0], -1)
-
-
-def _dot(w: Rows, index_A: jax.Array | None, count: jax.Array | int, outputs: int, x_BxD: jax.Array) -> jax.Array:
-    B, columns = x_BxD.shape
-    total = jnp.asarray(count, jnp.int32)
-    x = _split(x_BxD, _planes(w.data.dtype, columns))
-
-    def block(i: jax.Array, y_BxA: jax.Array) -> jax.Array:
-        _, rows = _block_rows(w, index_A, total, i)
-        widened = _widen(_take(w.data, index_A, rows), columns)
-        dots = [
-            sum(jnp.sum(plane * part[b][None], -1) for plane, part in zip(widened, x, strict=True))
-            * _row_scale(w, rows)
-            for b in range(B)
-        ]
-        return lax.dynamic_update_slice_in_dim(y_BxA, jnp.stack(dots), i * _BLOCK, 1)
-
-    padded = -(-outputs // _BLOCK) * _BLOCK
-    y = lax.fori_loop(0, -(-total // _BLOCK), block, jnp.zeros((B, padded), jnp.float32))[:, :outputs]
-    return y if index_A is None else jnp.where(jnp.arange(outputs)[None] < total, y, 0)
+    return lax.fori_loop(0, -(-total // R), body, carry)
 
 
 # ---- selection

@@ -98,7 +98,8 @@ ffi::Error invalid(const std::string& text) { return ffi::Error::InvalidArgument
 int format_of(ffi::DataType type) {
   switch (type) {
     case ffi::F32: return kF32;
-    case ffi::BF16: return kBF16;
+    case ffi::BF16:
+    case ffi::U16: return kBF16;  // its bits
     case ffi::F16: return kF16;
     case ffi::S8: return kI8;
     default: return -1;

@@ -11,8 +11,9 @@ from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from falcon_relu.generate import Sampling, generate
 from falcon_relu.model import Falcon
+from infer import matmul
 from infer.formats import DTYPES
-from infer.kernels import native
+from infer.kernels import native, xla
 from infer.predictor import LayerPredictor, uncalibrated
 from infer.step import DecodeState, check_mode, decode_step, prefill, step_bytes, unembed
 from infer.weights import Formats, from_params
@@ -160,8 +161,10 @@ def test_greedy_tokens_equal_the_flax_models():
 
 @pytest.mark.parametrize("format", list(DTYPES))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_the_size_of_a_weight_is_copied_converted_or_sliced(format, backend):
-    """D, F and V are far apart from every other size, so that a weight is known by its number of elements."""
+def test_nothing_the_size_of_a_weight_is_copied_converted_or_sliced(format, backend, monkeypatch):
+    """With blocks far smaller than the smallest weight, nothing in the program may be that large."""
+    for module in (xla, matmul):
+        monkeypatch.setattr(module, "_BLOCK_BYTES", 1 << 18)
     config = family("tiny-40b").replace(d_model=512, d_ff=4096, n_heads=8, n_kv_heads=2, vocab_size=3001)
     config = config.with_activation("relu")
     params = random_params(config)
@@ -170,20 +173,22 @@ def test_nothing_the_size_of_a_weight_is_copied_converted_or_sliced(format, back
     program = decode_step.lower(weights, state, jnp.zeros(1, jnp.int32), mode="sparse", backend=backend).compile()
     assert not large_results(program.as_text(), 200_000)
     memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes < 1_000_000
+    assert memory.temp_size_in_bytes < 2_000_000
     assert (
         memory.alias_size_in_bytes >= 2 * 2 * 16 * config.n_kv_heads * config.head_dim * 4
     )  # both caches of both layers
     block = prefill.lower(weights, state, jnp.zeros((1, 4), jnp.int32), jnp.ones(1, jnp.int32)).compile()
-    assert not large_results(block.as_text(), 512 * 4096 + 1)
+    assert not large_results(block.as_text(), 200_000)
 
 
 def large_results(text: str, elements: int) -> list[str]:
-    """Instructions other than parameters and plumbing whose result has at least so many elements."""
-    found = []
+    """Instructions that write at least so many elements; plumbing and the inside of a fusion write none."""
+    found, fused = [], False
     for line in text.splitlines():
+        if line.endswith("{"):
+            fused = "fused" in line.split()[0]
         match = re.match(r"\s*(?:ROOT )?\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
-        if not match or match[2] in ("parameter", "get-tuple-element", "bitcast"):
+        if fused or not match or match[2] in ("parameter", "get-tuple-element", "bitcast"):
             continue
         if np.prod([int(size) for size in match[1].split(",")]) >= elements:
             found.append(line.strip())
