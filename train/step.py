@@ -104,7 +104,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, teacher_params: Params) -> tuple[TrainState, Metrics]:
         grads, (sums, active_L) = accumulated(state.params, batch, teacher_params)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
