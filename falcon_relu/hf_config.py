@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from falcon_relu.config import Activation, Block, FalconConfig
 from falcon_relu.errors import FalconError
@@ -17,6 +17,7 @@ _OLD_KEYS = {
 }
 
 
+_ACTIVATIONS = ("gelu", "relu", "relu2")  # transformers' names of those that are ours too
 _INTEGERS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size",
     "max_position_embeddings", "num_ln_in_parallel_attn",
@@ -84,7 +85,7 @@ def config_to_hf(config: FalconConfig, dtype: str) -> dict[str, Any]:
     Raises:
       FalconError: transformers has no such Falcon.
     """
-    if config.activation == "shifted_relu":
+    if config.activation not in _ACTIVATIONS:
         raise FalconError("transformers has no shifted ReLU; fold the shift into the up-projection's bias or retrain")
     multi_query = config.n_kv_heads == 1
     new_decoder = config.block == "parallel_two_norms" or (config.block == "parallel" and not multi_query)
@@ -125,8 +126,9 @@ def _activation(fields: Mapping[str, Any], stated: Activation | None) -> Activat
             "config.json has no `activation` field, and a GELU and a ReLU Falcon look alike: "
             "say which it is with --activation gelu or --activation relu"
         )
-    if found is not None and found not in get_args(Activation):
-        raise FalconError(f"config.json asks for activation {found!r}; known: {', '.join(get_args(Activation))}")
+    for name in (found, stated):
+        if name is not None and name not in _ACTIVATIONS:
+            raise FalconError(f"a checkpoint of activation {name!r} cannot be read; known: {', '.join(_ACTIVATIONS)}")
     if None not in (found, stated) and found != stated:
         raise FalconError(
             f"config.json says activation {found!r} and you say {stated!r}: leave yours out, or correct the file if it "
