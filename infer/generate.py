@@ -31,7 +31,8 @@ class Figures:
       step_seconds: time for the steps but the first, which compiles.
       tokens: tokens added to all sequences.
       step_bytes: bytes of weights that an average step read.
-      neurons_read: share of the up-projection's rows that an average step read.
+      neurons_read: share of the up-projections' rows that an average step read.
+      mlp_read: share of both projections' rows that an average step read.
     """
 
     prompt_tokens: int = 0
@@ -41,6 +42,7 @@ class Figures:
     tokens: int = 0
     step_bytes: float = 0.0
     neurons_read: float = 0.0
+    mlp_read: float = 0.0
 
     @property
     def steps_per_second(self) -> float:
@@ -163,6 +165,8 @@ def _note(figures: Figures, weights: DecodeWeights, reads: Reads, mode: Mode, be
     figures.steps += 1
     if figures.steps > 1:
         figures.step_seconds += time.perf_counter() - begun
-    share = float(reads.up_L.sum()) / (weights.config.d_ff * weights.config.n_layers)
-    figures.neurons_read += (share - figures.neurons_read) / figures.steps
+    n_neurons = weights.config.d_ff * weights.config.n_layers
+    up, down = float(reads.up_L.sum()) / n_neurons, float(reads.down_L.sum()) / n_neurons
+    figures.neurons_read += (up - figures.neurons_read) / figures.steps
+    figures.mlp_read += ((up + down) / 2 - figures.mlp_read) / figures.steps
     figures.step_bytes += (step_bytes(weights, reads, mode) - figures.step_bytes) / figures.steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from infer.matmul import rows_matmul, weighted_rows_matmul
 from infer.weights import DecodeWeights, LayerWeights, Norm
 
 Mode = Literal["dense", "exact", "sparse"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @jax.tree_util.register_dataclass

@@ -185,33 +185,32 @@ def _chunk_loss(
     def total(x_BxC: jax.Array) -> jax.Array:
         return jnp.sum(x_BxC * mask)
 
-    def cross_entropy(logits_BxCxV: jax.Array, lse_BxC: jax.Array) -> jax.Array:
-        return lse_BxC - jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
+    def target_logit(logits_BxCxV: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
 
-    s_lse_BxC = jax.nn.logsumexp(s_BxCxV, axis=-1)
-    s_best_BxC = jnp.argmax(s_BxCxV, axis=-1)
-    ce_BxC = cross_entropy(s_BxCxV, s_lse_BxC)
+    # Best entries are compared by value: an argmax is many times slower than a max on a CPU.
+    s_max_BxC, s_lse_BxC, s_target_BxC = s_BxCxV.max(-1), _logsumexp(s_BxCxV), target_logit(s_BxCxV)
+    ce_BxC = s_lse_BxC - s_target_BxC
     loss_BxC = config.lm_weight * ce_BxC
     zero = jnp.zeros((), jnp.float32)
     kl, agree, teacher_ce, teacher_correct = zero, zero, zero, zero
     if t_BxCxV is not None:
-        t_lse_BxC = jax.nn.logsumexp(t_BxCxV, axis=-1)
-        t_best_BxC = jnp.argmax(t_BxCxV, axis=-1)
+        t_max_BxC, t_lse_BxC, t_target_BxC = t_BxCxV.max(-1), _logsumexp(t_BxCxV), target_logit(t_BxCxV)
         kl_BxC = _kl(t_BxCxV, t_lse_BxC, s_BxCxV, s_lse_BxC)
-        kl, agree = total(kl_BxC), total(s_best_BxC == t_best_BxC)
-        teacher_ce = total(cross_entropy(t_BxCxV, t_lse_BxC))
-        teacher_correct = total(t_best_BxC == targets_BxC)
+        both_best = (s_BxCxV == s_max_BxC[..., None]) & (t_BxCxV == t_max_BxC[..., None])
+        kl, agree = total(kl_BxC), total(jnp.any(both_best, axis=-1))
+        teacher_ce, teacher_correct = total(t_lse_BxC - t_target_BxC), total(t_target_BxC == t_max_BxC)
     if config.kd_weight:
         assert t_BxCxV is not None
         hot_s, hot_t = s_BxCxV / T, t_BxCxV / T
-        hot_s_lse_BxC = s_lse_BxC if T == 1 else jax.nn.logsumexp(hot_s, axis=-1)
-        hot_t_lse_BxC = t_lse_BxC if T == 1 else jax.nn.logsumexp(hot_t, axis=-1)
+        hot_s_lse_BxC = s_lse_BxC if T == 1 else _logsumexp(hot_s)
+        hot_t_lse_BxC = t_lse_BxC if T == 1 else _logsumexp(hot_t)
         hot_kl_BxC = kl_BxC if T == 1 else _kl(hot_t, hot_t_lse_BxC, hot_s, hot_s_lse_BxC)
         loss_BxC = loss_BxC + config.kd_weight * T**2 * hot_kl_BxC
     sums = LossSums(
         loss=total(loss_BxC),
         cross_entropy=total(ce_BxC),
-        correct=total(s_best_BxC == targets_BxC),
+        correct=total(s_target_BxC == s_max_BxC),
         kl=kl,
         agree=agree,
         teacher_cross_entropy=teacher_ce,
@@ -227,6 +226,11 @@ def _chunk_loss(
         difference = jnp.exp(hot_s - hot_s_lse_BxC[..., None]) - jnp.exp(hot_t - hot_t_lse_BxC[..., None])
         d_BxCxV = d_BxCxV + config.kd_weight * T * difference
     return sums, d_BxCxV * mask[..., None]
+
+
+def _logsumexp(logits_BxCxV: jax.Array) -> jax.Array:
+    top_BxCx1 = logits_BxCxV.max(-1, keepdims=True)
+    return jnp.log(jnp.exp(logits_BxCxV - top_BxCx1).sum(-1)) + top_BxCx1[..., 0]
 
 
 def _kl(p_BxCxV: jax.Array, p_lse_BxC: jax.Array, q_BxCxV: jax.Array, q_lse_BxC: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -42,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        stderr.print(f"falcon-relu: no command {name!r}; there are: {', '.join(COMMANDS)}", style="red", markup=False)
+        stderr.print(
+            f"falcon-relu: no command {name!r}; there are: {', '.join(COMMANDS)}",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
         return 2
     module = importlib.import_module(f"falcon_relu.cli.{name.replace('-', '_')}")
     try:
@@ -50,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # the usage has been printed
         return exit_.code if isinstance(exit_.code, int) else 2
     except (FalconError, ValueError) as error:  # a config's own check refused the values
-        stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, highlight=False)
+        stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
         return 2
     try:
         module.run(args)
     except FalconError as error:
-        stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, highlight=False)
+        stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
         return 1
     except KeyboardInterrupt:
-        stderr.print(f"falcon-relu {name}: interrupted; finished work is kept", markup=False)
+        stderr.print(f"falcon-relu {name}: interrupted; finished work is kept", markup=False, soft_wrap=True)
         return 130
     return 0
 
@@ -74,7 +80,7 @@ def _parse(module: ModuleType, name: str, rest: list[str]) -> Any:
         if known.config is None and not {"-h", "--help"} & set(rest):
             raise FalconError("say which run to start from with --config; --help lists them")
         default = module.defaults(known.config)
-    description = "\n\n".join(filter(None, (module.Args.__doc__, getattr(module, "EPILOGUE", None))))
+    description = "\n\n".join(filter(None, (inspect.getdoc(module.Args), getattr(module, "EPILOGUE", None))))
     return tyro.cli(module.Args, prog=f"falcon-relu {name}", args=rest, default=default, description=description)
 
 

@@ -1,0 +1,64 @@
+"""`falcon-relu demo`: the whole idea on two CPU cores in ten minutes or less."""
+
+import dataclasses
+from pathlib import Path
+
+from configs.recipe import Recipe
+from infer.fit import FitConfig
+from train.config import OptimizerConfig, TrainConfig
+from train.data import DataConfig, Source
+from train.loss import LossConfig
+
+_DATA = DataConfig(
+    sources=(
+        Source(Path("tokens/wikipedia-sample"), 0.3),
+        Source(Path("tokens/shakespeare"), 0.3),
+        Source(Path("tokens/python-stdlib"), 0.4),
+    ),
+    seq_len=128,
+    batch_size=32,
+)
+
+_TEACHER = TrainConfig(
+    out=Path("teacher"),
+    model="demo",
+    data=_DATA,
+    optimizer=OptimizerConfig(learning_rate=4e-3, final_learning_rate=2e-4, warmup_steps=20, weight_decay=0.05),
+    steps=260,
+    compute_dtype="float32",
+    teacher_dtype="float32",
+    checkpoint_every=100,
+    log_every=5,
+)
+
+_LM_ONLY = dataclasses.replace(
+    _TEACHER,
+    out=Path("lm_only"),
+    model=None,
+    init_from="teacher/weights",
+    activation="relu",
+    data=dataclasses.replace(_DATA, seed=1),
+    optimizer=dataclasses.replace(_TEACHER.optimizer, learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=5),
+    steps=70,
+)
+
+CONFIG = Recipe(
+    corpora=("wikipedia-sample", "shakespeare", "python-stdlib"),
+    section_chars=4000,
+    vocab_size=2048,
+    validation_fraction=0.01,
+    teacher=_TEACHER,
+    lm_only=_LM_ONLY,
+    lm_kl=dataclasses.replace(
+        _LM_ONLY, out=Path("lm_kl"), teacher="teacher/weights", loss=LossConfig(lm_weight=1.0, kd_weight=1.0)
+    ),
+    recorded_tokens=60_000,
+    rank=48,
+    fit=FitConfig(),
+    target_kl=0.01,
+    tradeoff_kl=(0.3, 0.1, 0.03, 0.003),
+    quality_batches=8,
+    prompts=4,
+    prompt_tokens=48,
+    new_tokens=64,
+)

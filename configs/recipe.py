@@ -1,0 +1,52 @@
+"""The shape of a whole relufication, from text to sparse decoding, as `falcon-relu demo` runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from infer.fit import FitConfig
+from train.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of every stage. Paths in it are relative to the folder of the run.
+
+    Attributes:
+      corpora: names in `falcon_relu.corpora.CORPORA`.
+      documents: of each corpus, at most; all if None.
+      section_chars: texts are cut at blank lines into documents of about this length, so that the held-out ones are
+        of every kind.
+      vocab_size: of the tokenizer, which is trained on the text.
+      validation_fraction: share of documents held out.
+      teacher: trains the GELU model from nothing.
+      lm_only: ReLU student, next-token loss alone.
+      lm_kl: ReLU student, next-token loss and distillation from the teacher.
+      recorded_tokens: tokens on which the predictors are fitted.
+      rank: R of every predictor.
+      fit: how they are fitted.
+      target_kl: KL(dense || sparse), nats a token, that thresholds and budgets are calibrated to.
+      tradeoff_kl: further targets, for the curve of quality against neurons read.
+      quality_batches: validation batches that a point of that curve is measured on.
+      prompts: held-out texts to continue.
+      prompt_tokens: tokens of each prompt.
+      new_tokens: tokens to add to each.
+    """
+
+    corpora: tuple[str, ...]
+    documents: int | None = None
+    section_chars: int
+    vocab_size: int
+    validation_fraction: float
+    teacher: TrainConfig
+    lm_only: TrainConfig
+    lm_kl: TrainConfig
+    recorded_tokens: int
+    rank: int
+    fit: FitConfig
+    target_kl: float
+    tradeoff_kl: tuple[float, ...]
+    quality_batches: int
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int

@@ -1,0 +1,407 @@
+"""`falcon-relu demo`: text, teacher, swap, distillation, predictors, sparse decoding and a report, in one command."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.recipe import Recipe
+from falcon_relu.checkpoint import load_model
+from falcon_relu.cli.configs import load_config
+from falcon_relu.cli.demo_report import write_report
+from falcon_relu.cli.figures import report
+from falcon_relu.corpora import CORPORA, documents
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json, write_aside, write_json
+from falcon_relu.generate import Sampling, generate
+from falcon_relu.model import Falcon
+from falcon_relu.native import read_config
+from falcon_relu.progress import console, progress
+from falcon_relu.tokenizer import Tokenizer, train_bpe
+from infer.bench import memory_reader, random_rows
+from infer.calibrate import calibrate
+from infer.fit import fit
+from infer.generate import Figures as Decoded
+from infer.generate import generate as decode
+from infer.kernels import Backend, native
+from infer.predictor import Predictor, load, save
+from infer.quality import compare, sensitivity
+from infer.record import open_recording, record
+from infer.step import MODES
+from infer.weights import from_params
+from train.config import TrainConfig
+from train.data import DataConfig, train_batches, validation_batches
+from train.loop import train, validate
+from train.prepare import PrepareConfig, prepare
+from train.shards import read_manifest
+
+PUBLISHED_RETENTION = 0.973  # average score of ReluFalcon-40B over that of Falcon-40B, six benchmarks
+
+_WEIGHING_BATCHES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """The whole idea on real text: train a small GELU Falcon, swap in ReLU, win the quality back, decode sparsely.
+
+    Takes ten minutes or less on two CPU cores. Run it again to go on after an interruption; finished stages are kept.
+    """
+
+    config: str = "demo"
+    """Recipe: a name in configs/ or a .py file with a Recipe named CONFIG."""
+    out: Path = Path("runs/demo")
+    """Folder of the run; the report is report.html in it."""
+    json: Path | None = None
+    """Also write all figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Runs what is not finished, prints the figures and writes the report."""
+    recipe = load_config(args.config, Recipe)
+    results = Demo(recipe, args.out).run()
+    write_report(args.out / "report.html", results)
+    report(_summary(results), args.json, also=results)
+    console.print(f"Report: {args.out / 'report.html'}", highlight=False)
+
+
+class Demo:
+    """One run of a recipe in a folder. Every stage leaves its figures in `figures/`, which marks it finished."""
+
+    def __init__(self, recipe: Recipe, root: Path):
+        self.recipe, self.root = recipe, root
+        described = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+        if (root / "recipe.json").exists() and read_json(root / "recipe.json") != described:
+            raise FalconError(f"{root} holds a run of another recipe; choose another --out, or remove it")
+        write_json(root / "recipe.json", described)
+
+    def run(self) -> dict[str, Any]:
+        """Runs every stage that is not finished; returns all figures, as `demo_report.render` wants them."""
+        stages: list[tuple[str, Callable[[], Any]]] = [
+            ("text", self._text),
+            ("tokens", self._tokens),
+            ("teacher", lambda: train(self._placed(self.recipe.teacher))),
+            ("lm_only", lambda: train(self._placed(self.recipe.lm_only))),
+            ("lm_kl", lambda: train(self._placed(self.recipe.lm_kl))),
+            ("quality", self._quality),
+            ("predictor", self._predictor),
+            ("decode", self._decode),
+        ]
+        figures, seconds = {}, {}
+        for number, (name, stage) in enumerate(stages, 1):
+            done = self.root / "figures" / f"{name}.json"
+            if not done.exists():
+                console.print(f"[{number}/{len(stages)}] {name}", style="bold", markup=False)
+                start = time.perf_counter()
+                value = stage()
+                write_json(done, {"seconds": time.perf_counter() - start, "figures": value})
+            stored = read_json(done)
+            figures[name], seconds[name] = stored["figures"], stored["seconds"]
+        return self._results(figures, seconds)
+
+    # ---- stages
+
+    def _text(self) -> list[dict[str, Any]]:
+        found = []
+        for name in self.recipe.corpora:
+            count = 0
+            target = self.root / "text" / f"{name}.jsonl"
+            with write_aside(target, replace=True) as aside, aside.open("w", encoding="utf-8") as file:
+                for document in itertools.islice(documents(name), self.recipe.documents):
+                    for section in sections(document, self.recipe.section_chars):
+                        file.write(json.dumps({"text": section}) + "\n")
+                        count += 1
+            corpus = CORPORA[name]
+            found.append({"name": name, "about": corpus.about, "licence": corpus.licence, "documents": count})
+        return found
+
+    def _tokens(self) -> dict[str, int]:
+        tokenizer = self.root / "tokenizer.json"
+        if not tokenizer.exists():
+            console.print("training a tokenizer", style="dim")
+            train_bpe(self._texts(), self.recipe.vocab_size, tokenizer)
+        counts = {}
+        for name in self.recipe.corpora:
+            folder = self.root / "tokens" / name
+            prepare(
+                PrepareConfig(
+                    inputs=(str(self.root / "text" / f"{name}.jsonl"),),
+                    tokenizer=tokenizer,
+                    out=folder,
+                    seq_len=self.recipe.teacher.data.seq_len,
+                    validation_fraction=self.recipe.validation_fraction,
+                    unit_mb=4,
+                )
+            )
+            counts[name] = sum(split.tokens for split in read_manifest(folder).splits.values())
+        return counts
+
+    def _quality(self) -> list[dict[str, Any]]:
+        teacher, data = self.root / "teacher" / "weights", self._data
+        measured = [
+            ("teacher (GELU)", validate(teacher, data)),
+            ("swapped, not tuned", validate(teacher, data, activation="relu", teacher=teacher)),
+            ("tuned on text alone (LM)", validate(self.root / "lm_only" / "weights", data, teacher=teacher)),
+            ("tuned with LM + KL", validate(self.root / "lm_kl" / "weights", data, teacher=teacher)),
+        ]
+        return [
+            {
+                "model": name,
+                "cross_entropy": found["cross_entropy"],
+                "perplexity": math.exp(found["cross_entropy"]),
+                "accuracy": found["accuracy"],
+                "kl": found.get("kl"),
+                "agreement": found.get("agreement"),
+                "zeros": statistics.fmean(found["zeros"]),
+                "zeros_by_layer": found["zeros"],
+            }
+            for name, found in measured
+        ]
+
+    def _predictor(self) -> dict[str, Any]:
+        recipe, folder = self.recipe, self.root / "recording"
+        config, params = load_model(self.root / "lm_kl" / "weights")
+        if folder.exists():
+            recording = open_recording(folder)
+        else:
+            recording = record(
+                config, params, train_batches(self._data), folder, tokens=recipe.recorded_tokens, input="mlp_input"
+            )
+        fitted = fit(recording, config, params, [recipe.rank] * config.n_layers, recipe.fit)
+        weighing = list(itertools.islice(train_batches(self._data), _WEIGHING_BATCHES))
+        weights = sensitivity(config, params, fitted, weighing)
+        points, best = [], None
+        with progress("quality against neurons read", len(recipe.tradeoff_kl) + 1, "points") as advance:
+            for target in sorted({recipe.target_kl, *recipe.tradeoff_kl}, reverse=True):
+                predictor = calibrate(fitted, recording, kl=target, sensitivity=weights)
+                rows = itertools.islice(validation_batches(self._data), recipe.quality_batches)
+                point = compare(config, params, predictor, rows)
+                points.append({"target_kl": target} | point)
+                if target == recipe.target_kl:
+                    best = (predictor, points[-1])
+                advance()
+        assert best is not None
+        predictor, operating = best
+        save(predictor, self.root / "predictor.safetensors", replace=True)
+        return {"layers": _predictor_rows(predictor, config.d_ff), "tradeoff": points, "operating_point": operating}
+
+    def _decode(self) -> dict[str, Any]:
+        recipe, tokenizer = self.recipe, Tokenizer(self.root / "tokenizer.json")
+        prompts = list(itertools.islice(self._held_out_prompts(), recipe.prompts))
+        sampling = Sampling(max_new_tokens=recipe.new_tokens)
+        config, params = load_model(self.root / "lm_kl" / "weights")
+        weights = from_params(params, config, predictor=load(self.root / "predictor.safetensors", config))
+        texts: dict[str, list[list[int]]] = {}
+        rows = []
+        backends: tuple[Backend, ...] = ("xla",) if native.missing() else ("native", "xla")
+        ways = [(mode, backend) for backend in backends for mode in MODES]
+        with progress("decode", len(ways) * len(prompts), "prompts") as advance:
+            for mode, backend in ways:
+                runs, new = [], []
+                for prompt in prompts:
+                    runs.append(Decoded())
+                    new += decode(weights, [prompt], sampling, mode=mode, backend=backend, figures=runs[-1])
+                    advance(note=f"{mode}, {backend}")
+                texts.setdefault(mode, new)
+                rows.append(
+                    {
+                        "mode": mode,
+                        "backend": backend,
+                        "tokens_per_second": statistics.median(run.steps_per_second for run in runs),
+                        "kilobytes_per_token": statistics.fmean(run.step_bytes for run in runs) / 1e3,
+                        "mlp_share_read": statistics.fmean(run.mlp_read for run in runs),
+                        "same_text_as_dense": same_share(new, texts["dense"]),
+                    }
+                )
+        teacher_config, teacher_params = load_model(self.root / "teacher" / "weights")
+        texts["teacher"] = generate(Falcon(teacher_config), teacher_params, prompts, sampling)
+        samples = [
+            {"prompt": tokenizer.decode(prompt)} | {name: tokenizer.decode(new[i]) for name, new in texts.items()}
+            for i, prompt in enumerate(prompts)
+        ]
+        return {"rows": rows, "samples": samples, "bandwidth": _read_bandwidth()}
+
+    # ---- the rest
+
+    def _held_out_prompts(self) -> Iterator[list[int]]:
+        """Starts of held-out rows that are of one document, from one corpus after the other in turn."""
+        wanted = self.recipe.prompt_tokens
+        by_source = [
+            (
+                tokens[:wanted].tolist()
+                for batch in validation_batches(dataclasses.replace(self._data, sources=(source,)))
+                for tokens, segments in zip(batch["tokens_BxT"], batch["segment_ids_BxT"], strict=True)
+                if np.all(segments[:wanted] == 1)
+            )
+            for source in self._data.sources
+        ]
+        while True:
+            for prompts in by_source:
+                yield next(prompts)
+
+    def _results(self, figures: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+        recipe, quality, predictor = self.recipe, figures["quality"], figures["predictor"]
+        architecture = read_config(self.root / "lm_kl" / "weights")
+        accuracy = [row["accuracy"] for row in quality]
+        retained = accuracy[3] / accuracy[0]
+        return {
+            "machine": _machine() | {"read_bandwidth_gb_s": figures["decode"]["bandwidth"] / 1e9},
+            "seconds": seconds,
+            "model": {
+                "parameters": architecture.n_params,
+                "layers": architecture.n_layers,
+                "d_model": architecture.d_model,
+                "d_ff": architecture.d_ff,
+                "heads": architecture.n_heads,
+                "kv_heads": architecture.n_kv_heads,
+                "vocab": architecture.vocab_size,
+                "train_tokens_teacher": _trained_tokens(recipe.teacher),
+                "train_tokens_student": _trained_tokens(recipe.lm_kl),
+            },
+            "corpora": [row | {"tokens": figures["tokens"][row["name"]]} for row in figures["text"]],
+            "curves": {name: _log_lines(self.root / name / "log.jsonl") for name in ("teacher", "lm_only", "lm_kl")},
+            "quality": quality,
+            "retained": {
+                "lm_only": accuracy[2] / accuracy[0],
+                "lm_kl": retained,
+                "published": PUBLISHED_RETENTION,
+                "met": retained >= PUBLISHED_RETENTION,
+                "why": _why(retained, recipe),
+            },
+            "zeros_by_layer": {
+                name: quality[i]["zeros_by_layer"] for i, name in enumerate(("swapped", "lm_only", "lm_kl"), 1)
+            },
+            "predictor": predictor["layers"],
+            "tradeoff": predictor["tradeoff"],
+            "operating_point": predictor["operating_point"],
+            "decode": figures["decode"]["rows"],
+            "samples": figures["decode"]["samples"],
+        }
+
+    @property
+    def _data(self) -> DataConfig:
+        return self._placed(self.recipe.teacher).data
+
+    def _placed(self, config: TrainConfig) -> TrainConfig:
+        """A run of the recipe with its paths inside this folder."""
+        sources = tuple(dataclasses.replace(source, path=self.root / source.path) for source in config.data.sources)
+        return dataclasses.replace(
+            config,
+            out=self.root / config.out,
+            data=dataclasses.replace(config.data, sources=sources),
+            init_from=config.init_from and str(self.root / config.init_from),
+            teacher=config.teacher and str(self.root / config.teacher),
+        )
+
+    def _texts(self) -> Iterator[str]:
+        for name in self.recipe.corpora:
+            with (self.root / "text" / f"{name}.jsonl").open(encoding="utf-8") as file:
+                yield from (json.loads(line)["text"] for line in file)
+
+
+def sections(text: str, size: int) -> Iterator[str]:
+    """A text cut at blank lines into pieces of at least `size` characters, but for the last; nothing is lost."""
+    piece: list[str] = []
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        if sum(map(len, piece)) >= size:
+            yield "\n\n".join(piece)
+            piece = []
+    if piece:
+        yield "\n\n".join(piece)
+
+
+def same_share(texts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
+    """Share of tokens before the first difference, over all texts."""
+    same = sum(
+        len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
+        for a, b in zip(texts, expected, strict=True)
+    )
+    return same / max(sum(map(len, expected)), 1)
+
+
+def _trained_tokens(config: TrainConfig) -> int:
+    return config.steps * config.data.batch_size * config.data.seq_len
+
+
+def _log_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _why(retained: float, recipe: Recipe) -> str:
+    if retained >= PUBLISHED_RETENTION:
+        return ""
+    return (
+        f"missed by {PUBLISHED_RETENTION - retained:.1%}: the student was tuned on {_trained_tokens(recipe.lm_kl):,} "
+        "tokens; the held-out loss was still falling when they ended"
+    )
+
+
+def _predictor_rows(predictor: Predictor, n_neurons: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": i,
+            "rank": rank,
+            "recall": found["recall"],
+            "mass_recall": found["mass"],
+            "precision": found["precision"],
+            "predicted": found["read"] / n_neurons,
+            "active": found["fired"] / n_neurons,
+        }
+        for i, (rank, found) in enumerate(zip(predictor.ranks, predictor.measured, strict=True))
+    ]
+
+
+def _read_bandwidth() -> float:
+    """Bytes a second that all threads together read from memory."""
+    rng = np.random.default_rng(0)
+    read = memory_reader([random_rows(rng, 16384, 8192, "bf16") for _ in range(2)])
+    return statistics.median(read() for _ in range(9))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "platform": platform.platform(),
+        "jax": jax.__version__,
+    }
+
+
+def _summary(results: dict[str, Any]) -> dict[str, Any]:
+    retained, point = results["retained"], results["operating_point"]
+    return {
+        "teacher's next-token accuracy retained": retained["lm_kl"],
+        "the published run retained": retained["published"],
+        "missed because": retained["why"] or None,
+        "zeros by layer": ", ".join(f"{share:.0%}" for share in results["zeros_by_layer"]["lm_kl"]),
+        "neurons read": point["read"],
+        "neurons that fire": point["fired"],
+        "KL(dense || sparse), nats a token": point["kl"],
+        "same likeliest token, dense and sparse": point["agreement"],
+        "seconds": sum(results["seconds"].values()),
+        "quality on held-out text": [
+            {name: value for name, value in row.items() if name != "zeros_by_layer"} for row in results["quality"]
+        ],
+        "predictors on held-out tokens": results["predictor"],
+        "decoding": results["decode"],
+    }
