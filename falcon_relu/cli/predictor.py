@@ -180,7 +180,9 @@ def _fit(step: Fit) -> dict[str, Any]:
     ranks = _cheapest_ranks(step, recording, config, params) if step.rank is None else [step.rank] * config.n_layers
     predictor = fit(recording, config, params, ranks, step.how)
     save(predictor, step.out)
-    return _sizes(predictor, config) | {"held out, as many read as fire": _rows(predictor)}
+    columns = ("layer", "rank", "fired", "recall", "start_recall", "energy", "start_energy")
+    rows = [{name: row[name] for name in columns} for row in _rows(predictor)]
+    return _sizes(predictor, config) | {"held out, as many read as fire": rows}
 
 
 def _cheapest_ranks(step: Fit, recording: Recording, config: FalconConfig, params: Params) -> list[int]:
