@@ -52,7 +52,7 @@ def weighted_row_sum(
 
     def add(y_BxD: jax.Array, start: jax.Array, fresh_R: jax.Array, rows_RxD: jax.Array) -> jax.Array:
         h_BxR = lax.dynamic_slice_in_dim(h_BxA, start, len(fresh_R), 1)
-        return y_BxD + _product(jnp.where(fresh_R[None], h_BxR, 0), rows_RxD)
+        return y_BxD + jnp.where(fresh_R[None], h_BxR, 0) @ rows_RxD
 
     return _fold(w, index_A, count, A, jnp.zeros((B, w.shape[1]), jnp.float32), add)
 
@@ -136,15 +136,12 @@ def read_rows(w: Rows, index_A: jax.Array | None = None, count: jax.Array | None
 
 def _dot(w: Rows, index_A: jax.Array | None, count: jax.Array | None, outputs: int, x_BxD: jax.Array) -> jax.Array:
     def write(y_BxA: jax.Array, start: jax.Array, fresh_R: jax.Array, rows_RxD: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(y_BxA, _product(x_BxD, rows_RxD.T), start, 1)
+        # One vector is multiplied as a vector, for which XLA has faster code.
+        y_RxB = (rows_RxD @ x_BxD[0])[:, None] if len(x_BxD) == 1 else rows_RxD @ x_BxD.T
+        return lax.dynamic_update_slice_in_dim(y_BxA, y_RxB.T, start, 1)
 
     y_BxA = _fold(w, index_A, count, outputs, jnp.zeros((len(x_BxD), outputs), jnp.float32), write)
     return y_BxA if count is None else jnp.where(jnp.arange(outputs)[None] < count, y_BxA, 0)
-
-
-def _product(a_BxN: jax.Array, b_NxM: jax.Array) -> jax.Array:
-    """a @ b; one vector is multiplied as a vector, for which XLA has faster code."""
-    return a_BxN @ b_NxM if len(a_BxN) > 1 else (b_NxM.T @ a_BxN[0])[None]
 
 
 def _fold(

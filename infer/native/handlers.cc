@@ -91,6 +91,9 @@ int64_t share_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
   return std::max<int64_t>(4, std::min(by_bytes, by_threads) / 4 * 4);
 }
 
+constexpr int64_t kLeastRows = 32;  // of a sum that are worth a share of their own
+constexpr int64_t kSharesPerThread = 2;
+
 // ---- checks
 
 ffi::Error invalid(const std::string& text) { return ffi::Error::InvalidArgument("falcon_relu: " + text); }
@@ -190,13 +193,21 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<
   }
   const Kernels& kernels = *chosen();
   const int format = format_of(w.element_type());
-  // Shares are blocks of columns: each column is summed by one thread, in the order of the rows.
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t share = std::max<int64_t>(512, (m.columns / threads + kStripe - 1) / kStripe * kStripe);
-  parallel_for(pool, (m.columns + share - 1) / share, [&](int64_t i) {
-    const int64_t begin = i * share, end = std::min(m.columns, begin + share);
-    void* memory = scratch(kernels.sum_bytes(format, m.count, end - begin, batch), 1);
-    kernels.sum[format](m, weights, h_stride, batch, begin, end, y->typed_data(), memory);
+  // A share is a run of whole rows, which memory likes best; the shares' sums are added up in their order.
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), size = batch * m.columns;
+  const int64_t shares = std::clamp<int64_t>(m.count / kLeastRows, 1, threads == 1 ? 1 : kSharesPerThread * threads);
+  float* out = y->typed_data();
+  std::vector<float> partial((shares - 1) * size);  // the first share's sum goes straight to the result
+  const auto sum_of = [&](int64_t i) { return i == 0 ? out : partial.data() + (i - 1) * size; };
+  parallel_for(pool, shares, [&](int64_t i) {
+    const int64_t begin = i * m.count / shares, end = (i + 1) * m.count / shares;
+    void* memory = scratch(kernels.sum_bytes(format, end - begin, m.columns, batch), 1);
+    kernels.sum[format](m.part(begin, end, item_bytes(format)), weights + begin, h_stride, batch, sum_of(i), memory);
+  });
+  const int64_t run = (size + threads - 1) / threads;
+  parallel_for(pool, shares > 1 ? threads : 0, [&](int64_t t) {
+    for (int64_t i = 1; i < shares; ++i)
+      for (int64_t d = t * run; d < std::min(size, (t + 1) * run); ++d) out[d] += sum_of(i)[d];
   });
   return ffi::Error::Success();
 }

@@ -21,6 +21,13 @@ struct Matrix {
   int64_t columns;
 
   int64_t row(int64_t position) const { return index ? index[position] : position; }
+
+  // The rows at positions [begin, end).
+  Matrix part(int64_t begin, int64_t end, int64_t item) const {
+    if (index) return Matrix{data, scale, index + begin, end - begin, columns};
+    const char* first = static_cast<const char*>(data) + begin * columns * item;
+    return Matrix{first, scale ? scale + begin : nullptr, nullptr, end - begin, columns};
+  }
 };
 
 // Vectors in the order and number format in which one instruction set multiplies them with rows of one format.
@@ -46,9 +53,8 @@ struct Kernels {
 
   // Bytes of scratch that `sum` needs for one call.
   int64_t (*sum_bytes)(int format, int64_t rows, int64_t columns, int64_t batch);
-  // y[b * w.columns + d] = sum_i h[b * h_stride + i] * row i [d] for begin <= d < end; begin a multiple of kStripe.
-  void (*sum[kFormats])(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end,
-                        float* y, void* scratch);
+  // y[b * w.columns + d] = sum_i h[b * h_stride + i] * row i [d].
+  void (*sum[kFormats])(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, float* y, void* scratch);
 
   // Attention of `heads` query heads over one KV head's first `length` positions; see handlers.cc.
   void (*attend[3])(const float* q, int64_t heads, int64_t width, const void* k, const void* v, int64_t stride,

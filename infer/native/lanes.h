@@ -19,7 +19,13 @@ namespace {
 
 constexpr int64_t kBytes = FALCON_VECTOR_BYTES;
 constexpr int kLanes = kBytes / 4;
-constexpr int64_t kAhead = 3072;  // bytes between what is multiplied and what is asked for
+constexpr int64_t kAhead = 8192;  // bytes between what is multiplied and what is asked for
+#if defined(FALCON_AVX512)
+constexpr int kTile = 8;  // rows handled together: more streams for memory, more uses of a loaded input
+#else
+constexpr int kTile = 4;
+#endif
+#define FALCON_UNROLL _Pragma("GCC unroll 16")
 
 typedef float F32 __attribute__((vector_size(kBytes)));
 typedef uint32_t U32 __attribute__((vector_size(kBytes)));
@@ -106,25 +112,28 @@ FALCON_INLINE int64_t place(int64_t d) {
 
 template <class T>
 FALCON_INLINE void fetch_stripe(const T* p) {
-  for (size_t line = 0; line < sizeof(T); ++line) __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line);
+  FALCON_UNROLL
+  for (size_t line = 0; line < sizeof(T); ++line)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line, 0, 2);  // to L2: L1 is full of inputs
 }
 
-// Calls step(stripe index, row pointers at the stripe) over columns [begin, end) of kRows rows, asking for what comes kAhead
-// bytes later, first in the same rows and then in the `next` ones.
+// Calls step(first column, row pointers there) for every whole stripe of kRows rows, asking for what comes kAhead bytes later,
+// first in the same rows and then in the `next` ones.
 template <class T, int kRows, class Step>
-FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64_t begin, int64_t end, Step&& step) {
+FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64_t columns, Step&& step) {
   constexpr int64_t ahead = kAhead / sizeof(T) / kStripe * kStripe;
-  const int64_t whole = begin + (end - begin) / kStripe * kStripe;
-  const int64_t inside = whole - begin > ahead ? whole - ahead : begin;
+  const int64_t whole = columns / kStripe * kStripe, inside = whole > ahead ? whole - ahead : 0;
   const T* at[kRows];
-  int64_t d = begin;
+  int64_t d = 0;
   for (; d < inside; d += kStripe) {
+    FALCON_UNROLL
     for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(at[r] + ahead);
-    step(d - begin, at);
+    step(d, at);
   }
   for (; d < whole; d += kStripe) {
-    for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(next[r] + begin + (d - inside));
-    step(d - begin, at);
+    FALCON_UNROLL
+    for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(next[r] + (d - inside));
+    step(d, at);
   }
 }
 
@@ -139,29 +148,34 @@ FALCON_INLINE void row_pointers(const Matrix& w, int64_t first, int64_t end, con
 
 // ---- dot products of rows with vectors
 
-// Multiplies in f32: any format on any instruction set. An accumulator is a row's products with one vector.
+// Multiplies in f32: any format on any instruction set. A row has kPlanes accumulators a vector, so that one
+// sum's latency hides behind the other; kRows1 rows are best taken together for a single vector.
 template <class Row>
 struct WideDot {
   using T = typename Row::T;
   using Acc = F32;
+  static constexpr int kPlanes = 2, kRows1 = kTile;
   const Packed& x;
   int64_t first;
   template <int kRows, int kBatch>
-  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kBatch]) const {
+  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kPlanes * kBatch]) const {
     for (int64_t u = 0; u < kStripe; u += 2 * kLanes) {
       F32 xa[kBatch], xb[kBatch];
+      FALCON_UNROLL
       for (int b = 0; b < kBatch; ++b) {
         const float* p = static_cast<const float*>(x.high) + (first + b) * x.stride + d + u;
         xa[b] = load(p), xb[b] = load(p + kLanes);
       }
+      FALCON_UNROLL
       for (int r = 0; r < kRows; ++r) {
         F32 wa, wb;
         Row::load2(at[r] + u, wa, wb);
-        for (int b = 0; b < kBatch; ++b) acc[r][b] += wa * xa[b], acc[r][b] += wb * xb[b];
+        FALCON_UNROLL
+        for (int b = 0; b < kBatch; ++b) acc[r][2 * b] += wa * xa[b], acc[r][2 * b + 1] += wb * xb[b];
       }
     }
   }
-  FALCON_INLINE float finish(Acc acc, int) const { return total(acc); }
+  FALCON_INLINE float finish(const Acc* acc, int) const { return total(acc[0] + acc[1]); }
 };
 
 #if defined(FALCON_BF16)
@@ -170,87 +184,95 @@ struct WideDot {
 struct BF16Dot {
   using T = uint16_t;
   using Acc = __m512;
+  static constexpr int kPlanes = 2, kRows1 = kTile;
   const Packed& x;
   int64_t first;
   template <int kRows, int kBatch>
-  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kBatch]) const {
+  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kPlanes * kBatch]) const {
     for (int64_t u = 0; u < kStripe; u += 32) {
       __m512bh high[kBatch], low[kBatch];
+      FALCON_UNROLL
       for (int b = 0; b < kBatch; ++b) {
         const int64_t i = (first + b) * x.stride + d + u;
         high[b] = (__m512bh)_mm512_loadu_si512(static_cast<const uint16_t*>(x.high) + i);
         low[b] = (__m512bh)_mm512_loadu_si512(static_cast<const uint16_t*>(x.low) + i);
       }
+      FALCON_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const __m512bh w = (__m512bh)_mm512_loadu_si512(at[r] + u);
-        for (int b = 0; b < kBatch; ++b)
-          acc[r][b] = _mm512_dpbf16_ps(_mm512_dpbf16_ps(acc[r][b], w, low[b]), w, high[b]);
+        FALCON_UNROLL
+        for (int b = 0; b < kBatch; ++b) {
+          acc[r][2 * b] = _mm512_dpbf16_ps(acc[r][2 * b], w, high[b]);
+          acc[r][2 * b + 1] = _mm512_dpbf16_ps(acc[r][2 * b + 1], w, low[b]);
+        }
       }
     }
   }
-  FALCON_INLINE float finish(Acc acc, int) const { return total((F32)acc); }
+  FALCON_INLINE float finish(const Acc* acc, int) const { return total((F32)acc[0] + (F32)acc[1]); }
 };
 #endif
 
 #if defined(FALCON_VNNI)
-struct TwoPlanes {
-  __m512i high, low;
-};
-
 // Four int8 products a lane and instruction. The vector is rounded to 16 bits, split in two int8 planes. The instruction wants
 // one side unsigned: w + 128 is, and 128 * sum(x) is taken off at the end. Sums are exact below 2^19 columns.
 struct I8Dot {
   using T = int8_t;
-  using Acc = TwoPlanes;
+  using Acc = __m512i;
+  static constexpr int kPlanes = 2, kRows1 = 2;
   const Packed& x;
   int64_t first;
   template <int kRows, int kBatch>
-  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kBatch]) const {
+  FALCON_INLINE void step(int64_t d, const T* const* at, Acc (*acc)[kPlanes * kBatch]) const {
     const __m512i offset = _mm512_set1_epi8(-128);
     __m512i w[kRows];
+    FALCON_UNROLL
     for (int r = 0; r < kRows; ++r) w[r] = _mm512_xor_si512(_mm512_loadu_si512(at[r]), offset);
+    FALCON_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int64_t i = (first + b) * x.stride + d;
       const __m512i high = _mm512_loadu_si512(static_cast<const int8_t*>(x.high) + i);
       const __m512i low = _mm512_loadu_si512(static_cast<const int8_t*>(x.low) + i);
+      FALCON_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        acc[r][b].high = _mm512_dpbusd_epi32(acc[r][b].high, w[r], high);
-        acc[r][b].low = _mm512_dpbusd_epi32(acc[r][b].low, w[r], low);
+        acc[r][2 * b] = _mm512_dpbusd_epi32(acc[r][2 * b], w[r], high);
+        acc[r][2 * b + 1] = _mm512_dpbusd_epi32(acc[r][2 * b + 1], w[r], low);
       }
     }
   }
-  FALCON_INLINE float finish(Acc acc, int b) const {
+  FALCON_INLINE float finish(const Acc* acc, int b) const {
     const int32_t* sum = x.sum + 2 * (first + b);
-    const int64_t high = _mm512_reduce_add_epi32(acc.high) - 128ll * sum[0];
-    const int64_t low = _mm512_reduce_add_epi32(acc.low) - 128ll * sum[1];
+    const int64_t high = _mm512_reduce_add_epi32(acc[0]) - 128ll * sum[0];
+    const int64_t low = _mm512_reduce_add_epi32(acc[1]) - 128ll * sum[1];
     return x.unit[first + b] * static_cast<float>(256 * high + low);
   }
 };
 #endif
+
+// The columns past the last whole stripe, followed by zeros: reading a whole stripe there could leave the buffer.
+template <class T, int kRows>
+struct LastStripe {
+  T columns[kRows][kStripe];
+  const T* at[kRows];
+  LastStripe(const T* const* rows, int64_t from, int64_t to) {
+    std::memset(columns, 0, sizeof(columns));
+    for (int r = 0; r < kRows; ++r) std::memcpy(columns[r], rows[r] + from, (to - from) * sizeof(T)), at[r] = columns[r];
+  }
+};
 
 template <class Dot, int kRows, int kBatch>
 FALCON_INLINE void dot_tile(const Matrix& w, const Dot& dot, int64_t i, int64_t end, float* y, int64_t y_stride) {
   using T = typename Dot::T;
   const T *rows[kRows], *next[kRows];
   row_pointers<T, kRows>(w, i, end, rows, next);
-  typename Dot::Acc acc[kRows][kBatch] = {};
-  each_stripe<T, kRows>(rows, next, 0, w.columns, [&](int64_t d, const T* const* at) __attribute__((always_inline)) {
+  typename Dot::Acc acc[kRows][Dot::kPlanes * kBatch] = {};
+  each_stripe<T, kRows>(rows, next, w.columns, [&](int64_t d, const T* const* at) __attribute__((always_inline)) {
     dot.template step<kRows, kBatch>(d, at, acc);
   });
   const int64_t whole = w.columns / kStripe * kStripe;
-  if (whole < w.columns) {
-    T buffer[kRows][kStripe];
-    const T* at[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      std::memset(buffer[r], 0, sizeof(buffer[r]));
-      std::memcpy(buffer[r], rows[r] + whole, (w.columns - whole) * sizeof(T));
-      at[r] = buffer[r];
-    }
-    dot.template step<kRows, kBatch>(whole, at, acc);
-  }
+  if (whole < w.columns) dot.template step<kRows, kBatch>(whole, LastStripe<T, kRows>(rows, whole, w.columns).at, acc);
   for (int r = 0; r < kRows; ++r) {
     const float scale = w.scale ? w.scale[w.row(i + r)] : 1.0f;
-    for (int b = 0; b < kBatch; ++b) y[(dot.first + b) * y_stride + i + r] = scale * dot.finish(acc[r][b], b);
+    for (int b = 0; b < kBatch; ++b) y[(dot.first + b) * y_stride + i + r] = scale * dot.finish(&acc[r][Dot::kPlanes * b], b);
   }
 }
 
@@ -266,14 +288,13 @@ FALCON_INLINE void dot_rows(const Matrix& w, const Packed& x, int64_t first, int
 // Groups of rows that stay in the cache while all vectors of the batch pass over them.
 template <class Dot>
 void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
-  constexpr int64_t group = 4;
-  if (x.batch == 1) return dot_rows<Dot, 4, 1>(w, x, 0, begin, end, y, y_stride);
-  for (int64_t i = begin; i < end; i += group) {
-    const int64_t stop = i + group < end ? i + group : end;
+  if (x.batch == 1) return dot_rows<Dot, Dot::kRows1, 1>(w, x, 0, begin, end, y, y_stride);
+  for (int64_t i = begin; i < end; i += kTile) {
+    const int64_t stop = i + kTile < end ? i + kTile : end;
     int64_t b = 0;
     for (; b + 4 <= x.batch; b += 4) dot_rows<Dot, 2, 4>(w, x, b, i, stop, y, y_stride);
     for (; b + 2 <= x.batch; b += 2) dot_rows<Dot, 4, 2>(w, x, b, i, stop, y, y_stride);
-    for (; b < x.batch; ++b) dot_rows<Dot, 4, 1>(w, x, b, i, stop, y, y_stride);
+    for (; b < x.batch; ++b) dot_rows<Dot, Dot::kRows1, 1>(w, x, b, i, stop, y, y_stride);
   }
 }
 
@@ -282,17 +303,22 @@ void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y,
 #if defined(FALCON_VNNI)
 // Rounds v to 16 bits in two int8 planes: v = step * (256 * high + low). Returns step; sums of the planes in sum[0..1].
 inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int32_t* sum) {
-  float largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::fabs(v[i]) > largest ? std::fabs(v[i]) : largest;
-  const float step = largest > 0 ? largest / 32639.0f : 1.0f, per_step = 1.0f / step;
-  int32_t high_sum = 0, low_sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t q = static_cast<int32_t>(std::nearbyint(v[i] * per_step));
-    const int32_t h = (q + 128) >> 8, l = q - 256 * h;
-    high[i] = static_cast<int8_t>(h), low[i] = static_cast<int8_t>(l);
-    high_sum += h, low_sum += l;
+  const auto some = [&](int64_t i) { return n - i >= 16 ? 0xffff : (1u << (n - i)) - 1; };
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16)
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(some(i), v + i)));
+  const float most = _mm512_reduce_max_ps(largest), step = most > 0 ? most / 32639.0f : 1.0f;
+  __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 scaled = _mm512_div_ps(_mm512_maskz_loadu_ps(some(i), v + i), _mm512_set1_ps(step));
+    const __m512i q = _mm512_cvtps_epi32(scaled);
+    const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+    const __m512i l = _mm512_sub_epi32(q, _mm512_slli_epi32(h, 8));
+    _mm512_mask_cvtepi32_storeu_epi8(high + i, some(i), h);
+    _mm512_mask_cvtepi32_storeu_epi8(low + i, some(i), l);
+    high_sum = _mm512_add_epi32(high_sum, h), low_sum = _mm512_add_epi32(low_sum, l);
   }
-  sum[0] = high_sum, sum[1] = low_sum;
+  sum[0] = _mm512_reduce_add_epi32(high_sum), sum[1] = _mm512_reduce_add_epi32(low_sum);
   return step;
 }
 #endif
@@ -369,19 +395,20 @@ int64_t sum_bytes(int, int64_t rows, int64_t columns, int64_t batch) {
 }
 
 template <class Row, int kRows>
-FALCON_INLINE void sum_tile(const Matrix& w, const float* weight, int64_t weight_stride, int64_t batch, int64_t i, int64_t begin,
-                            int64_t end, float* acc) {
+FALCON_INLINE void sum_tile(const Matrix& w, const float* weight, int64_t weight_stride, int64_t batch, int64_t i, float* acc) {
   using T = typename Row::T;
-  const int64_t stride = padded(end - begin);
+  const int64_t stride = padded(w.columns), whole = w.columns / kStripe * kStripe;
   const T *rows[kRows], *next[kRows];
   row_pointers<T, kRows>(w, i, w.count, rows, next);
   const auto step = [&](int64_t d, const T* const* at) __attribute__((always_inline)) {
     for (int64_t u = 0; u < kStripe; u += 2 * kLanes) {
       F32 wa[kRows], wb[kRows];
+      FALCON_UNROLL
       for (int r = 0; r < kRows; ++r) Row::load2(at[r] + u, wa[r], wb[r]);
       for (int64_t b = 0; b < batch; ++b) {
         float* p = acc + b * stride + d + u;
         F32 a = load(p), c = load(p + kLanes);
+        FALCON_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const F32 h = spread(weight[b * weight_stride + r]);
           a += h * wa[r], c += h * wb[r];
@@ -390,24 +417,14 @@ FALCON_INLINE void sum_tile(const Matrix& w, const float* weight, int64_t weight
       }
     }
   };
-  each_stripe<T, kRows>(rows, next, begin, end, step);
-  const int64_t whole = (end - begin) / kStripe * kStripe;
-  if (begin + whole < end) {
-    T buffer[kRows][kStripe];
-    const T* at[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      std::memset(buffer[r], 0, sizeof(buffer[r]));
-      std::memcpy(buffer[r], rows[r] + begin + whole, (end - begin - whole) * sizeof(T));
-      at[r] = buffer[r];
-    }
-    step(whole, at);
-  }
+  each_stripe<T, kRows>(rows, next, w.columns, step);
+  if (whole < w.columns) step(whole, LastStripe<T, kRows>(rows, whole, w.columns).at);
 }
 
 template <class Row>
-void sum(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch) {
-  constexpr int kRows = 4;
-  const int64_t stride = padded(end - begin);
+void sum(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, float* y, void* scratch) {
+  constexpr int kRows = kTile;
+  const int64_t stride = padded(w.columns);
   float* acc = static_cast<float*>(scratch);
   float* weight = acc + batch * stride;  // of the tile's rows: h times the row's scale
   std::memset(acc, 0, batch * stride * sizeof(float));
@@ -420,15 +437,95 @@ void sum(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64
   int64_t i = 0;
   for (; i + kRows <= w.count; i += kRows) {
     weigh(i, kRows);
-    sum_tile<Row, kRows>(w, weight, kRows, batch, i, begin, end, acc);
+    sum_tile<Row, kRows>(w, weight, kRows, batch, i, acc);
   }
   for (; i < w.count; ++i) {
     weigh(i, 1);
-    sum_tile<Row, 1>(w, weight, kRows, batch, i, begin, end, acc);
+    sum_tile<Row, 1>(w, weight, kRows, batch, i, acc);
   }
   for (int64_t b = 0; b < batch; ++b)
-    for (int64_t d = begin; d < end; ++d) y[b * w.columns + d] = acc[b * stride + place<Row>(d - begin)];
+    for (int64_t d = 0; d < w.columns; ++d) y[b * w.columns + d] = acc[b * stride + place<Row>(d)];
 }
+
+#if defined(FALCON_VNNI)
+// Four rows turned so that a 32-bit lane holds one column of all four: lane 4 l + t of out[j] is column 16 l + 4 j + t.
+FALCON_INLINE void four_rows(const int8_t* const* at, __m512i* out) {
+  const __m512i offset = _mm512_set1_epi8(-128);
+  __m512i w[4];
+  FALCON_UNROLL
+  for (int r = 0; r < 4; ++r) w[r] = _mm512_xor_si512(_mm512_loadu_si512(at[r]), offset);
+  const __m512i a = _mm512_unpacklo_epi8(w[0], w[1]), b = _mm512_unpackhi_epi8(w[0], w[1]);
+  const __m512i c = _mm512_unpacklo_epi8(w[2], w[3]), d = _mm512_unpackhi_epi8(w[2], w[3]);
+  out[0] = _mm512_unpacklo_epi16(a, c), out[1] = _mm512_unpackhi_epi16(a, c);
+  out[2] = _mm512_unpacklo_epi16(b, d), out[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+// As `sum`, four int8 products a lane and instruction. The weights (h times scale) are rounded to 16 bits, split in two int8
+// planes; see I8Dot. A panel of kSumRows rows cannot overflow.
+void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, float* y, void* scratch) {
+  constexpr int kRows = 8;
+  const int64_t stride = padded(w.columns), whole = w.columns / kStripe * kStripe;
+  const int64_t most = (w.count < kSumRows ? w.count : kSumRows), room = (most + kRows - 1) / kRows * kRows;
+  int32_t* acc = static_cast<int32_t*>(scratch);  // [batch, plane, stride]
+  float* weight = reinterpret_cast<float*>(acc + 2 * batch * stride);
+  float* unit = weight + room;
+  int32_t* total = reinterpret_cast<int32_t*>(unit + batch);  // [batch, plane]: sums of the weights
+  int8_t* planes = reinterpret_cast<int8_t*>(total + 2 * batch);  // [batch, plane, room]
+  std::memset(y, 0, batch * w.columns * sizeof(float));
+  for (int64_t first = 0; first < w.count; first += kSumRows) {
+    const int64_t n = w.count - first < kSumRows ? w.count - first : kSumRows;
+    std::memset(acc, 0, 2 * batch * stride * sizeof(int32_t));
+    std::memset(planes, 0, 2 * batch * room);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t i = 0; i < n; ++i) weight[i] = h[b * h_stride + first + i] * w.scale[w.row(first + i)];
+      unit[b] = split_i8(weight, n, planes + 2 * b * room, planes + (2 * b + 1) * room, total + 2 * b);
+    }
+    for (int64_t i = 0; i < n; i += kRows) {
+      const int8_t *rows[kRows], *next[kRows];
+      for (int r = 0; r < kRows; ++r) {  // past the last row stand weights of 0
+        const int64_t here = i + r < n ? i + r : i, then = i + kRows + r < n ? i + kRows + r : i;
+        rows[r] = static_cast<const int8_t*>(w.data) + w.row(first + here) * w.columns;
+        next[r] = static_cast<const int8_t*>(w.data) + w.row(first + then) * w.columns;
+      }
+      const auto step = [&](int64_t d, const int8_t* const* at) __attribute__((always_inline)) {
+        __m512i turned[kRows];
+        FALCON_UNROLL
+        for (int r = 0; r < kRows; r += 4) four_rows(at + r, turned + r);
+        for (int64_t plane = 0; plane < 2 * batch; ++plane) {
+          int32_t fours[kRows / 4];
+          std::memcpy(fours, planes + plane * room + i, kRows);
+          int32_t* p = acc + plane * stride + d;
+          FALCON_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            __m512i some = _mm512_loadu_si512(p + 16 * j);
+            FALCON_UNROLL
+            for (int g = 0; g < kRows / 4; ++g)
+              some = _mm512_dpbusd_epi32(some, turned[4 * g + j], _mm512_set1_epi32(fours[g]));
+            _mm512_storeu_si512(p + 16 * j, some);
+          }
+        }
+      };
+      each_stripe<int8_t, kRows>(rows, next, w.columns, step);
+      if (whole < w.columns) step(whole, LastStripe<int8_t, kRows>(rows, whole, w.columns).at);
+    }
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t d = 0; d < stride; d += kStripe) {
+        float stripe[kStripe];
+        for (int j = 0; j < 4; ++j) {
+          const int32_t* p = acc + 2 * b * stride + d + 16 * j;
+          const __m512i offset[2] = {_mm512_set1_epi32(128 * total[2 * b]), _mm512_set1_epi32(128 * total[2 * b + 1])};
+          const __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), offset[0]));
+          const __m512 low = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p + stride), offset[1]));
+          float lanes[16];
+          _mm512_storeu_ps(lanes, _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low));
+          for (int l = 0; l < 4; ++l) std::memcpy(stripe + 16 * l + 4 * j, lanes + 4 * l, 16);
+        }
+        const int64_t n = w.columns - d < kStripe ? w.columns - d : kStripe;
+        for (int64_t i = 0; i < n; ++i) y[b * w.columns + d + i] += unit[b] * stripe[i];
+      }
+  }
+}
+#endif
 
 // ---- attention
 
@@ -516,21 +613,28 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
 
 // ---- reading alone, to measure memory
 
+template <int kRows>
+FALCON_INLINE U32 read_rows(const Matrix& w, int64_t row_bytes, int64_t i, int64_t end) {
+  const Matrix bytes{w.data, nullptr, w.index, w.count, row_bytes};
+  const uint8_t *rows[kRows], *next[kRows];
+  row_pointers<uint8_t, kRows>(bytes, i, end, rows, next);
+  U32 acc[kRows] = {};
+  each_stripe<uint8_t, kRows>(rows, next, row_bytes, [&](int64_t, const uint8_t* const* at) __attribute__((always_inline)) {
+    FALCON_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      for (int64_t d = 0; d < kStripe; d += kBytes) acc[r] ^= *reinterpret_cast<const LooseU32*>(at[r] + d);
+  });
+  for (int r = 1; r < kRows; ++r) acc[0] ^= acc[r];
+  return acc[0];
+}
+
 int64_t read(const Matrix& w, int64_t row_bytes, int64_t begin, int64_t end) {
-  U32 acc[4] = {};
-  const int64_t whole = row_bytes / (4 * kBytes) * (4 * kBytes);
-  for (int64_t i = begin; i < end; ++i) {
-    const char* row = static_cast<const char*>(w.data) + w.row(i) * row_bytes;
-    const char* next = static_cast<const char*>(w.data) + w.row(i + 1 < end ? i + 1 : i) * row_bytes;
-    for (int64_t d = 0; d < whole; d += 4 * kBytes) {
-      const char* wanted = d + kAhead < whole ? row + d + kAhead : next + (d + kAhead - whole);
-      for (int64_t line = 0; line < 4 * kBytes; line += 64) __builtin_prefetch(wanted + line);
-      for (int j = 0; j < 4; ++j) acc[j] ^= *reinterpret_cast<const LooseU32*>(row + d + j * kBytes);
-    }
-  }
-  const U32 all = acc[0] ^ acc[1] ^ acc[2] ^ acc[3];
+  U32 acc = {};
+  int64_t i = begin;
+  for (; w.index && i + kTile <= end; i += kTile) acc ^= read_rows<kTile>(w, row_bytes, i, end);
+  for (; i < end; ++i) acc ^= read_rows<1>(w, row_bytes, i, end);
   int64_t out = 0;
-  for (int i = 0; i < kLanes; ++i) out ^= all[i];
+  for (int lane = 0; lane < kLanes; ++lane) out ^= acc[lane];
   return out;
 }
 
@@ -541,8 +645,10 @@ using UsedBF16Dot = WideDot<BF16Row>;
 #endif
 #if defined(FALCON_VNNI)
 using UsedI8Dot = I8Dot;
+constexpr auto used_i8_sum = sum_i8;
 #else
 using UsedI8Dot = WideDot<I8Row>;
+constexpr auto used_i8_sum = sum<I8Row>;
 #endif
 
 }  // namespace
@@ -560,7 +666,7 @@ using UsedI8Dot = WideDot<I8Row>;
        FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F16Row>>, FALCON_ISA::dot<FALCON_ISA::UsedI8Dot>},  \
       FALCON_ISA::sum_bytes,                                                                        \
       {FALCON_ISA::sum<FALCON_ISA::F32Row>, FALCON_ISA::sum<FALCON_ISA::BF16Row>,                   \
-       FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::sum<FALCON_ISA::I8Row>},                    \
+       FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum},                    \
       {FALCON_ISA::attend<float>, FALCON_ISA::attend<uint16_t>, FALCON_ISA::attend<FALCON_ISA::Half>}, \
       FALCON_ISA::read,                                                                             \
   };                                                                                                \

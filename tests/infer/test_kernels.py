@@ -54,9 +54,10 @@ def draw_case(seed: int, format: str, M: int, D: int, B: int, share: float):
     return w, np.asarray(dequantise(w), np.float64), index, np.int32(count), x, h
 
 
-def close(actual: jax.Array, expected: np.ndarray, magnitude: np.ndarray) -> None:
-    """Within rounding of sums whose terms have the given total magnitude (int8 inputs are rounded to 16 bits)."""
-    np.testing.assert_array_less(np.abs(np.asarray(actual) - expected), 4e-5 * magnitude + 1e-6)
+def close(actual: jax.Array, expected: np.ndarray, magnitude: np.ndarray, format: str) -> None:
+    """Within rounding of sums whose terms have that total magnitude; for int8 rows the other side has 16 bits."""
+    tolerance = 2e-4 if format == "int8" else 4e-5
+    np.testing.assert_array_less(np.abs(np.asarray(actual) - expected), tolerance * magnitude + 1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -69,15 +70,15 @@ def test_rows_match_plain_arithmetic(format, M, D, B, seed, share):
     total, total_size = h @ dense, np.abs(h) @ np.abs(dense)
     active, h_active = dense[index[:count]], h[:, :count]
     for name in BACKENDS:
-        close(run(name, "rows_dot", w, x), y, size)
+        close(run(name, "rows_dot", w, x), y, size, format)
         gathered = run(name, "gathered_rows_dot", w, index, count, x)
-        close(gathered[:, :count], y[:, index[:count]], size[:, index[:count]])
+        close(gathered[:, :count], y[:, index[:count]], size[:, index[:count]], format)
         assert not gathered[:, count:].any()
-        close(run(name, "weighted_row_sum", w, h), total, total_size)
+        close(run(name, "weighted_row_sum", w, h), total, total_size, format)
         summed = run(name, "weighted_row_sum", w, h, index, count)
-        close(summed, h_active @ active, np.abs(h_active) @ np.abs(active))
+        close(summed, h_active @ active, np.abs(h_active) @ np.abs(active), format)
         skipped = run(name, "weighted_row_sum", w, np.maximum(h, 0), index, count, True)
-        close(skipped, np.maximum(h_active, 0) @ active, np.abs(h_active) @ np.abs(active))
+        close(skipped, np.maximum(h_active, 0) @ active, np.abs(h_active) @ np.abs(active), format)
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])

@@ -1,0 +1,104 @@
+"""`falcon-relu bench`: speed of decoding at real widths against the memory bandwidth."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from falcon_relu.cli.figures import report
+from falcon_relu.config import FAMILY, family
+from falcon_relu.errors import FalconError
+from falcon_relu.progress import progress
+from infer import bench, kernels
+from infer.formats import Format
+from infer.weights import Formats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Measure decoding with random weights of true widths: whole tokens, or single kernels with --micro.
+
+    Read bandwidth is measured on the same threads in the same run, between the steps.
+    """
+
+    model: str = "falcon-40b"
+    """Member of the family whose widths are used."""
+    layers: int = 4
+    """Layers; a whole model is projected from these."""
+    vocab_size: int | None = None
+    """Rows of the vocabulary head; the model's own if not given."""
+    format: Format = "bf16"
+    """Number format of all matrices."""
+    active: tuple[float, ...] = (0.05, 0.1, 0.2)
+    """Shares of the neurons that the predictor chooses."""
+    rank: int = 1024
+    """Rank of the predictor."""
+    modes: tuple[Literal["dense", "exact", "sparse"], ...] = ("dense", "exact", "sparse")
+    backends: tuple[Literal["native", "xla"], ...] = ("native", "xla")
+    context: int = 512
+    """Positions of the cache, half of them filled."""
+    batch: int = 1
+    """Sequences decoded together."""
+    steps: int = 12
+    """Measured steps, or calls of each kernel."""
+    bandwidth: float = 67.2
+    """GB/s of the machine that the projection is for; that of the published figures by default."""
+    micro: bool = False
+    """Measure single kernels instead of whole tokens."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Measures and reports."""
+    _check(args)
+    report(_kernels(args) if args.micro else _tokens(args), args.json)
+
+
+def _kernels(args: Args) -> dict[str, object]:
+    c = family(args.model)
+    rows: list[dict[str, object]] = []
+    with progress("kernels", None, "measurements") as advance:
+        for row in bench.measure_kernels(c.d_model, c.d_ff, args.format, args.active, args.steps):
+            rows.append(row)
+            advance()
+        select = list(bench.measure_select(c.d_ff, args.active[0], args.steps))
+    return {"model": args.model, "kernels": rows, "choosing neurons": select}
+
+
+def _tokens(args: Args) -> dict[str, object]:
+    full = family(args.model)
+    config = full.replace(
+        n_layers=args.layers, vocab_size=args.vocab_size or full.vocab_size, activation="relu", tied_embeddings=True
+    )
+    todo = [
+        (backend, mode, share)
+        for backend in args.backends
+        for mode in args.modes
+        for share in (args.active if mode == "sparse" else (1.0,))
+    ]
+    rows = []
+    with progress("making weights", len(todo) + 1, "measurements") as advance:
+        weights = bench.random_weights(config, Formats.all(args.format), args.rank)
+        advance(note=f"{weights.nbytes / 1e9:.1f} GB")
+        for backend, mode, share in todo:
+            chosen = bench.with_active_share(weights, share)
+            figures = bench.measure_tokens(chosen, mode, backend, args.context, args.steps, args.batch)
+            name = {"backend": kernels.describe(kernels.backend(backend)), "mode": mode, "format": args.format}
+            rows.append(figures.row(name, args.layers, full.n_layers, 1e9 * args.bandwidth))
+            advance(note=f"{backend} {mode}")
+    return {"model": args.model, "layers": args.layers, "rank": args.rank, "batch": args.batch, "tokens": rows}
+
+
+def _check(args: Args) -> None:
+    if args.model not in FAMILY:
+        raise FalconError(f"--model {args.model} is unknown; there are: {', '.join(FAMILY)}")
+    if not all(0 < share <= 1 for share in args.active):
+        raise FalconError(f"--active takes shares above 0 and up to 1, got {args.active}")
+    for name in ("layers", "rank", "steps", "batch"):
+        if getattr(args, name) < 1:
+            raise FalconError(f"--{name} must be at least 1")
+    if not args.micro:
+        for backend in args.backends:
+            kernels.backend(backend)
