@@ -156,11 +156,11 @@ FAMILY: Mapping[str, FalconConfig] = MappingProxyType(
         "tiny-rw": _tiny(n_kv_heads=4, block="sequential", position="alibi", use_bias=True),
         # Small enough to train from nothing on two CPU cores in minutes; `falcon-relu demo` does.
         "demo": FalconConfig(
-            d_model=256,
+            d_model=192,
             n_layers=4,
-            n_heads=8,
+            n_heads=6,
             n_kv_heads=2,
-            d_ff=1024,
+            d_ff=768,
             vocab_size=2048,
             max_positions=512,
             bos_token_id=0,
