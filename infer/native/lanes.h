@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kBytes = FALCON_VECTOR_BYTES;
 constexpr int kLanes = kBytes / 4;
-constexpr int64_t kAhead = 8192;  // bytes between what is multiplied and what is asked for
+constexpr int64_t kAhead = 4096;  // bytes between what is multiplied and what is asked for
 #if defined(FALCON_AVX512)
 constexpr int kTile = 8;  // rows handled together: more streams for memory, more uses of a loaded input
 #else
@@ -36,6 +36,9 @@ FALCON_INLINE F32 load(const float* p) { return *reinterpret_cast<const LooseF32
 FALCON_INLINE void store(float* p, F32 v) { *reinterpret_cast<LooseF32*>(p) = v; }
 FALCON_INLINE F32 spread(float v) { return v - F32{}; }
 FALCON_INLINE float total(F32 v) {
+#if defined(FALCON_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float lanes[kLanes];
   std::memcpy(lanes, &v, kBytes);
   for (int width = kLanes / 2; width; width /= 2)
@@ -137,10 +140,19 @@ FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64
   }
 }
 
+// Positions between a tile and the one that it asks for: one tile, or as many short rows as kAhead bytes hold.
+template <class T, int kRows>
+FALCON_INLINE int64_t tile_ahead(int64_t columns) {
+  const int64_t tiles = kAhead / (columns * static_cast<int64_t>(sizeof(T)) * kRows);
+  return kRows * (tiles > 1 ? tiles : 1);
+}
+
+// Pointers to the rows of a tile and of the one ahead; past `end` any rows that are there.
 template <class T, int kRows>
 FALCON_INLINE void row_pointers(const Matrix& w, int64_t first, int64_t end, const T** rows, const T** next) {
+  const int64_t ahead = tile_ahead<T, kRows>(w.columns);
   for (int r = 0; r < kRows; ++r) {
-    const int64_t here = first + r, then = first + kRows + r < end ? first + kRows + r : here;
+    const int64_t here = first + r < end ? first + r : first, then = here + ahead < end ? here + ahead : here;
     rows[r] = static_cast<const T*>(w.data) + w.row(here) * w.columns;
     next[r] = static_cast<const T*>(w.data) + w.row(then) * w.columns;
   }
@@ -288,6 +300,8 @@ FALCON_INLINE void dot_rows(const Matrix& w, const Packed& x, int64_t first, int
 // Groups of rows that stay in the cache while all vectors of the batch pass over them.
 template <class Dot>
 void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+  const bool stream = !w.index && w.columns * static_cast<int64_t>(sizeof(typename Dot::T)) <= kAhead;  // short rows in order
+  if (x.batch == 1 && stream) return dot_rows<Dot, 1, 1>(w, x, 0, begin, end, y, y_stride);
   if (x.batch == 1) return dot_rows<Dot, Dot::kRows1, 1>(w, x, 0, begin, end, y, y_stride);
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t stop = i + kTile < end ? i + kTile : end;
@@ -482,11 +496,7 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, fl
     }
     for (int64_t i = 0; i < n; i += kRows) {
       const int8_t *rows[kRows], *next[kRows];
-      for (int r = 0; r < kRows; ++r) {  // past the last row stand weights of 0
-        const int64_t here = i + r < n ? i + r : i, then = i + kRows + r < n ? i + kRows + r : i;
-        rows[r] = static_cast<const int8_t*>(w.data) + w.row(first + here) * w.columns;
-        next[r] = static_cast<const int8_t*>(w.data) + w.row(first + then) * w.columns;
-      }
+      row_pointers<int8_t, kRows>(w, first + i, first + n, rows, next);  // past the last row stand weights of 0
       const auto step = [&](int64_t d, const int8_t* const* at) __attribute__((always_inline)) {
         __m512i turned[kRows];
         FALCON_UNROLL
@@ -530,52 +540,57 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, fl
 // ---- attention
 
 // One KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over s < length, for `heads` query heads.
-// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + kBlock * width floats.
+// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + (kBlock + 1) * width floats.
 constexpr int64_t kBlock = 64;  // positions turned round at a time, so that a lane is a position
 
-template <class T>
-FALCON_INLINE float widen(T v);
-template <>
-FALCON_INLINE float widen<float>(float v) {
-  return v;
-}
-struct Half {
-  uint16_t bits;
-};
-template <>
-FALCON_INLINE float widen<uint16_t>(uint16_t v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-template <>
-FALCON_INLINE float widen<Half>(Half v) {
-  const uint32_t magnitude = (v.bits & 0x7fffu) << 13;
-  const bool small = magnitude < (1u << 23);
-  const uint32_t bits = magnitude + ((small ? 113u : 112u) << 23);
-  float out;
-  std::memcpy(&out, &bits, 4);
-  if (small) out -= 0x1p-14f;
-  return v.bits & 0x8000u ? -out : out;
+// `width` numbers of a row in f32, in their order.
+template <class Row>
+FALCON_INLINE void widen(const typename Row::T* row, int64_t width, float* out) {
+  for (int64_t d = 0; d < width; d += 2 * kLanes) {
+    typename Row::T columns[2 * kLanes] = {};
+    const int64_t n = width - d < 2 * kLanes ? width - d : 2 * kLanes;
+    std::memcpy(columns, row + d, n * sizeof(*row));
+    F32 a, b;
+    Row::load2(columns, a, b);
+    float wide[2 * kLanes];
+    store(wide, a), store(wide + kLanes, b);
+    for (int64_t i = 0; i < n; ++i) out[d + i] = wide[place<Row>(i)];
+  }
 }
 
-template <class T>
+// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of what is left; 0 below 2^-126.
+FALCON_INLINE F32 exponential(F32 x) {
+  const F32 magic = spread(12582912.0f);  // adding it rounds to a whole number
+  x = x < spread(-87.0f) ? spread(-87.0f) : x;
+  const F32 n = (x * spread(1.44269504f) + magic) - magic;
+  const F32 r = (x - n * spread(0.693359375f)) - n * spread(-2.12194440e-4f);
+  F32 p = spread(1.9875691e-4f);
+  constexpr float rest[] = {1.3981999e-3f, 8.3334519e-3f, 4.1665796e-2f, 1.6666665e-1f, 0.5f, 1.0f, 1.0f};
+  for (const float c : rest) p = p * r + spread(c);
+  const U32 exponent = __builtin_convertvector(n + spread(127.0f), U32) << 23;
+  return p * (F32)exponent;
+}
+
+template <class Row>
 void attend(const float* q, int64_t heads, int64_t width, const void* k_, const void* v_, int64_t stride, int64_t length,
             const float* bias, int64_t bias_stride, float softmax_scale, float* out, float* scratch) {
+  using T = typename Row::T;
   const T* k = static_cast<const T*>(k_);
   const T* v = static_cast<const T*>(v_);
-  const int64_t room = padded(length);
-  float* score = scratch;
-  float* block = scratch + heads * room;
+  const int64_t room = padded(length), wide = width / kLanes * kLanes;
+  float *score = scratch, *block = score + heads * room, *row = block + kBlock * width;
   for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
     const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
-    for (int64_t s = 0; s < kBlock; ++s)
-      for (int64_t c = 0; c < width; ++c) block[c * kBlock + s] = s < n ? widen<T>(k[(s0 + s) * stride + c]) : 0.0f;
+    if (n < kBlock) std::memset(block, 0, kBlock * width * sizeof(float));
+    for (int64_t s = 0; s < n; ++s) {
+      widen<Row>(k + (s0 + s) * stride, width, row);
+      for (int64_t c = 0; c < width; ++c) block[c * kBlock + s] = row[c];
+    }
     for (int64_t g = 0; g < heads; ++g) {
       F32 acc[kBlock / kLanes] = {};
       for (int64_t c = 0; c < width; ++c) {
-        const F32 qc = spread(q[g * width + c]);
+        const F32 qc = spread(softmax_scale * q[g * width + c]);
+        FALCON_UNROLL
         for (int j = 0; j < kBlock / kLanes; ++j) acc[j] += qc * load(block + c * kBlock + j * kLanes);
       }
       for (int j = 0; j < kBlock / kLanes; ++j) store(score + g * room + s0 + j * kLanes, acc[j]);
@@ -583,20 +598,26 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
   }
   for (int64_t g = 0; g < heads; ++g) {
     float* p = score + g * room;
-    float largest = -INFINITY, sum = 0;
-    for (int64_t s = 0; s < length; ++s) {
-      p[s] = softmax_scale * p[s] + (bias ? bias[g * bias_stride + s] : 0.0f);
-      largest = p[s] > largest ? p[s] : largest;
+    if (bias)
+      for (int64_t s = 0; s < length; ++s) p[s] += bias[g * bias_stride + s];
+    for (int64_t s = length; s < room; ++s) p[s] = -INFINITY;
+    F32 largest = load(p), sum = {};
+    for (int64_t s = kLanes; s < room; s += kLanes) {
+      const F32 x = load(p + s);
+      largest = x > largest ? x : largest;
     }
-    for (int64_t s = 0; s < length; ++s) p[s] = std::exp(p[s] - largest), sum += p[s];
-    for (int64_t s = 0; s < length; ++s) p[s] /= sum;
-    for (int64_t c = 0; c < width; ++c) out[g * width + c] = 0;
+    float most = largest[0];
+    for (int i = 1; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
+    for (int64_t s = 0; s < room; s += kLanes) store(p + s, exponential(load(p + s) - spread(most)));
+    for (int64_t s = length; s < room; ++s) p[s] = 0;
+    for (int64_t s = 0; s < room; s += kLanes) sum += load(p + s);
+    const F32 share = spread(1.0f / total(sum));
+    for (int64_t s = 0; s < room; s += kLanes) store(p + s, share * load(p + s));
   }
-  const int64_t wide = width / kLanes * kLanes;
+  std::memset(out, 0, heads * width * sizeof(float));
   for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
     const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
-    for (int64_t s = 0; s < n; ++s)
-      for (int64_t c = 0; c < width; ++c) block[s * width + c] = widen<T>(v[(s0 + s) * stride + c]);
+    for (int64_t s = 0; s < n; ++s) widen<Row>(v + (s0 + s) * stride, width, block + s * width);
     for (int64_t g = 0; g < heads; ++g) {
       const float* p = score + g * room + s0;
       float* o = out + g * width;
@@ -667,7 +688,7 @@ constexpr auto used_i8_sum = sum<I8Row>;
       FALCON_ISA::sum_bytes,                                                                        \
       {FALCON_ISA::sum<FALCON_ISA::F32Row>, FALCON_ISA::sum<FALCON_ISA::BF16Row>,                   \
        FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum},                    \
-      {FALCON_ISA::attend<float>, FALCON_ISA::attend<uint16_t>, FALCON_ISA::attend<FALCON_ISA::Half>}, \
+      {FALCON_ISA::attend<FALCON_ISA::F32Row>, FALCON_ISA::attend<FALCON_ISA::BF16Row>, FALCON_ISA::attend<FALCON_ISA::F16Row>}, \
       FALCON_ISA::read,                                                                             \
   };                                                                                                \
   }
