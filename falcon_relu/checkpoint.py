@@ -70,6 +70,25 @@ def load_model(
     return config, unflatten_dict(params)
 
 
+def stream_model(
+    source: str | Path, *, activation: Activation | None = None
+) -> tuple[FalconConfig, Iterator[tuple[Leaf, int | None, np.ndarray]]]:
+    """Config of any checkpoint and its parameters as (parameter, layer or None, array), read one at a time.
+
+    Raises:
+      FalconError: as `load_model`, partly while the parameters are read.
+    """
+    if is_native(Path(source)):
+        config = read_config(Path(source))
+        if activation not in (None, config.activation):
+            raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
+        pieces = _stream_native(config, params_reader(Path(source), config)[0], f"loading {source}")
+    else:
+        config, headers = _open_hf(source, activation)
+        pieces = _stream_hf(config, headers, f"loading {source}")
+    return config, ((tensor.leaf, tensor.layer, array) for tensor, array in pieces)
+
+
 def import_hf(
     source: str | Path, out: Path, *, activation: Activation | None = None, dtype: Float | None = None
 ) -> FalconConfig:

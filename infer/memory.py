@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import mmap
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from falcon_relu.errors import FalconError
 
 _HUGE = 2 << 20
 
@@ -25,6 +28,24 @@ def huge_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return _view(np.frombuffer(memory, np.uint8), _HUGE, shape, dtype, size)
+
+
+def need_memory(size: int, what: str) -> None:
+    """Refuses what cannot fit before anything is read, where the system tells how much memory is free.
+
+    Raises:
+      FalconError: `what` needs more than is available.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return
+    if size > free:
+        raise FalconError(
+            f"{what} need {size / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use a smaller number format "
+            "or a machine with more memory"
+        )
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, size: int) -> np.ndarray:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from falcon_relu.config import FalconConfig
+from falcon_relu.checkpoint import stream_model
+from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Params
-from infer.formats import Array, Format, Rows, quantise
+from falcon_relu.sharding import Leaf
+from infer.formats import DTYPES, Array, Format, Rows, quantise
+from infer.memory import need_memory
 from infer.predictor import Predictor, PredictorInput
 
 
@@ -117,7 +122,14 @@ class DecodeWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def formats(self) -> Formats:
+        """The number formats."""
+        first = self.layers[0]
+        predictor = first.up.format if first.predictor is None else first.predictor.fc1.format
+        return Formats(attention=first.qkv.format, mlp=first.up.format, predictor=predictor, head=self.embedding.format)
 
     def with_predictor(self, predictor: Predictor, format: Format = "bf16") -> DecodeWeights:
         """The same weights with these predictors; nothing else is copied.
@@ -151,42 +163,141 @@ def from_params(
     Raises:
       FalconError: a number is not finite or does not fit its format, or the predictor does not fit the model.
     """
-    formats = formats or Formats()
-    layers = params["layers"]
+    leaves = flatten_dict(params)
+    pieces = (
+        (leaf, layer, array if layer is None else array[layer])
+        for leaf, array in leaves.items()
+        for layer in (range(config.n_layers) if leaf[0] == "layers" else (None,))
+    )
+    return from_pieces(config, pieces, formats, predictor)
 
-    def matrix(leaf: Any, format: Format, rows: int) -> Rows:
-        return _device(quantise(leaf.reshape(rows, -1), format))
 
-    def norm(tree: Any, take: Callable[[Any], Any] = lambda leaf: leaf) -> Norm:
-        return Norm(_f32(take(tree["scale"])), _f32(take(tree["bias"])))
+def from_checkpoint(
+    source: str | Path,
+    formats: Formats | None = None,
+    predictor: Predictor | None = None,
+    *,
+    activation: Activation | None = None,
+) -> DecodeWeights:
+    """Decode weights straight from a checkpoint, one tensor at a time: the model is never held a second time.
+
+    Args:
+      source: native weights, a folder in the Hugging Face layout, or a hub id.
+      formats: number formats; bf16 if None.
+      predictor: its predictor, for sparse decoding.
+      activation: the user's word where a Hugging Face config does not state it.
+
+    Raises:
+      FalconError: as `falcon_relu.checkpoint.load_model` and `from_params`, or there is too little memory.
+    """
+    config, pieces = stream_model(source, activation=activation)
+    need_memory(skeleton(config, formats or Formats()).nbytes, f"the weights of {source}")
+    return from_pieces(config, pieces, formats, predictor)
+
+
+def from_pieces(
+    config: FalconConfig,
+    pieces: Iterable[tuple[Leaf, int | None, Array]],
+    formats: Formats | None = None,
+    predictor: Predictor | None = None,
+) -> DecodeWeights:
+    """Decode weights from every parameter of a model, layer by layer, in any order; see `from_params`."""
+    shapes = skeleton(config, formats or Formats())
+    found: dict[tuple[Leaf, int | None], Any] = {}
+    places = {_OURS[name]: name for name in _OURS}
+    for leaf, layer, array in pieces:
+        part = shapes.layers[layer] if layer is not None else shapes
+        wanted = _get(part, places[leaf])
+        if isinstance(wanted, Rows):
+            found[leaf, layer] = _device(quantise(array.reshape(wanted.shape), wanted.format))
+        else:
+            found[leaf, layer] = jnp.asarray(array, jnp.float32).reshape(wanted.shape)
+
+    def fill(part: Any, layer: int | None) -> Any:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, Norm):
+                changes[field.name] = Norm(*(found[_OURS[f"{field.name}.{name}"], layer] for name in _NORM))
+            elif field.name in _OURS and value is not None:
+                changes[field.name] = found[_OURS[field.name], layer]
+        return dataclasses.replace(part, **changes)
+
+    layers = tuple(fill(part, i) for i, part in enumerate(shapes.layers))
+    weights = dataclasses.replace(fill(shapes, None), layers=layers)
+    return weights if predictor is None else weights.with_predictor(predictor, (formats or Formats()).predictor)
+
+
+def skeleton(
+    config: FalconConfig,
+    formats: Formats,
+    ranks: Sequence[int] = (),
+    predictor_input: PredictorInput | None = None,
+) -> DecodeWeights:
+    """Shape and dtype of everything that the decode weights of a config hold, without memory behind it.
+
+    Args:
+      config: the architecture.
+      formats: number formats.
+      ranks: R of each layer's predictor; empty without predictors.
+      predictor_input: what the predictors read.
+    """
+    D, F, V = config.d_model, config.d_ff, config.vocab_size
+    heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def rows(M: int, N: int, format: Format) -> Rows:
+        return Rows(array(M, N, dtype=DTYPES[format]), array(M) if format == "int8" else None)
+
+    def predictor(R: int) -> PredictorWeights:
+        maps = rows(R, D, formats.predictor), rows(F, R, formats.predictor)
+        return PredictorWeights(*maps, array(), array(dtype=jnp.int32))
 
     def layer(i: int) -> LayerWeights:
-        take = lambda leaf: leaf[i]  # noqa: E731
-        attention, mlp = layers["attention"], layers["mlp"]
-        bias = lambda tree, name: _f32(tree[name][i]).reshape(-1) if config.use_bias else None  # noqa: E731
-        heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        sizes = {"qkv_bias": heads, "out_bias": D, "up_bias": F, "down_bias": D} if config.use_bias else {}
         return LayerWeights(
-            attention_norm=norm(layers["attention_norm"], take),
-            mlp_norm=None if config.block == "parallel" else norm(layers["mlp_norm"], take),
-            qkv=matrix(attention["qkv"][i], formats.attention, heads),
-            out=matrix(attention["out"][i], formats.attention, config.d_model),
-            up=matrix(mlp["up"][i], formats.mlp, config.d_ff),
-            down=matrix(mlp["down"][i], formats.mlp, config.d_ff),
-            qkv_bias=bias(attention, "qkv_bias"),
-            out_bias=bias(attention, "out_bias"),
-            up_bias=bias(mlp, "up_bias"),
-            down_bias=bias(mlp, "down_bias"),
+            attention_norm=Norm(array(D), array(D)),
+            mlp_norm=None if config.block == "parallel" else Norm(array(D), array(D)),
+            qkv=rows(heads, D, formats.attention),
+            out=rows(D, D, formats.attention),
+            up=rows(F, D, formats.mlp),
+            down=rows(F, D, formats.mlp),
+            predictor=predictor(ranks[i]) if ranks else None,
+            **{name: array(size) for name, size in sizes.items()},
         )
 
-    weights = DecodeWeights(
+    return DecodeWeights(
         config=config,
-        predictor_input=None,
-        embedding=matrix(params["embed"]["embedding"], formats.head, config.vocab_size),
+        predictor_input=predictor_input,
+        embedding=rows(V, D, formats.head),
         layers=tuple(layer(i) for i in range(config.n_layers)),
-        final_norm=norm(params["final_norm"]),
-        head=None if config.tied_embeddings else matrix(params["head"]["kernel"], formats.head, config.vocab_size),
+        final_norm=Norm(array(D), array(D)),
+        head=None if config.tied_embeddings else rows(V, D, formats.head),
     )
-    return weights if predictor is None else weights.with_predictor(predictor, formats.predictor)
+
+
+# Field of DecodeWeights or LayerWeights -> parameter of the Flax model.
+_NORM = ("scale", "bias")
+_OURS: dict[str, Leaf] = {
+    "embedding": ("embed", "embedding"),
+    "head": ("head", "kernel"),
+    **{f"final_norm.{name}": ("final_norm", name) for name in _NORM},
+    **{f"{norm}.{name}": ("layers", norm, name) for norm in ("attention_norm", "mlp_norm") for name in _NORM},
+    **{
+        f"{matrix}{bias}": ("layers", module, f"{matrix}{bias}")
+        for module, matrices in (("attention", ("qkv", "out")), ("mlp", ("up", "down")))
+        for matrix in matrices
+        for bias in ("", "_bias")
+    },
+}
+
+
+def _get(part: Any, name: str) -> Any:
+    field, _, within = name.partition(".")
+    value = getattr(part, field)
+    return getattr(value, f"{within}_D") if within else value
 
 
 def check_predictor(predictor: Predictor, config: FalconConfig) -> None:
@@ -204,10 +315,6 @@ def check_predictor(predictor: Predictor, config: FalconConfig) -> None:
                 f"the predictor of layer {i} has maps of {maps.fc1_RxD.shape} and {maps.fc2_FxR.shape}; the model "
                 f"needs (R, {config.d_model}) and ({config.d_ff}, R)"
             )
-
-
-def _f32(leaf: Any) -> jax.Array:
-    return jnp.asarray(leaf, jnp.float32)
 
 
 def _device(rows: Rows) -> Rows:
