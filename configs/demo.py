@@ -37,6 +37,7 @@ _LM_ONLY = dataclasses.replace(
     model=None,
     init_from="teacher/weights",
     activation="relu",
+    teacher="teacher/weights",  # only measured against, until the loss has a kd_weight
     data=dataclasses.replace(_DATA, seed=1),
     optimizer=dataclasses.replace(_TEACHER.optimizer, learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=5),
     steps=70,
@@ -49,14 +50,12 @@ CONFIG = Recipe(
     validation_fraction=0.01,
     teacher=_TEACHER,
     lm_only=_LM_ONLY,
-    lm_kl=dataclasses.replace(
-        _LM_ONLY, out=Path("lm_kl"), teacher="teacher/weights", loss=LossConfig(lm_weight=1.0, kd_weight=1.0)
-    ),
-    recorded_tokens=60_000,
+    lm_kl=dataclasses.replace(_LM_ONLY, out=Path("lm_kl"), loss=LossConfig(lm_weight=1.0, kd_weight=1.0)),
+    recorded_tokens=40_000,
     rank=48,
-    fit=FitConfig(),
-    target_kl=0.01,
-    tradeoff_kl=(0.3, 0.1, 0.03, 0.003),
+    fit=FitConfig(epochs=6),
+    reads=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+    read=1.25,
     quality_batches=8,
     prompts=4,
     prompt_tokens=48,

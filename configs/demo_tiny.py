@@ -23,7 +23,7 @@ CONFIG = dataclasses.replace(
     lm_kl=dataclasses.replace(demo.CONFIG.lm_kl, data=_TEACHER.data, optimizer=_TEACHER.optimizer, steps=12),
     recorded_tokens=6000,
     rank=8,
-    tradeoff_kl=(0.1,),
+    reads=(0.5, 1.25),
     quality_batches=1,
     prompts=2,
     new_tokens=8,

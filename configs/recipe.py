@@ -25,8 +25,8 @@ class Recipe:
       recorded_tokens: tokens on which the predictors are fitted.
       rank: R of every predictor.
       fit: how they are fitted.
-      target_kl: KL(dense || sparse), nats a token, that thresholds and budgets are calibrated to.
-      tradeoff_kl: further targets, for the curve of quality against neurons read.
+      reads: neurons to read over neurons that fire, ascending: the points of the curve of quality against reads.
+      read: the one of them that decoding uses.
       quality_batches: validation batches that a point of that curve is measured on.
       prompts: held-out texts to continue.
       prompt_tokens: tokens of each prompt.
@@ -44,9 +44,13 @@ class Recipe:
     recorded_tokens: int
     rank: int
     fit: FitConfig
-    target_kl: float
-    tradeoff_kl: tuple[float, ...]
+    reads: tuple[float, ...]
+    read: float
     quality_batches: int
     prompts: int
     prompt_tokens: int
     new_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.read not in self.reads:
+            raise ValueError(f"Recipe.read ({self.read}) must be one of reads {self.reads}")

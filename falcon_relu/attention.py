@@ -77,18 +77,25 @@ def attend(
         backward pass too. None, or T not above it, handles all at once.
     """
 
+    k_BxKxSxH, v_BxKxSxH = k_BxSxKxH.swapaxes(1, 2), v_BxSxKxH.swapaxes(1, 2)
+
     def block(q_BxCxKxGxH: jax.Array, positions_BxC: jax.Array, segments_BxC: jax.Array) -> jax.Array:
-        B, _, K, G, H = q_BxCxKxGxH.shape
-        scores = jnp.einsum("bckgh,bskh->bkgcs", q_BxCxKxGxH, k_BxSxKxH, preferred_element_type=jnp.float32)
-        scores = scores / math.sqrt(H)
-        if use_alibi:
-            bias_BxNxS = alibi_bias(jnp.asarray(alibi_slopes(K * G)), k_positions_BxS, H)
-            scores = scores + bias_BxNxS.reshape(B, K, G, 1, -1)
+        B, C, K, G, H = q_BxCxKxGxH.shape
         visible_BxCxS = (segments_BxC[:, :, None] == k_segments_BxS[:, None, :]) & (k_segments_BxS[:, None, :] != 0)
         visible_BxCxS &= positions_BxC[:, :, None] >= k_positions_BxS[:, None, :]
-        scores = jnp.where(visible_BxCxS[:, None, None], scores, _MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxH.dtype)
-        return jnp.einsum("bkgcs,bskh->bckgh", weights, v_BxSxKxH)
+        bias = jnp.where(visible_BxCxS, 0.0, _MASKED)[:, None, None]
+        if use_alibi:
+            bias = bias + alibi_bias(jnp.asarray(alibi_slopes(K * G)), k_positions_BxS, H).reshape(B, K, G, 1, -1)
+        # Plain batched products [G C, H] x [H, S], with the sums divided last: twice as fast on a CPU as the einsum.
+        q_BxKxGCxH = q_BxCxKxGxH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
+        scores = jnp.einsum("bkqh,bksh->bkqs", q_BxKxGCxH, k_BxKxSxH, preferred_element_type=jnp.float32)
+        scores = scores.reshape(B, K, G, C, -1) * (1 / math.sqrt(H)) + bias
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total_BxKxGxCx1 = weights.sum(-1, keepdims=True)
+        weights = weights.astype(v_BxSxKxH.dtype).reshape(B, K, G * C, -1)
+        y_BxKxGCxH = jnp.einsum("bkqs,bksh->bkqh", weights, v_BxKxSxH, preferred_element_type=jnp.float32)
+        y_BxKxGxCxH = y_BxKxGCxH.reshape(B, K, G, C, H) / total_BxKxGxCx1
+        return y_BxKxGxCxH.astype(q_BxCxKxGxH.dtype).transpose(0, 3, 1, 2, 4)
 
     T = q_BxTxKxGxH.shape[1]
     if query_chunk is None or query_chunk >= T:

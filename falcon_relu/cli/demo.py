@@ -44,6 +44,7 @@ from infer.weights import from_params
 from train.config import TrainConfig
 from train.data import DataConfig, train_batches, validation_batches
 from train.loop import train, validate
+from train.memory import keep_freed_memory
 from train.prepare import PrepareConfig, prepare
 from train.shards import read_manifest
 
@@ -69,6 +70,7 @@ class Args:
 
 def run(args: Args) -> None:
     """Runs what is not finished, prints the figures and writes the report."""
+    keep_freed_memory()
     recipe = load_config(args.config, Recipe)
     results = Demo(recipe, args.out).run()
     write_report(args.out / "report.html", results)
@@ -181,17 +183,17 @@ class Demo:
         fitted = fit(recording, config, params, [recipe.rank] * config.n_layers, recipe.fit)
         weighing = list(itertools.islice(train_batches(self._data), _WEIGHING_BATCHES))
         weights = sensitivity(config, params, fitted, weighing)
+        firing = sum(found["fired"] for found in fitted.measured)
         points, best = [], None
-        with progress("quality against neurons read", len(recipe.tradeoff_kl) + 1, "points") as advance:
-            for target in sorted({recipe.target_kl, *recipe.tradeoff_kl}, reverse=True):
-                predictor = calibrate(fitted, recording, kl=target, sensitivity=weights)
+        with progress("quality against neurons read", len(recipe.reads), "points") as advance:
+            for reads in recipe.reads:
+                predictor = calibrate(fitted, recording, neurons=reads * firing, sensitivity=weights)
                 rows = itertools.islice(validation_batches(self._data), recipe.quality_batches)
-                point = compare(config, params, predictor, rows)
-                points.append({"target_kl": target} | point)
-                if target == recipe.target_kl:
+                points.append({"read_over_firing": reads} | compare(config, params, predictor, rows))
+                if reads == recipe.read:
                     best = (predictor, points[-1])
                 advance()
-        assert best is not None
+        assert best is not None  # Recipe checks that `read` is among `reads`
         predictor, operating = best
         save(predictor, self.root / "predictor.safetensors", replace=True)
         return {"layers": _predictor_rows(predictor, config.d_ff), "tradeoff": points, "operating_point": operating}
@@ -221,7 +223,7 @@ class Demo:
                         "tokens_per_second": statistics.median(run.steps_per_second for run in runs),
                         "kilobytes_per_token": statistics.fmean(run.step_bytes for run in runs) / 1e3,
                         "mlp_share_read": statistics.fmean(run.mlp_read for run in runs),
-                        "same_text_as_dense": same_share(new, texts["dense"]),
+                        "same_text_as_dense": new == texts["dense"] or same_share(new, texts["dense"]),
                     }
                 )
         teacher_config, teacher_params = load_model(self.root / "teacher" / "weights")

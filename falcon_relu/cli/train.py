@@ -13,6 +13,7 @@ from falcon_relu.cli.configs import config_names, load_config
 from falcon_relu.cli.figures import report
 from train.config import TrainConfig
 from train.loop import train
+from train.memory import keep_freed_memory
 
 EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
 
@@ -37,6 +38,7 @@ def defaults(config: str | None) -> Args:
 
 def run(args: Args) -> None:
     """Trains, then reports the last validation."""
+    keep_freed_memory()
     start = time.perf_counter()
     figures = train(args.run)
     report({"out": str(args.run.out)} | figures | {"seconds": time.perf_counter() - start}, args.json)
