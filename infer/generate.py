@@ -16,7 +16,7 @@ from infer import kernels
 from infer.step import DecodeState, Mode, Reads, check_mode, decode_step, prefill, step_bytes, unembed
 from infer.weights import DecodeWeights
 
-_BLOCKS = (128, 16)  # prompt tokens a prefill program takes: as few programs as do not waste much
+_BLOCKS = (16, 64, 256)  # prompt tokens a prefill program takes: few programs, little padding
 _CONTEXT_STEP = 128  # cache sizes, so that few programs are compiled
 
 
@@ -148,7 +148,7 @@ def read_prompts(
     hidden_BxD = jnp.zeros((len(prompts), weights.config.d_model), jnp.float32)
     start = 0
     while (left := tokens_BxT.shape[1] - start) > 0:
-        T = _BLOCKS[0] if left > _BLOCKS[1] else _BLOCKS[1]
+        T = next((size for size in _BLOCKS if size >= left), _BLOCKS[-1])
         block_BxT = np.zeros((len(prompts), T), np.int32)
         block_BxT[:, : min(left, T)] = tokens_BxT[:, start : start + T]
         valid_B = np.clip(lengths_B - start, 0, T)

@@ -12,6 +12,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.progress import progress
 from infer import bench, kernels
 from infer.formats import Format
+from infer.kernels import native
 from infer.weights import Formats
 
 
@@ -35,7 +36,8 @@ class Args:
     rank: int = 1024
     """Rank of the predictor."""
     modes: tuple[Literal["dense", "exact", "sparse"], ...] = ("dense", "exact", "sparse")
-    backends: tuple[Literal["native", "xla"], ...] = ("native", "xla")
+    backends: tuple[Literal["native", "xla"], ...] | None = None
+    """Kernels to measure; both if not given, where both are there."""
     context: int = 512
     """Positions of the cache, half of them filled."""
     batch: int = 1
@@ -74,7 +76,7 @@ def _tokens(args: Args) -> dict[str, object]:
     )
     todo = [
         (backend, mode, share)
-        for backend in args.backends
+        for backend in args.backends or (("native", "xla") if native.missing() is None else ("xla",))
         for mode in args.modes
         for share in (args.active if mode == "sparse" else (1.0,))
     ]
@@ -100,5 +102,5 @@ def _check(args: Args) -> None:
         if getattr(args, name) < 1:
             raise FalconError(f"--{name} must be at least 1")
     if not args.micro:
-        for backend in args.backends:
+        for backend in args.backends or ():
             kernels.backend(backend)

@@ -184,3 +184,10 @@ def test_the_backend_can_be_forced_and_asked_for():
     if native.missing() is None:
         assert kernels.backend() is native
         assert kernels.describe(native) == f"native ({native.instruction_sets()[0]})"
+
+
+def test_without_the_native_library_xla_is_used_and_native_says_why(monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: "they were not built")
+    assert kernels.backend("auto") is xla
+    with pytest.raises(FalconError, match="they were not built"):
+        kernels.backend("native")
