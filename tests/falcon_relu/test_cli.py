@@ -1,0 +1,173 @@
+"""The commands as a user meets them: real processes, their exit status, what they print and leave behind."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import falcon_relu
+from falcon_relu.cli.main import COMMANDS, main
+
+ROOT = Path(falcon_relu.__file__).parents[1]
+
+
+def _command(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "falcon_relu", *map(str, args)], capture_output=True, text=True, timeout=500, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A finished run of the tiny demo that was interrupted twice on its way."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    arguments = ["demo", "--config", "demo_tiny", "--out", out, "--json", out.with_suffix(".json")]
+    for stage, sign in (("[3/8] teacher", signal.SIGINT), ("[7/8] predictor", signal.SIGKILL)):
+        with subprocess.Popen(
+            [sys.executable, "-m", "falcon_relu", *map(str, arguments)], stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if stage in line:
+                    break
+            time.sleep(2)
+            process.send_signal(sign)
+            process.stderr.read()
+        assert process.returncode == (130 if sign == signal.SIGINT else -sign)
+        assert not (out / "report.html").exists()
+        assert sign == signal.SIGKILL or not list(out.rglob("*.partial"))
+    finished = _command(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert "[2/8]" not in finished.stderr  # finished stages are not run again
+    assert "[8/8]" in finished.stderr
+    assert not list(out.rglob("*.partial"))
+    return out
+
+
+def test_demo_measures_all_that_the_card_prints(demo):
+    results = json.loads(demo.with_suffix(".json").read_text())
+    quality = {row["model"]: row for row in results["quality"]}
+    assert len(quality) == 4
+    assert quality["teacher (GELU)"]["zeros"] < 0.01 < quality["tuned with LM + KL"]["zeros"]
+    assert quality["tuned with LM + KL"]["kl"] < quality["swapped, not tuned"]["kl"]
+    retained = results["retained"]
+    assert retained["lm_kl"] == pytest.approx(
+        quality["tuned with LM + KL"]["accuracy"] / quality["teacher (GELU)"]["accuracy"]
+    )
+    assert retained["met"] == (retained["lm_kl"] >= 0.973)
+    assert bool(retained["why"]) != retained["met"]
+    decoded = {(row["mode"], row["backend"]): row for row in results["decode"]}
+    for (mode, backend), row in decoded.items():
+        assert row["tokens_per_second"] > 0
+        if mode != "sparse":
+            assert row["same_text_as_dense"] is True
+        dense = decoded["dense", backend]["kilobytes_per_token"]
+        assert (row["kilobytes_per_token"] < dense) == (mode != "dense")
+    for sample in results["samples"]:
+        assert sample["exact"] == sample["dense"]
+    assert [row["read_over_firing"] for row in results["tradeoff"]] == [0.5, 1.25]
+    assert results["tradeoff"][1]["kl"] < results["tradeoff"][0]["kl"]
+
+
+def test_demo_writes_a_report_with_the_numbers_that_it_measured(demo):
+    page = (demo / "report.html").read_text()
+    results = json.loads(demo.with_suffix(".json").read_text())
+    assert f"{results['quality'][3]['cross_entropy']:.3f}" in page
+    assert page.count("<svg") >= 5
+    assert "http" not in page
+
+
+def test_commands_work_on_what_the_demo_made(demo, tmp_path):
+    weights, tokenizer = demo / "lm_kl" / "weights", demo / "tokenizer.json"
+    asked = ["import os", "--tokenizer", tokenizer, "--max-new-tokens", 8]
+    outputs = {}
+    for name, command in {
+        "generate": ["generate", weights, *asked, "--dtype", "float32"],
+        "dense": ["decode", weights, *asked, "--mode", "dense", "--format", "f32", "--backend", "xla"],
+        "exact": ["decode", weights, *asked, "--format", "f32", "--threads", 1],
+        "sparse": ["decode", weights, *asked, "--predictor", demo / "predictor.safetensors"],
+    }.items():
+        done = _command(*command, "--json", tmp_path / f"{name}.json")
+        assert done.returncode == 0, done.stderr
+        outputs[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        assert "import os" + outputs[name]["texts"][0] in done.stdout
+    assert outputs["generate"]["texts"] == outputs["dense"]["texts"] == outputs["exact"]["texts"]
+    assert outputs["exact"]["mode"] == "exact"
+    assert outputs["sparse"]["mode"] == "sparse"
+    assert outputs["sparse"]["runs"][0]["neurons read"] < 1
+
+    chat = _command("decode", weights, *asked[1:], input="def f(\n\nclass\n")
+    assert chat.returncode == 0, chat.stderr
+    assert "def f(" in chat.stdout
+    assert "class" in chat.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        ([], 2, "falcon-relu demo"),
+        (["--help"], 0, "falcon-relu demo"),
+        (["fly"], 2, "no command 'fly'"),
+        (["train"], 2, "--config"),
+        (["train", "--config", "nothing"], 2, "no config 'nothing'"),
+        (["train", "--config", "falcon_40b", "--stepz", "3"], 2, "--steps"),
+        (["train", "--config", "falcon_40b", "--steps", "3"], 2, "warmup_steps"),
+        (["train", "--config", "falcon_40b", "--loss.temperature", "0"], 2, "temperature"),
+        (["generate", "no/such/folder", "text", "--tokenizer", "nowhere"], 1, "nowhere"),
+        (["decode", "x", "text", "--tokenizer", "y", "--mode", "sparse"], 1, "--predictor"),
+        (["decode", "x", "text", "--tokenizer", "y", "--threads", "9999"], 1, "threads"),
+        (["demo", "--config", "falcon_40b"], 1, "Recipe"),
+    ],
+)
+def test_wrong_usage_says_what_to_do(arguments, status, says, capsys):
+    assert main(arguments) == status
+    assert says in re.sub(r"\s+", " ", "".join(capsys.readouterr()))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_that_names_its_options(command, capsys):
+    assert main([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"falcon-relu {command}" in printed
+    if command != "predictor":  # whose steps have the options
+        assert "--json" in printed
+
+
+def test_a_run_of_another_recipe_is_not_mixed_in(demo, capsys):
+    assert main(["demo", "--out", str(demo)]) == 1
+    assert "another recipe" in capsys.readouterr().err
+
+
+def test_imports_run_one_way():
+    """falcon_relu.cli -> configs -> train, infer -> falcon_relu."""
+    below = {"falcon_relu": set(), "train": {"falcon_relu"}, "infer": {"falcon_relu"}}
+    below["configs"] = {"falcon_relu", "train", "infer", "configs"}
+    for package, allowed in below.items():
+        for path in (ROOT / package).rglob("*.py"):
+            if "cli" in path.parts or path.name == "__main__.py":
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else []
+                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                for name in filter(None, names):
+                    house = name.split(".")[0]
+                    assert house not in {*below, "tests"} - allowed - {package}, f"{path} imports {name}"
+                    assert package == "falcon_relu" or not name.startswith("falcon_relu.cli"), f"{path} imports {name}"
+
+
+def test_nothing_is_left_behind_by_a_failed_conversion(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{")
+    done = _command("convert", tmp_path / "hf", tmp_path / "out")
+    assert done.returncode == 1
+    assert "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
