@@ -86,8 +86,8 @@ void* scratch(int64_t bytes, int slot) {
 
 // Rows a share: enough bytes to be worth claiming, few enough that the threads finish together.
 int64_t share_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
-  const int64_t by_bytes = (int64_t{256} << 10) / std::max<int64_t>(row_bytes, 1);
-  const int64_t by_threads = rows / (4 * threads);
+  const int64_t by_bytes = (int64_t{1} << 20) / std::max<int64_t>(row_bytes, 1);
+  const int64_t by_threads = rows / (8 * threads);
   return std::max<int64_t>(4, std::min(by_bytes, by_threads) / 4 * 4);
 }
 

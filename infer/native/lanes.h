@@ -401,11 +401,8 @@ Packed pack_x(int format, const float* x, int64_t columns, int64_t batch, void* 
 
 // ---- weighted sums of rows
 
-constexpr int64_t kSumRows = 32768;  // rows after which integer sums are added up in f32, before they could overflow
-
 int64_t sum_bytes(int, int64_t rows, int64_t columns, int64_t batch) {
-  const int64_t panel = (rows < kSumRows ? rows : kSumRows) + 8;
-  return batch * (8 * padded(columns) + 8 * panel + 64) + 64;
+  return batch * (4 * padded(columns) + 8 * (rows + 8) + 64) + 64;
 }
 
 template <class Row, int kRows>
@@ -475,65 +472,59 @@ FALCON_INLINE void four_rows(const int8_t* const* at, __m512i* out) {
 }
 
 // As `sum`, four int8 products a lane and instruction. The weights (h times scale) are rounded to 16 bits, split in two int8
-// planes; see I8Dot. A panel of kSumRows rows cannot overflow.
+// planes; see I8Dot. A tile's sum is exact, 128 times its weights taken off at the start; tiles are added up in f32.
 void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, float* y, void* scratch) {
   constexpr int kRows = 8;
   const int64_t stride = padded(w.columns), whole = w.columns / kStripe * kStripe;
-  const int64_t most = (w.count < kSumRows ? w.count : kSumRows), room = (most + kRows - 1) / kRows * kRows;
-  int32_t* acc = static_cast<int32_t*>(scratch);  // [batch, plane, stride]
-  float* weight = reinterpret_cast<float*>(acc + 2 * batch * stride);
+  const int64_t tiles = (w.count + kRows - 1) / kRows, room = tiles * kRows;
+  float* acc = static_cast<float*>(scratch);  // [batch, stride]
+  float* weight = acc + batch * stride;
   float* unit = weight + room;
-  int32_t* total = reinterpret_cast<int32_t*>(unit + batch);  // [batch, plane]: sums of the weights
-  int8_t* planes = reinterpret_cast<int8_t*>(total + 2 * batch);  // [batch, plane, room]
-  std::memset(y, 0, batch * w.columns * sizeof(float));
-  for (int64_t first = 0; first < w.count; first += kSumRows) {
-    const int64_t n = w.count - first < kSumRows ? w.count - first : kSumRows;
-    std::memset(acc, 0, 2 * batch * stride * sizeof(int32_t));
-    std::memset(planes, 0, 2 * batch * room);
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t i = 0; i < n; ++i) weight[i] = h[b * h_stride + first + i] * w.scale[w.row(first + i)];
-      unit[b] = split_i8(weight, n, planes + 2 * b * room, planes + (2 * b + 1) * room, total + 2 * b);
-    }
-    for (int64_t i = 0; i < n; i += kRows) {
-      const int8_t *rows[kRows], *next[kRows];
-      row_pointers<int8_t, kRows>(w, first + i, first + n, rows, next);  // past the last row stand weights of 0
-      const auto step = [&](int64_t d, const int8_t* const* at) __attribute__((always_inline)) {
-        __m512i turned[kRows];
-        FALCON_UNROLL
-        for (int r = 0; r < kRows; r += 4) four_rows(at + r, turned + r);
-        for (int64_t plane = 0; plane < 2 * batch; ++plane) {
-          int32_t fours[kRows / 4];
-          std::memcpy(fours, planes + plane * room + i, kRows);
-          int32_t* p = acc + plane * stride + d;
-          FALCON_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            __m512i some = _mm512_loadu_si512(p + 16 * j);
-            FALCON_UNROLL
-            for (int g = 0; g < kRows / 4; ++g)
-              some = _mm512_dpbusd_epi32(some, turned[4 * g + j], _mm512_set1_epi32(fours[g]));
-            _mm512_storeu_si512(p + 16 * j, some);
-          }
-        }
-      };
-      each_stripe<int8_t, kRows>(rows, next, w.columns, step);
-      if (whole < w.columns) step(whole, LastStripe<int8_t, kRows>(rows, whole, w.columns).at);
-    }
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t d = 0; d < stride; d += kStripe) {
-        float stripe[kStripe];
-        for (int j = 0; j < 4; ++j) {
-          const int32_t* p = acc + 2 * b * stride + d + 16 * j;
-          const __m512i offset[2] = {_mm512_set1_epi32(128 * total[2 * b]), _mm512_set1_epi32(128 * total[2 * b + 1])};
-          const __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), offset[0]));
-          const __m512 low = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p + stride), offset[1]));
-          float lanes[16];
-          _mm512_storeu_ps(lanes, _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low));
-          for (int l = 0; l < 4; ++l) std::memcpy(stripe + 16 * l + 4 * j, lanes + 4 * l, 16);
-        }
-        const int64_t n = w.columns - d < kStripe ? w.columns - d : kStripe;
-        for (int64_t i = 0; i < n; ++i) y[b * w.columns + d + i] += unit[b] * stripe[i];
-      }
+  int32_t* offset = reinterpret_cast<int32_t*>(unit + batch);               // [batch, plane, tiles]
+  int8_t* planes = reinterpret_cast<int8_t*>(offset + 2 * batch * tiles);  // [batch, plane, room]
+  std::memset(acc, 0, batch * stride * sizeof(float));
+  std::memset(planes, 0, 2 * batch * room);
+  for (int64_t b = 0; b < batch; ++b) {
+    int32_t total[2];
+    for (int64_t i = 0; i < w.count; ++i) weight[i] = h[b * h_stride + i] * w.scale[w.row(i)];
+    unit[b] = split_i8(weight, w.count, planes + 2 * b * room, planes + (2 * b + 1) * room, total);
   }
+  for (int64_t t = 0; t < 2 * batch * tiles; ++t) {
+    offset[t] = 0;
+    for (int r = 0; r < kRows; ++r) offset[t] -= 128 * planes[t * kRows + r];
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int8_t *rows[kRows], *next[kRows];
+    row_pointers<int8_t, kRows>(w, t * kRows, w.count, rows, next);  // past the last row stand weights of 0
+    const auto step = [&](int64_t d, const int8_t* const* at) __attribute__((always_inline)) {
+      __m512i turned[kRows];
+      four_rows(at, turned), four_rows(at + 4, turned + 4);
+      for (int64_t b = 0; b < batch; ++b) {
+        __m512i fours[4], start[2];  // high and low weights of rows 0 to 3 and 4 to 7
+        for (int plane = 0; plane < 2; ++plane) {
+          int32_t packed[2];
+          std::memcpy(packed, planes + (2 * b + plane) * room + t * kRows, kRows);
+          fours[2 * plane] = _mm512_set1_epi32(packed[0]), fours[2 * plane + 1] = _mm512_set1_epi32(packed[1]);
+          start[plane] = _mm512_set1_epi32(offset[(2 * b + plane) * tiles + t]);
+        }
+        float* p = acc + b * stride + d;
+        FALCON_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[0], turned[j], fours[0]), turned[4 + j], fours[1]);
+          const __m512i low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[1], turned[j], fours[2]), turned[4 + j], fours[3]);
+          const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+          _mm512_storeu_ps(p + 16 * j, _mm512_add_ps(_mm512_loadu_ps(p + 16 * j), sum));
+        }
+      }
+    };
+    each_stripe<int8_t, kRows>(rows, next, w.columns, step);
+    if (whole < w.columns) step(whole, LastStripe<int8_t, kRows>(rows, whole, w.columns).at);
+  }
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t d = 0; d < w.columns; ++d) {
+      const int64_t lane = d / 64 * 64 + d / 4 % 4 * 16 + d / 16 % 4 * 4 + d % 4;
+      y[b * w.columns + d] = unit[b] * acc[b * stride + lane];
+    }
 }
 #endif
 
@@ -621,12 +612,20 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
     for (int64_t g = 0; g < heads; ++g) {
       const float* p = score + g * room + s0;
       float* o = out + g * width;
-      for (int64_t c = 0; c < wide; c += kLanes) {
+      int64_t c = 0;
+      for (; c + 4 * kLanes <= wide; c += 4 * kLanes) {  // four sums at once hide each other's latency
+        F32 acc[4];
+        for (int j = 0; j < 4; ++j) acc[j] = load(o + c + j * kLanes);
+        for (int64_t s = 0; s < n; ++s)
+          for (int j = 0; j < 4; ++j) acc[j] += spread(p[s]) * load(block + s * width + c + j * kLanes);
+        for (int j = 0; j < 4; ++j) store(o + c + j * kLanes, acc[j]);
+      }
+      for (; c < wide; c += kLanes) {
         F32 acc = load(o + c);
         for (int64_t s = 0; s < n; ++s) acc += spread(p[s]) * load(block + s * width + c);
         store(o + c, acc);
       }
-      for (int64_t c = wide; c < width; ++c)
+      for (; c < width; ++c)
         for (int64_t s = 0; s < n; ++s) o[c] += p[s] * block[s * width + c];
     }
   }
