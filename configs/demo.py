@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from configs.recipe import Recipe
+from falcon_relu.generate import Sampling
 from infer.fit import FitConfig
 from train.config import OptimizerConfig, TrainConfig
 from train.data import DataConfig, Source
@@ -59,5 +60,9 @@ CONFIG = Recipe(
     quality_batches=8,
     prompts=4,
     prompt_tokens=48,
-    new_tokens=64,
+    sampling=Sampling(max_new_tokens=64, temperature=0.7, top_k=40),
+    widths="falcon-40b",
+    widths_layers=1,
+    widths_active=0.1,
+    widths_steps=10,
 )

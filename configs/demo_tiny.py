@@ -26,5 +26,7 @@ CONFIG = dataclasses.replace(
     reads=(0.5, 1.25),
     quality_batches=1,
     prompts=2,
-    new_tokens=8,
+    sampling=dataclasses.replace(demo.CONFIG.sampling, max_new_tokens=8),
+    widths="tiny-40b",
+    widths_steps=2,
 )

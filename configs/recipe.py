@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from falcon_relu.generate import Sampling
 from infer.fit import FitConfig
 from train.config import TrainConfig
 
@@ -30,7 +31,11 @@ class Recipe:
       quality_batches: validation batches that a point of that curve is measured on.
       prompts: held-out texts to continue.
       prompt_tokens: tokens of each prompt.
-      new_tokens: tokens to add to each.
+      sampling: how each is continued.
+      widths: member of the family at whose widths decoding is timed, with random weights.
+      widths_layers: layers of it.
+      widths_active: share of the neurons that its predictor chooses.
+      widths_steps: tokens that are timed.
     """
 
     corpora: tuple[str, ...]
@@ -49,7 +54,11 @@ class Recipe:
     quality_batches: int
     prompts: int
     prompt_tokens: int
-    new_tokens: int
+    sampling: Sampling
+    widths: str
+    widths_layers: int
+    widths_active: float
+    widths_steps: int
 
     def __post_init__(self) -> None:
         if self.read not in self.reads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 console = Console(stderr=True)
+
+_SECONDS_BETWEEN_LINES = 30
 
 
 class _Rate(ProgressColumn):
@@ -26,7 +29,7 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """A progress bar with rate and time left; yields `advance(amount=1, note=None)`.
 
-    Where standard error is no terminal, one plain line is printed at the end instead.
+    Where standard error is no terminal, a plain line now and then says the same.
 
     Args:
       description: what is going on.
@@ -43,12 +46,54 @@ def progress(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
+        disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(description, total=total, unit=unit, scale=scale, note="", completed=int(done))
+        line = _PlainLine(description, total, unit, scale, done)
 
         def advance(amount: float = 1, note: str | None = None) -> None:
             bar.update(task, advance=amount)
             if note is not None:
                 bar.update(task, note=note)
+            line.advance(amount, note)
 
         yield advance
+        line.end()
+
+
+class _PlainLine:
+    """Progress for a log file: a line every half minute, and one at the end of what took longer than a second."""
+
+    def __init__(self, description: str, total: float | None, unit: str, scale: float, done: float):
+        self._description, self._total, self._unit, self._scale = description, total, unit, scale
+        self._first = self._done = done
+        self._note = ""
+        self._start = self._said = time.monotonic()
+
+    def advance(self, amount: float, note: str | None) -> None:
+        self._done += amount
+        self._note = self._note if note is None else note
+        if time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self._say()
+
+    def end(self) -> None:
+        if time.monotonic() - self._start > 1:  # what is over at once needs no line
+            self._say()
+
+    def _say(self) -> None:
+        if console.is_terminal:
+            return
+        steps, seconds = self._done - self._first, max(time.monotonic() - self._start, 1e-9)
+        of = "" if self._total is None else f"/{self._total:,.0f}"
+        rate = f"{steps * self._scale / seconds:,.0f} {self._unit}/s"
+        left = ""
+        if self._total is not None and steps and self._done < self._total:
+            left = f", {(self._total - self._done) * seconds / steps:,.0f} s left"
+        note = f", {self._note}" if self._note else ""
+        console.print(
+            f"{self._description}: {self._done:,.0f}{of}, {rate}{left}{note}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

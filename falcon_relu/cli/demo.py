@@ -22,15 +22,16 @@ from falcon_relu.checkpoint import load_model
 from falcon_relu.cli.configs import load_config
 from falcon_relu.cli.demo_report import write_report
 from falcon_relu.cli.figures import report
+from falcon_relu.config import family
 from falcon_relu.corpora import CORPORA, documents
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json, write_aside, write_json
-from falcon_relu.generate import Sampling, generate
+from falcon_relu.generate import generate
 from falcon_relu.model import Falcon
 from falcon_relu.native import read_config
 from falcon_relu.progress import console, progress
 from falcon_relu.tokenizer import Tokenizer, train_bpe
-from infer.bench import memory_reader, random_rows
+from infer.bench import measure_tokens, random_weights, with_active_share
 from infer.calibrate import calibrate
 from infer.fit import fit
 from infer.generate import Figures as Decoded
@@ -40,7 +41,7 @@ from infer.predictor import Predictor, load, save
 from infer.quality import compare, sensitivity
 from infer.record import open_recording, record
 from infer.step import MODES
-from infer.weights import from_params
+from infer.weights import Formats, from_params
 from train.config import TrainConfig
 from train.data import DataConfig, train_batches, validation_batches
 from train.loop import train, validate
@@ -99,6 +100,7 @@ class Demo:
             ("quality", self._quality),
             ("predictor", self._predictor),
             ("decode", self._decode),
+            ("widths", self._widths),
         ]
         figures, seconds = {}, {}
         for number, (name, stage) in enumerate(stages, 1):
@@ -189,7 +191,8 @@ class Demo:
             for reads in recipe.reads:
                 predictor = calibrate(fitted, recording, neurons=reads * firing, sensitivity=weights)
                 rows = itertools.islice(validation_batches(self._data), recipe.quality_batches)
-                points.append({"read_over_firing": reads} | compare(config, params, predictor, rows))
+                found = compare(config, params, predictor, rows)
+                points.append({"read_over_firing": reads, "cross_entropy": found["sparse_loss"]} | found)
                 if reads == recipe.read:
                     best = (predictor, points[-1])
                 advance()
@@ -201,19 +204,17 @@ class Demo:
     def _decode(self) -> dict[str, Any]:
         recipe, tokenizer = self.recipe, Tokenizer(self.root / "tokenizer.json")
         prompts = list(itertools.islice(self._held_out_prompts(), recipe.prompts))
-        sampling = Sampling(max_new_tokens=recipe.new_tokens)
         config, params = load_model(self.root / "lm_kl" / "weights")
         weights = from_params(params, config, predictor=load(self.root / "predictor.safetensors", config))
         texts: dict[str, list[list[int]]] = {}
         rows = []
-        backends: tuple[Backend, ...] = ("xla",) if native.missing() else ("native", "xla")
-        ways = [(mode, backend) for backend in backends for mode in MODES]
+        ways = [(mode, backend) for backend in _backends() for mode in MODES]
         with progress("decode", len(ways) * len(prompts), "prompts") as advance:
             for mode, backend in ways:
                 runs, new = [], []
                 for prompt in prompts:
                     runs.append(Decoded())
-                    new += decode(weights, [prompt], sampling, mode=mode, backend=backend, figures=runs[-1])
+                    new += decode(weights, [prompt], recipe.sampling, mode=mode, backend=backend, figures=runs[-1])
                     advance(note=f"{mode}, {backend}")
                 texts.setdefault(mode, new)
                 rows.append(
@@ -227,12 +228,40 @@ class Demo:
                     }
                 )
         teacher_config, teacher_params = load_model(self.root / "teacher" / "weights")
-        texts["teacher"] = generate(Falcon(teacher_config), teacher_params, prompts, sampling)
+        texts["teacher"] = generate(Falcon(teacher_config), teacher_params, prompts, recipe.sampling)
         samples = [
             {"prompt": tokenizer.decode(prompt)} | {name: tokenizer.decode(new[i]) for name, new in texts.items()}
             for i, prompt in enumerate(prompts)
         ]
-        return {"rows": rows, "samples": samples, "bandwidth": _read_bandwidth()}
+        return {"rows": rows, "samples": samples}
+
+    def _widths(self) -> list[dict[str, Any]]:
+        recipe = self.recipe
+        whole = family(recipe.widths)
+        config = whole.replace(n_layers=recipe.widths_layers, activation="relu", tied_embeddings=True)
+        every = random_weights(config, Formats(), rank=whole.d_model // 8)
+        some = with_active_share(every, recipe.widths_active)
+        rows = []
+        ways = [(mode, backend) for backend in _backends() for mode in MODES]
+        with progress(f"decode at the widths of {recipe.widths}", len(ways), "ways") as advance:
+            for mode, backend in ways:
+                weights = some if mode == "sparse" else every
+                found = measure_tokens(weights, mode, backend, context=256, steps=recipe.widths_steps)
+                rate = found.bytes / found.seconds
+                rows.append(
+                    {
+                        "mode": mode,
+                        "backend": backend,
+                        "milliseconds": 1e3 * found.seconds,
+                        "megabytes": found.bytes / 1e6,
+                        "gb_s": rate / 1e9,
+                        "memory_gb_s": found.bandwidth / 1e9,
+                        "share_of_memory": rate / found.bandwidth,
+                        "active": found.active,
+                    }
+                )
+                advance(note=f"{mode}, {backend}")
+        return rows
 
     # ---- the rest
 
@@ -258,7 +287,8 @@ class Demo:
         accuracy = [row["accuracy"] for row in quality]
         retained = accuracy[3] / accuracy[0]
         return {
-            "machine": _machine() | {"read_bandwidth_gb_s": figures["decode"]["bandwidth"] / 1e9},
+            "machine": _machine()
+            | {"read_bandwidth_gb_s": statistics.median(row["memory_gb_s"] for row in figures["widths"])},
             "seconds": seconds,
             "model": {
                 "parameters": architecture.n_params,
@@ -288,6 +318,13 @@ class Demo:
             "tradeoff": predictor["tradeoff"],
             "operating_point": predictor["operating_point"],
             "decode": figures["decode"]["rows"],
+            "widths": figures["widths"],
+            "widths_of": {
+                "model": recipe.widths,
+                "layers": recipe.widths_layers,
+                "of_layers": family(recipe.widths).n_layers,
+                "rank": family(recipe.widths).d_model // 8,
+            },
             "samples": figures["decode"]["samples"],
         }
 
@@ -365,11 +402,8 @@ def _predictor_rows(predictor: Predictor, n_neurons: int) -> list[dict[str, Any]
     ]
 
 
-def _read_bandwidth() -> float:
-    """Bytes a second that all threads together read from memory."""
-    rng = np.random.default_rng(0)
-    read = memory_reader([random_rows(rng, 16384, 8192, "bf16") for _ in range(2)])
-    return statistics.median(read() for _ in range(9))
+def _backends() -> tuple[Backend, ...]:
+    return ("xla",) if native.missing() else ("native", "xla")
 
 
 def _cpu_name() -> str:
@@ -406,4 +440,5 @@ def _summary(results: dict[str, Any]) -> dict[str, Any]:
         ],
         "predictors on held-out tokens": results["predictor"],
         "decoding": results["decode"],
+        f"decoding at the widths of {results['widths_of']['model']}": results["widths"],
     }

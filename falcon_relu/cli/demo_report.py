@@ -129,6 +129,18 @@ _TABLES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {  # caption, then 
             "same_text_as_dense": ("same text as dense", ".1%"),
         },
     ),
+    "widths": (
+        "One token, random weights in bf16, the vocabulary head included.",
+        {
+            "mode": ("mode", ""),
+            "backend": ("backend", ""),
+            "active": ("neurons read", ".1%"),
+            "milliseconds": ("ms a token", ",.1f"),
+            "megabytes": ("MB read a token", ",.0f"),
+            "gb_s": ("GB/s", ",.1f"),
+            "share_of_memory": ("share of what memory delivers", ".0%"),
+        },
+    ),
     "corpora": (
         "What the models were trained and measured on.",
         {
@@ -289,10 +301,13 @@ def _plots(results: Results) -> dict[str, _Html]:
         ]
         for key in ("kl", "agreement")
     }
-    decode = [
-        {**row, "label": f"{row.get('mode')}, {row.get('backend')}", "color": _MODES.get(row.get("mode", ""), _INK)}
-        for row in _rows(results, "decode")
-    ]
+    decode, widths = (
+        [
+            {**row, "label": f"{row.get('mode')}, {row.get('backend')}", "color": _MODES.get(row.get("mode", ""), _INK)}
+            for row in _rows(results, table)
+        ]
+        for table in ("decode", "widths")
+    )
     stages = [{"label": k, "seconds": v, "color": _KL} for k, v in (results.get("seconds") or {}).items()]
     teacher = _curves(results, "teacher", "teacher", _TEACHER, "cross_entropy")
     read = "neurons read"
@@ -312,6 +327,7 @@ def _plots(results: Results) -> dict[str, _Html]:
         ),
         "bytes": _bars("Bytes read for a token", "kB a token", decode, "kilobytes_per_token", ",.0f"),
         "speed": _bars("Speed", "tokens a second", decode, "tokens_per_second", ",.1f"),
+        "widths": _bars("Time for a token at real widths", "milliseconds", widths, "milliseconds", ",.1f"),
         "seconds": _bars("Time by stage", "seconds", stages, "seconds", ",.1f"),
     }
 
@@ -490,6 +506,13 @@ down-projection whose neuron fired. <b>sparse</b> reads only the neurons that th
 This machine reads {machine.read_bandwidth_gb_s:,.1f} GB/s from memory.</p>
 {tables.decode}
 <div class="figures">{plots.bytes}{plots.speed}</div>
+
+<h2>Decoding at real widths</h2>
+<p>The demo's model fits into the processor's caches, and its steps are too short to be limited by memory. This is the
+same program at the widths of {widths_of.model}: {widths_of.layers:,} of {widths_of.of_layers:,} layers, predictor rank
+{widths_of.rank:,}.</p>
+{tables.widths}
+<div class="figures">{plots.widths}</div>
 
 <h2>Samples</h2>
 <p>The teacher, and the tuned student decoded in three ways. <mark>Marked</mark> is what follows the first difference

@@ -19,6 +19,7 @@ PLOTS = {  # title -> what its axes say, with units
     "Agreement against neurons read": ("neurons read", "same first choice as dense"),
     "Bytes read for a token": ("kB a token",),
     "Speed": ("tokens a second",),
+    "Time for a token at real widths": ("milliseconds",),
     "Time by stage": ("seconds",),
 }
 
@@ -111,6 +112,8 @@ RESULTS = {
         decode("dense", "xla", 201.25, 39_813, 1.0, True),
         decode("sparse", "xla", 171.5, 35_177, 0.3142, False),
     ],
+    "widths": [{"mode": "sparse", "backend": "native", "active": 0.1, "milliseconds": 31.45, "gb_s": 27.3}],
+    "widths_of": {"model": "falcon-40b", "layers": 1, "of_layers": 60, "rank": 1024},
     "samples": [
         {"prompt": "Once", "teacher": "a king", "dense": "a queen", "exact": "a queen", "sparse": "a quiet day"}
     ],
@@ -235,6 +238,7 @@ def test_every_plot_has_its_title_labels_and_legend():
     for title in ("Quality lost against neurons read", "Agreement against neurons read"):
         assert {"operating point", "neurons that fire"} <= set(drawing(page, title))
     assert {"sparse, native", "35,177"} <= set(drawing(page, "Bytes read for a token"))
+    assert {"sparse, native", "31.4"} <= set(drawing(page, "Time for a token at real widths"))
     assert {"teacher", "231.5"} <= set(drawing(page, "Time by stage"))
 
 
