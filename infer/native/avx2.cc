@@ -11,7 +11,7 @@
 #include "lanes.h"
 
 FALCON_KERNELS(kAvx2, "avx2",
-               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // F16C came before AVX2
 
 #if defined(__clang__)
 #pragma clang attribute pop

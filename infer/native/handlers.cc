@@ -309,15 +309,21 @@ ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F3
   return ffi::Error::Success();
 }
 
-#define FALCON_MATRIX \
-  Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
+#define FALCON_MATRIX       \
+  Ctx<ffi::ThreadPool>()    \
+      .Arg<ffi::AnyBuffer>() \
+      .Arg<ffi::Buffer<ffi::F32>>() \
+      .Arg<ffi::Buffer<ffi::S32>>() \
+      .Arg<ffi::Buffer<ffi::S32>>()
 
 }  // namespace
 }  // namespace falcon
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_rows_dot, falcon::rows_dot,
-                              ffi::Ffi::Bind().FALCON_MATRIX.Arg<ffi::BufferR2<ffi::F32>>().Ret<ffi::BufferR2<ffi::F32>>().Attr<bool>(
-                                  "gathered"));
+                              ffi::Ffi::Bind()
+                                  .FALCON_MATRIX.Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<bool>("gathered"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_weighted_row_sum, falcon::weighted_row_sum,
                               ffi::Ffi::Bind()
                                   .FALCON_MATRIX.Arg<ffi::BufferR2<ffi::F32>>()

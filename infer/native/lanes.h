@@ -1,6 +1,7 @@
-// The row kernels, written once over vectors of kBytes bytes and compiled once for each instruction set. The including file sets
-// FALCON_ISA (a namespace), FALCON_VECTOR_BYTES, what instructions there are (FALCON_F16C, FALCON_AVX512, FALCON_VNNI, FALCON_BF16),
-// and the compiler's target. Nothing here may have external linkage, or the linker could pick one instruction set's copy for all.
+// The row kernels, written once over vectors of kBytes bytes and compiled once for each instruction set. The including file
+// sets FALCON_ISA (a namespace), FALCON_VECTOR_BYTES, which instructions there are (FALCON_F16C, FALCON_AVX512, FALCON_VNNI,
+// FALCON_BF16), and the compiler's target. Nothing here may have external linkage, or the linker could pick one instruction
+// set's copy for all.
 #include <cmath>
 #include <cstring>
 #if defined(__x86_64__)
