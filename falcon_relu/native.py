@@ -64,7 +64,7 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
       FalconError: `path` exists and may not be replaced.
       ValueError: the parameters are not those of the config.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     _check_shapes({leaf: x.shape for leaf, x in flatten_dict(params).items()}, config, ValueError, "params")
     first = jax.process_index() == 0
     with write_aside(path, replace=replace) if first else contextlib.nullcontext(aside_path(path)) as aside:
@@ -85,7 +85,7 @@ def params_writer(
     Raises:
       FalconError: `path` exists.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     shapes = param_shapes(config)
     with write_aside(path) as aside:
         # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
@@ -121,7 +121,7 @@ def params_reader(
     Raises:
       FalconError: the folder is not whole or not of the config's shapes; or, on reading, it is damaged.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     spec = {"open": True, "fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
     try:
         stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in param_shapes(config)}

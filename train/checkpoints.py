@@ -24,7 +24,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def __enter__(self) -> Self:
         return self
