@@ -141,10 +141,10 @@ FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64
   }
 }
 
-// Positions between a tile and the one that it asks for: one tile, or as many short rows as kAhead bytes hold.
+// Positions between a tile and the one that it asks for: one tile, or as many short rows as 2 * kAhead bytes hold.
 template <class T, int kRows>
 FALCON_INLINE int64_t tile_ahead(int64_t columns) {
-  const int64_t tiles = kAhead / (columns * static_cast<int64_t>(sizeof(T)) * kRows);
+  const int64_t tiles = 2 * kAhead / (columns * static_cast<int64_t>(sizeof(T)) * kRows);
   return kRows * (tiles > 1 ? tiles : 1);
 }
 
