@@ -39,17 +39,20 @@ std::atomic<const Kernels*>& chosen() {
 
 // ---- threads
 
+constexpr int64_t kBytesPerThread = 64 << 10;
+
 // Calls body(i) for 0 <= i < n, on the calling thread and as many of the pool's as are free. The caller takes shares too and
 // waits only for shares that somebody has begun, so that a call from inside the pool cannot wait for itself.
+// `bytes` is what all shares read together: little is not worth a thread's waking up.
 template <class Body>
-void parallel_for(ffi::ThreadPool& pool, int64_t n, const Body& body) {
+void parallel_for(ffi::ThreadPool& pool, int64_t n, int64_t bytes, const Body& body) {
   struct State {
     std::atomic<int64_t> next{0};
     int64_t done = 0;
     std::mutex mutex;
     std::condition_variable finished;
   };
-  const int64_t helpers = std::min(pool.num_threads(), n) - 1;
+  const int64_t helpers = std::min({pool.num_threads(), n, bytes / kBytesPerThread}) - 1;
   if (helpers < 1) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
@@ -91,8 +94,7 @@ int64_t share_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
   return std::max<int64_t>(4, std::min(by_bytes, by_threads) / 4 * 4);
 }
 
-constexpr int64_t kLeastRows = 32;  // of a sum that are worth a share of their own
-constexpr int64_t kSharesPerThread = 2;
+constexpr int64_t kSharesPerThread = 2;  // of a sum
 
 // ---- checks
 
@@ -146,8 +148,9 @@ ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32
   const Packed packed =
       kernels.pack_x(format, x.typed_data(), m.columns, batch, scratch(kernels.packed_bytes(format, m.columns, batch), 0));
   float* out = y->typed_data();
-  const int64_t share = share_rows(m.count, m.columns * item_bytes(format), std::max<int64_t>(pool.num_threads(), 1));
-  parallel_for(pool, (m.count + share - 1) / share, [&](int64_t i) {
+  const int64_t row_bytes = m.columns * item_bytes(format);
+  const int64_t share = share_rows(m.count, row_bytes, std::max<int64_t>(pool.num_threads(), 1));
+  parallel_for(pool, (m.count + share - 1) / share, m.count * row_bytes, [&](int64_t i) {
     kernels.dot[format](m, packed, i * share, std::min(m.count, (i + 1) * share), out, outputs);
   });
   for (int64_t b = 0; b < batch; ++b) std::fill(out + b * outputs + m.count, out + (b + 1) * outputs, 0.0f);
@@ -195,17 +198,18 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<
   const int format = format_of(w.element_type());
   // A share is a run of whole rows, which memory likes best; the shares' sums are added up in their order.
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), size = batch * m.columns;
-  const int64_t shares = std::clamp<int64_t>(m.count / kLeastRows, 1, threads == 1 ? 1 : kSharesPerThread * threads);
+  const int64_t bytes = m.count * m.columns * item_bytes(format);
+  const int64_t shares = std::clamp<int64_t>(bytes / kBytesPerThread, 1, threads == 1 ? 1 : kSharesPerThread * threads);
   float* out = y->typed_data();
   std::vector<float> partial((shares - 1) * size);  // the first share's sum goes straight to the result
   const auto sum_of = [&](int64_t i) { return i == 0 ? out : partial.data() + (i - 1) * size; };
-  parallel_for(pool, shares, [&](int64_t i) {
+  parallel_for(pool, shares, bytes, [&](int64_t i) {
     const int64_t begin = i * m.count / shares, end = (i + 1) * m.count / shares;
     void* memory = scratch(kernels.sum_bytes(format, end - begin, m.columns, batch), 1);
     kernels.sum[format](m.part(begin, end, item_bytes(format)), weights + begin, h_stride, batch, sum_of(i), memory);
   });
   const int64_t run = (size + threads - 1) / threads;
-  parallel_for(pool, shares > 1 ? threads : 0, [&](int64_t t) {
+  parallel_for(pool, shares > 1 ? threads : 0, shares * size * 4, [&](int64_t t) {
     for (int64_t i = 1; i < shares; ++i)
       for (int64_t d = t * run; d < std::min(size, (t + 1) * run); ++d) out[d] += sum_of(i)[d];
   });
@@ -279,7 +283,8 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::AnyBuffe
   constexpr int64_t heads = 16;  // query heads a share
   const int64_t shares = (group + heads - 1) / heads;
   const int64_t item = item_bytes(format), stride = kv_heads * width;
-  parallel_for(pool, batch * kv_heads * shares, [&](int64_t i) {
+  const int64_t longest = *std::max_element(length.typed_data(), length.typed_data() + batch);
+  parallel_for(pool, batch * kv_heads * shares, batch * kv_heads * group * longest * width, [&](int64_t i) {
     const int64_t first = i % shares * heads, kv = i / shares % kv_heads, b = i / shares / kv_heads;
     const int64_t n = std::min(heads, group - first), at = (b * kv_heads + kv) * group + first;
     const int64_t valid = length.typed_data()[b], offset = (b * positions * kv_heads + kv) * width * item;
@@ -302,7 +307,7 @@ ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F3
   const int64_t row_bytes = m.columns * item_bytes(format_of(w.element_type()));
   const int64_t share = share_rows(m.count, row_bytes, std::max<int64_t>(pool.num_threads(), 1));
   std::atomic<int64_t> all{0};
-  parallel_for(pool, (m.count + share - 1) / share, [&](int64_t i) {
+  parallel_for(pool, (m.count + share - 1) / share, m.count * row_bytes, [&](int64_t i) {
     all ^= kernels.read(m, row_bytes, i * share, std::min(m.count, (i + 1) * share));
   });
   out->typed_data()[0] = static_cast<int32_t>(all);
