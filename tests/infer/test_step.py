@@ -12,7 +12,6 @@ from falcon_relu.errors import FalconError
 from falcon_relu.generate import Sampling, generate
 from falcon_relu.model import Falcon
 from infer import matmul
-from infer.formats import DTYPES
 from infer.kernels import native, xla
 from infer.predictor import LayerPredictor, uncalibrated
 from infer.step import DecodeState, check_mode, decode_step, prefill, step_bytes, unembed
@@ -62,7 +61,7 @@ def test_every_mode_equals_the_flax_model(tiny_name, backend):
     weights = from_params(params, config, Formats.all("f32"), covering_predictor(config))
     ids = tokens(config, 2, 6)
     expected = flax_logits(config, params, ids)
-    for mode in ("dense", "exact", "sparse"):
+    for mode in ("dense", "exact", "sparse") if backend == "native" else ("dense", "sparse"):
         logits, reads = decode(weights, ids, mode, backend)
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         if mode == "dense":
@@ -159,7 +158,7 @@ def test_greedy_tokens_equal_the_flax_models():
         assert found == expected
 
 
-@pytest.mark.parametrize("format", list(DTYPES))
+@pytest.mark.parametrize("format", ["bf16", "int8"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_the_size_of_a_weight_is_copied_converted_or_sliced(format, backend, monkeypatch):
     """With blocks far smaller than the smallest weight, nothing in the program may be that large."""
