@@ -45,16 +45,7 @@ def load_model(
     Raises:
       FalconError: no such checkpoint, or it is damaged, not whole, or not of its config's names and shapes.
     """
-    if is_native(Path(source)):
-        config = read_config(Path(source))
-        if activation not in (None, config.activation):
-            raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
-        read, dtypes = params_reader(Path(source), config)
-        pieces = _stream_native(config, read, f"loading {source}")
-    else:
-        config, headers = _open_hf(source, activation)
-        dtypes = {} if dtype is not None else _stored_dtypes(config, headers)
-        pieces = _stream_hf(config, headers, f"loading {source}")
+    config, pieces, dtypes = _open(source, activation, with_dtypes=dtype is None)
     shapes = param_shapes(config)
     shardings: dict[Leaf, NamedSharding] = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
 
@@ -78,15 +69,23 @@ def stream_model(
     Raises:
       FalconError: as `load_model`, partly while the parameters are read.
     """
-    if is_native(Path(source)):
-        config = read_config(Path(source))
-        if activation not in (None, config.activation):
-            raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
-        pieces = _stream_native(config, params_reader(Path(source), config)[0], f"loading {source}")
-    else:
-        config, headers = _open_hf(source, activation)
-        pieces = _stream_hf(config, headers, f"loading {source}")
+    config, pieces, _ = _open(source, activation)
     return config, ((tensor.leaf, tensor.layer, array) for tensor, array in pieces)
+
+
+def _open(
+    source: str | Path, activation: Activation | None, with_dtypes: bool = False
+) -> tuple[FalconConfig, Iterator[tuple[HfTensor, np.ndarray]], dict[Leaf, np.dtype]]:
+    """Config, tensors to read one at a time and, if asked for, the dtype that each parameter is stored in."""
+    if not is_native(Path(source)):
+        config, headers = _open_hf(source, activation)
+        dtypes = _stored_dtypes(config, headers) if with_dtypes else {}
+        return config, _stream_hf(config, headers, f"loading {source}"), dtypes
+    config = read_config(Path(source))
+    if activation not in (None, config.activation):
+        raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
+    read, dtypes = params_reader(Path(source), config)
+    return config, _stream_native(config, read, f"loading {source}"), dtypes
 
 
 def import_hf(

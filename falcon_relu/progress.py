@@ -78,7 +78,7 @@ class _PlainLine:
             self._say()
 
     def end(self) -> None:
-        if time.monotonic() - self._start > 1:  # what is over at once needs no line
+        if time.monotonic() - self._said > 1:  # what is over at once, or has just been said, needs no line
             self._say()
 
     def _say(self) -> None:

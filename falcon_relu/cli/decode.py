@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from falcon_relu.checkpoint import load_model
 from falcon_relu.cli.figures import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
@@ -20,9 +19,11 @@ from infer import kernels
 from infer.formats import Format
 from infer.generate import Figures, stream
 from infer.predictor import load
-from infer.step import Mode
+from infer.step import Mode, check_mode
+from infer.storage import is_decode_weights
+from infer.storage import load as load_packed
 from infer.threads import limit_threads
-from infer.weights import DecodeWeights, Formats, from_params
+from infer.weights import DecodeWeights, Formats, from_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Args:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """Native weights, Hugging Face folder or hub id."""
+    """Decode weights made by falcon-relu pack, native weights, Hugging Face folder or hub id."""
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts to continue."""
     tokenizer: Path
@@ -44,9 +45,9 @@ class Args:
     """dense reads everything; exact skips rows of the down-projection that count for nothing (same output as dense);
     sparse reads the neurons that the predictor chooses. The sparsest that the model can serve, if not given."""
     predictor: Path | None = None
-    """Predictor file, for sparse; see falcon-relu predictor."""
-    format: Format = "bf16"
-    """Number format of the weights in memory."""
+    """Predictor file, for sparse; see falcon-relu predictor. Packed weights may hold one already."""
+    format: Format | None = None
+    """Number format of the weights in memory; that of packed weights, else bf16, if not given."""
     batch: bool = False
     """Continue all prompts together, sharing every read, instead of one after the other."""
     backend: kernels.Backend = "auto"
@@ -55,35 +56,22 @@ class Args:
     """Threads that compute; all cores if not given."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
-    max_new_tokens: int = 128
-    """Tokens to add at most."""
-    temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest token."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens only; 0 for all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together hold this probability."""
-    seed: int = 0
-    """Of the random draws."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     json: Path | None = None
     """Also write the figures and texts to this file."""
 
 
 def run(args: Args) -> None:
     """Loads, continues each prompt as it streams, then reports one line of figures a run."""
-    if args.mode == "sparse" and args.predictor is None:
-        raise FalconError("sparse decoding needs --predictor; fit one with `falcon-relu predictor`")
     if args.threads is not None:
         limit_threads(args.threads)
     kernels.backend(args.backend)  # refuses a backend that is not there before anything is loaded
     tokenizer = Tokenizer(args.tokenizer)
     prompts = [*args.prompts, *_lines(args.file)]
-    config, params = load_model(args.model, activation=args.activation)
-    tokenizer.check_fits(config.vocab_size)
-    predictor = None if args.predictor is None else load(args.predictor, config)
-    weights = from_params(params, config, Formats.all(args.format), predictor)
-    del params
-    mode: Mode = args.mode or ("dense" if config.activation == "gelu" else "exact" if predictor is None else "sparse")
+    weights = _weights(args)
+    tokenizer.check_fits(weights.config.vocab_size)
+    mode: Mode = args.mode or _sparsest(weights)
+    check_mode(weights, mode)
     if not prompts:
         _chat(args, weights, tokenizer, mode)
         return
@@ -100,19 +88,30 @@ def run(args: Args) -> None:
     )
 
 
+def _weights(args: Args) -> DecodeWeights:
+    if is_decode_weights(Path(args.model)):
+        if args.format is not None or args.activation is not None:
+            raise FalconError(f"{args.model} is packed already: its format and activation cannot be chosen any more")
+        weights = load_packed(Path(args.model))
+    else:
+        weights = from_checkpoint(args.model, Formats.all(args.format or "bf16"), activation=args.activation)
+    if args.predictor is None:
+        return weights
+    return weights.with_predictor(load(args.predictor, weights.config), args.format or weights.formats.predictor)
+
+
+def _sparsest(weights: DecodeWeights) -> Mode:
+    if weights.config.activation == "gelu":
+        return "dense"
+    return "exact" if weights.predictor_input is None else "sparse"
+
+
 def _continue(
     args: Args, weights: DecodeWeights, tokenizer: Tokenizer, mode: Mode, prompts: Sequence[str], figures: Figures
 ) -> list[str]:
     """Continues prompts together; a single one is printed as it comes, several when they are complete."""
     encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-    sampling = Sampling(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop_tokens=(tokenizer.eos_id,),
-    )
+    sampling = dataclasses.replace(args.sampling, stop_tokens=(*args.sampling.stop_tokens, tokenizer.eos_id))
     live = len(prompts) == 1
     streams = [tokenizer.stream() for _ in prompts]
     texts = ["" for _ in prompts]

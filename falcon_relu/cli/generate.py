@@ -35,16 +35,7 @@ class Args:
     """Dtype of weights and products."""
     mesh: tuple[int, int, int] = (1, -1, 1)
     """Devices along (data, fsdp, tensor); one -1 takes what is left."""
-    max_new_tokens: int = 64
-    """Tokens to add at most."""
-    temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest token."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens only; 0 for all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together hold this probability."""
-    seed: int = 0
-    """Of the random draws."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     json: Path | None = None
     """Also write the figures and texts to this file."""
 
@@ -52,14 +43,7 @@ class Args:
 def run(args: Args) -> None:
     """Generates, prints the texts, then reports."""
     tokenizer = Tokenizer(args.tokenizer)
-    sampling = Sampling(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop_tokens=(tokenizer.eos_id,),
-    )
+    sampling = dataclasses.replace(args.sampling, stop_tokens=(*args.sampling.stop_tokens, tokenizer.eos_id))
     mesh = make_mesh(args.mesh)
     with use_mesh(mesh):
         config, params = load_model(args.model, activation=args.activation, dtype=jnp.dtype(args.dtype), mesh=mesh)

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train or distil a model as a config says",
     "generate": "continue prompts with a dense model on any backend",
     "predictor": "fit and calibrate the predictors of which neurons fire",
+    "pack": "checkpoint -> decode weights, laid out for a CPU and loaded at disk speed",
     "decode": "continue prompts on a CPU, reading only the neurons that fire",
     "bench": "speed of decoding at real widths against the memory bandwidth",
 }

@@ -30,7 +30,7 @@ def demo(tmp_path_factory) -> Path:
     """A finished run of the tiny demo that was interrupted twice on its way."""
     out = tmp_path_factory.mktemp("demo") / "run"
     arguments = ["demo", "--config", "demo_tiny", "--out", out, "--json", out.with_suffix(".json")]
-    for stage, sign in (("[3/8] teacher", signal.SIGINT), ("[7/8] predictor", signal.SIGKILL)):
+    for stage, sign in (("] teacher", signal.SIGINT), ("] predictor", signal.SIGKILL)):
         with subprocess.Popen(
             [sys.executable, "-m", "falcon_relu", *map(str, arguments)], stderr=subprocess.PIPE, text=True
         ) as process:
@@ -38,6 +38,8 @@ def demo(tmp_path_factory) -> Path:
             for line in process.stderr:
                 if stage in line:
                     break
+            else:
+                pytest.fail(f"the demo ended without {stage}")
             time.sleep(2)
             process.send_signal(sign)
             process.stderr.read()
@@ -46,8 +48,8 @@ def demo(tmp_path_factory) -> Path:
         assert sign == signal.SIGKILL or not list(out.rglob("*.partial"))
     finished = _command(*arguments)
     assert finished.returncode == 0, finished.stderr
-    assert "[2/8]" not in finished.stderr  # finished stages are not run again
-    assert "[8/8]" in finished.stderr
+    assert "] tokens" not in finished.stderr  # finished stages are not run again
+    assert "] decode" in finished.stderr
     assert not list(out.rglob("*.partial"))
     return out
 
@@ -88,18 +90,23 @@ def test_demo_writes_a_report_with_the_numbers_that_it_measured(demo):
 def test_commands_work_on_what_the_demo_made(demo, tmp_path):
     weights, tokenizer = demo / "lm_kl" / "weights", demo / "tokenizer.json"
     asked = ["import os", "--tokenizer", tokenizer, "--max-new-tokens", 8]
+    packed = _command("pack", weights, tmp_path / "packed", "--predictor", demo / "predictor.safetensors")
+    assert packed.returncode == 0, packed.stderr
     outputs = {}
     for name, command in {
         "generate": ["generate", weights, *asked, "--dtype", "float32"],
         "dense": ["decode", weights, *asked, "--mode", "dense", "--format", "f32", "--backend", "xla"],
         "exact": ["decode", weights, *asked, "--format", "f32", "--threads", 1],
         "sparse": ["decode", weights, *asked, "--predictor", demo / "predictor.safetensors"],
+        "packed": ["decode", tmp_path / "packed", *asked],
     }.items():
         done = _command(*command, "--json", tmp_path / f"{name}.json")
         assert done.returncode == 0, done.stderr
         outputs[name] = json.loads((tmp_path / f"{name}.json").read_text())
         assert "import os" + outputs[name]["texts"][0] in done.stdout
     assert outputs["generate"]["texts"] == outputs["dense"]["texts"] == outputs["exact"]["texts"]
+    assert outputs["packed"]["texts"] == outputs["sparse"]["texts"]
+    assert outputs["packed"]["mode"] == "sparse"
     assert outputs["exact"]["mode"] == "exact"
     assert outputs["sparse"]["mode"] == "sparse"
     assert outputs["sparse"]["runs"][0]["neurons read"] < 1
@@ -122,7 +129,7 @@ def test_commands_work_on_what_the_demo_made(demo, tmp_path):
         (["train", "--config", "falcon_40b", "--steps", "3"], 2, "warmup_steps"),
         (["train", "--config", "falcon_40b", "--loss.temperature", "0"], 2, "temperature"),
         (["generate", "no/such/folder", "text", "--tokenizer", "nowhere"], 1, "nowhere"),
-        (["decode", "x", "text", "--tokenizer", "y", "--mode", "sparse"], 1, "--predictor"),
+        (["decode", "x", "text", "--tokenizer", "y"], 1, "y"),
         (["decode", "x", "text", "--tokenizer", "y", "--threads", "9999"], 1, "threads"),
         (["demo", "--config", "falcon_40b"], 1, "Recipe"),
     ],
