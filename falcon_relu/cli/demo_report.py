@@ -495,7 +495,7 @@ read for it.</p>
 
 <h2>Predicting which neurons fire</h2>
 <p>{derived.active:.1%} of the neurons fire. At the operating point {operating_point.read:.1%} are read, KL(dense ||
-sparse) is {operating_point.kl:.3f} nats a token, the first choice is the same at {operating_point.agreement:.1%} of
+sparse) is {operating_point.kl:.3g} nats a token, the first choice is the same at {operating_point.agreement:.1%} of
 positions, and cross-entropy is {operating_point.cross_entropy:.3f} nats a token.</p>
 <div class="figures">{plots.kl}{plots.agreement}</div>
 {tables.predictor}
@@ -545,6 +545,8 @@ together, not how good a large ReLU Falcon is.</li>
 quantity as the published one, which is a share of benchmark scores.</li>
 <li>The MLPs hold {derived.mlp_share:.1%} of the parameters here, and only they are read sparsely; the rest, attention
 and the vocabulary head, is read whole for every token. The MLPs' share, and with it the gain, grows with width.</li>
+<li>The student saw {model.train_tokens_student:,} tokens of text more than the teacher did; what it keeps of the
+teacher's accuracy is in part that.</li>
 <li>Weights as small as these can stay in the processor's caches, where the bandwidth of memory is not the limit that
 it is for a large model.</li>
 <li>Speeds are those of one short run on one machine, shared with whatever else ran there.</li>

@@ -94,11 +94,13 @@ def test_more_processes_and_a_job_array_give_the_same_bytes(whole, config, tmp_p
     assert contents(tmp_path / "jobs") == contents(whole)
 
 
-def test_killed_runs_lose_only_unfinished_units(whole, config, tmp_path):
-    out = tmp_path / "killed"
+def test_killed_runs_lose_only_unfinished_units(config, tmp_path):
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    units = prepare(changed(config, out=whole, unit_mb=0.002)).units  # small ones: no run may end before it is killed
+    assert units > 60
     command = [sys.executable, "-m", "falcon_relu", "prepare", *config.inputs, "--out", str(out)]
     command += ["--tokenizer", str(config.tokenizer), "--seq-len", str(T), "--validation-fraction", "0.1"]
-    command += ["--unit-mb", "0.01", "--processes", "2"]
+    command += ["--unit-mb", "0.002", "--processes", "2"]
     draw = random.Random(0)
     kept = 0
     for stop in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
@@ -116,6 +118,7 @@ def test_killed_runs_lose_only_unfinished_units(whole, config, tmp_path):
         assert not psutil.wait_procs(workers, timeout=20)[1]  # no worker is left behind
         assert not (out / "manifest.json").exists()
         kept = len(list((out / "units").glob("*.json")))
+        assert target <= kept < units
     before = {path: path.stat().st_mtime_ns for path in (out / "units").glob("*.json")}
     assert (
         subprocess.run([*command, "--json", str(tmp_path / "f.json")], capture_output=True, check=False).returncode == 0
