@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from falcon_relu.files import write_json
+
+_PIPED_WIDTH = 240  # columns where no terminal limits them, so that no figure is cut
 
 
 def report(figures: Mapping[str, Any], json: Path | None, also: Mapping[str, Any] | None = None) -> None:
@@ -20,7 +23,7 @@ def report(figures: Mapping[str, Any], json: Path | None, also: Mapping[str, Any
       json: file to write, if any.
       also: what to write but not to print.
     """
-    out = Console()
+    out = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     plain = Table(box=None, show_header=False, pad_edge=False)
     for name, value in figures.items():
         if not _is_table(value):
@@ -29,7 +32,8 @@ def report(figures: Mapping[str, Any], json: Path | None, also: Mapping[str, Any
         out.print(plain)
     for name, value in figures.items():
         if _is_table(value):
-            table = Table(*value[0], title=name, title_justify="left", box=None, pad_edge=False)
+            columns = (Column(heading, overflow="fold") for heading in value[0])
+            table = Table(*columns, title=name, title_justify="left", box=None, pad_edge=False)
             for row in value:
                 table.add_row(*(format_value(cell) for cell in row.values()))
             out.print(table)
