@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from falcon_relu.checkpoint import load_model
-from falcon_relu.config import FalconConfig, family
+from falcon_relu.config import Activation, FalconConfig, family
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json, write_json
 from falcon_relu.model import Falcon, Params
@@ -27,7 +27,7 @@ from falcon_relu.progress import progress
 from falcon_relu.sharding import batch_sharding, init_params, make_mesh, use_mesh
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig
-from train.data import Batch, read_manifests, train_batches, validation_batches
+from train.data import Batch, DataConfig, read_manifests, train_batches, validation_batches
 from train.loss import LossConfig
 from train.state import abstract_state, init_state, make_optimizer, state_shardings
 from train.step import Metrics, make_train_step, make_validation_step, means
@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> Figures:
     finished = config.out / "figures.json"
     if finished.exists():
         return read_json(finished)
-    vocab_sizes = {manifest.vocab_size for manifest in read_manifests(config.data)}
+    manifests = read_manifests(config.data)
     mesh = make_mesh(config.mesh)
     dtype, teacher_dtype = jnp.dtype(config.compute_dtype), jnp.dtype(config.teacher_dtype)
     with (
@@ -69,7 +69,9 @@ def train(config: TrainConfig) -> Figures:
                 config.teacher, activation=config.teacher_activation, dtype=teacher_dtype, mesh=mesh
             )
             teacher = Falcon(teacher_config, teacher_dtype, query_chunk=config.query_chunk)
-        _check_vocabularies(architecture, teacher.config if teacher else None, max(vocab_sizes))
+        _check_vocabularies(
+            architecture, teacher.config if teacher else None, max(manifest.vocab_size for manifest in manifests)
+        )
         student = Falcon(architecture, dtype, config.remat, config.query_chunk)
 
         optimizer = make_optimizer(config.optimizer, config.steps)
@@ -91,7 +93,7 @@ def train(config: TrainConfig) -> Figures:
             return figures
 
         first = int(state.step)
-        has_validation = any(manifest.splits["validation"].rows for manifest in read_manifests(config.data))
+        has_validation = any(manifest.splits["validation"].rows for manifest in manifests)
         pending: tuple[int, Metrics] | None = None
         tokens_per_step = config.data.batch_size * config.data.seq_len
         watch = _Watch(config, tokens_per_step)
@@ -134,9 +136,9 @@ def run_validation(
 
 def validate(
     source: str | Path,
-    data: Any,
+    data: DataConfig,
     *,
-    activation: Any = None,
+    activation: Activation | None = None,
     teacher: str | Path | None = None,
     loss: LossConfig | None = None,
     mesh: Mesh | None = None,
@@ -145,7 +147,7 @@ def validate(
 
     Args:
       source: the model, as for `load_model`.
-      data: a DataConfig whose validation rows are read.
+      data: its validation rows are read.
       activation: run it under another activation: the swapped but untuned student.
       teacher: model to compare with.
       loss: what "loss" is; cross-entropy alone by default.
