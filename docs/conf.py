@@ -1,0 +1,27 @@
+"""How Sphinx builds these pages; `./run docs` does it with every warning an error."""
+
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+project = "ReLU-Falcon"
+html_title = "ReLU-Falcon"
+html_theme = "furo"
+exclude_patterns = ["_build", "figures"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+nb_execution_mode = "off"  # tests/docs executes what is shown
+myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+napoleon_use_ivar = True
+
+
+def setup(app: Sphinx) -> None:
+    """Draws the figures from the code's own numbers before the pages are read."""
+    import draw
+
+    app.connect("builder-inited", lambda app: draw.all_figures(Path(app.srcdir) / "figures"))
