@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         _guide()
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        print(f"falcon-relu {importlib.metadata.version('falcon-relu')}, jax {importlib.metadata.version('jax')}")
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         stderr.print(
