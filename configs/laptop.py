@@ -1,4 +1,4 @@
-"""The demo, larger: `falcon-relu demo --config laptop --out runs/laptop`, the better part of an hour on two cores."""
+"""The demo, larger: `falcon-relu demo --config laptop --out runs/laptop`, about twenty minutes on two cores."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ _TEACHER = dataclasses.replace(
     model="laptop",
     data=_DATA,
     optimizer=dataclasses.replace(demo.CONFIG.teacher.optimizer, learning_rate=2e-3, final_learning_rate=1e-4),
-    steps=300,
+    steps=200,
     checkpoint_every=50,
 )
 
@@ -28,14 +28,14 @@ CONFIG = dataclasses.replace(
         data=dataclasses.replace(_DATA, seed=1),
         optimizer=_STUDENT_OPTIMIZER,
         checkpoint_every=20,
-        steps=70,
+        steps=30,
     ),
     lm_kl=dataclasses.replace(
         demo.CONFIG.lm_kl,
         data=dataclasses.replace(_DATA, seed=1),
         optimizer=_STUDENT_OPTIMIZER,
         checkpoint_every=20,
-        steps=70,
+        steps=60,
     ),
     recorded_tokens=60_000,
     rank=96,

@@ -166,7 +166,7 @@ FAMILY: Mapping[str, FalconConfig] = MappingProxyType(
             bos_token_id=0,
             eos_token_id=0,
         ),
-        # The same for the better part of an hour.
+        # The same in about twenty minutes.
         "laptop": FalconConfig(
             d_model=384,
             n_layers=6,
