@@ -1,12 +1,23 @@
-"""Positions and attention as pure functions: rotary, ALiBi, masked grouped-query attention."""
+"""Positions and attention as pure functions: rotary, ALiBi, masked grouped-query attention, and the field's kernels."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+SHARED = -1  # segment of keys that every later token of the row sees, whatever its own segment
+
+SAVED_ATTENTION = "attention"  # name of what remat policies may keep of attention, see `falcon_relu.model`
+
+Attend = Literal["auto", "chunked", "xla", "cudnn", "splash"]
+
+_LANES = 128  # of a TPU's vector unit; sequence lengths that splash attention takes are multiples of it
+_SPLASH_BLOCK = 512  # queries and keys in a tile of the TPU kernel, at most
 
 # Finite, so that a row without any visible key (padding) gives a mean of values and not NaN.
 _MASKED = -1e30
@@ -49,6 +60,142 @@ def alibi_bias(slopes_N: jax.Array, key_positions_BxS: jax.Array, head_dim: int)
 
 def attend(
     q_BxTxKxGxH: jax.Array,
+    k_BxTxKxH: jax.Array,
+    v_BxTxKxH: jax.Array,
+    *,
+    positions_BxT: jax.Array,
+    segments_BxT: jax.Array,
+    kind: Attend = "auto",
+    use_alibi: bool = False,
+    query_chunk: int | None = None,
+) -> jax.Array:
+    """Causal grouped-query attention of packed rows to themselves; returns [B, T, K, G, H] in the dtype of q.
+
+    A query sees the keys of its own segment that are not after it in the row. What comes out at padding (segment 0) has
+    no meaning and differs between the kinds; elsewhere they agree. No kind but "xla" holds the scores of all heads.
+
+    Args:
+      q_BxTxKxGxH: queries, G to a key-value head.
+      k_BxTxKxH: keys.
+      v_BxTxKxH: values.
+      positions_BxT: position of each token in its segment, ascending along the row.
+      segments_BxT: segment of each token, 0 for padding.
+      kind: "chunked" (`attend_chunked`), "xla" and "cudnn" (`jax.nn.dot_product_attention`), "splash" (the Pallas
+        kernel for TPUs; interpreted, and slow, elsewhere), or "auto": the best of what the platform has.
+      use_alibi: whether ALiBi biases are added; "chunked" alone does it.
+      query_chunk: of "chunked".
+
+    Raises:
+      ValueError: the kind does not take these inputs; the message says why.
+    """
+    if kind == "auto":
+        kind = _fastest(q_BxTxKxGxH, use_alibi)
+    if kind != "chunked" and use_alibi:
+        raise ValueError(f"attention {kind!r} has no ALiBi biases; use 'chunked' or 'auto'")
+    match kind:
+        case "xla" | "cudnn":
+            return _attend_dot_product(q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH, segments_BxT, kind)
+        case "splash":
+            return _attend_splash(q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH, segments_BxT)
+    return attend_chunked(
+        q_BxTxKxGxH,
+        k_BxTxKxH,
+        v_BxTxKxH,
+        q_positions_BxT=positions_BxT,
+        k_positions_BxS=positions_BxT,
+        q_segments_BxT=segments_BxT,
+        k_segments_BxS=segments_BxT,
+        use_alibi=use_alibi,
+        query_chunk=query_chunk,
+    )
+
+
+def target_platform() -> str:
+    """Platform that is compiled for: that of the current mesh, which may be described only; else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _fastest(q_BxTxKxGxH: jax.Array, use_alibi: bool) -> Attend:
+    if use_alibi:
+        return "chunked"
+    match target_platform():
+        case "tpu" if q_BxTxKxGxH.shape[1] % _LANES == 0:
+            return "splash"
+        case "gpu" if q_BxTxKxGxH.dtype in (jnp.bfloat16, jnp.float16):
+            return "cudnn"
+    return "chunked"
+
+
+def _attend_dot_product(
+    q_BxTxKxGxH: jax.Array,
+    k_BxTxKxH: jax.Array,
+    v_BxTxKxH: jax.Array,
+    segments_BxT: jax.Array,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
+    B, T, K, G, H = q_BxTxKxGxH.shape
+    y_BxTxNxH = jax.nn.dot_product_attention(
+        q_BxTxKxGxH.reshape(B, T, K * G, H),
+        k_BxTxKxH,
+        v_BxTxKxH,
+        mask=(segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None],
+        is_causal=True,
+        implementation=implementation,
+    )
+    return y_BxTxNxH.reshape(B, T, K, G, H)
+
+
+def _attend_splash(
+    q_BxTxKxGxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, segments_BxT: jax.Array
+) -> jax.Array:
+    """Each device runs the kernel on its own rows and heads: the compiler cannot split a kernel."""
+    # Not at the top: tens of milliseconds that only TPUs need.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, H = q_BxTxKxGxH.shape[1], q_BxTxKxGxH.shape[-1]
+    if T % _LANES:
+        raise ValueError(f"attention 'splash' takes sequence lengths that are multiples of {_LANES}, got {T}")
+    block = max(size for size in range(_LANES, _SPLASH_BLOCK + 1, _LANES) if T % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+
+    def local(q_BxTxKxGxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, segments_BxT: jax.Array) -> jax.Array:
+        B, _, K, G, _ = q_BxTxKxGxH.shape
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([masks.CausalMask((T, T))] * (K * G)),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=SAVED_ATTENTION,
+            interpret=target_platform() != "tpu",
+        )
+        q_BxNxTxH = q_BxTxKxGxH.reshape(B, T, K * G, H).swapaxes(1, 2) * (1 / math.sqrt(H))
+        y_BxNxTxH = jax.vmap(kernel)(
+            q_BxNxTxH.astype(q_BxTxKxGxH.dtype),
+            k_BxTxKxH.swapaxes(1, 2),
+            v_BxTxKxH.swapaxes(1, 2),
+            splash.SegmentIds(segments_BxT, segments_BxT),
+        )
+        return y_BxNxTxH.swapaxes(1, 2).reshape(q_BxTxKxGxH.shape)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not nn.get_logical_axis_rules():
+        return local(q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH, segments_BxT)
+    batch, heads = nn.logical_to_mesh_axes(("batch", "kv_heads"))
+    if heads is not None and k_BxTxKxH.shape[2] % mesh.shape[heads]:
+        heads = None
+    P = jax.sharding.PartitionSpec
+    split = (P(batch, None, heads), P(batch, None, heads), P(batch, None, heads), P(batch))
+    return jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=P(batch, None, heads), check_vma=False)(
+        q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH, segments_BxT
+    )
+
+
+def attend_chunked(
+    q_BxTxKxGxH: jax.Array,
     k_BxSxKxH: jax.Array,
     v_BxSxKxH: jax.Array,
     *,
@@ -59,10 +206,11 @@ def attend(
     use_alibi: bool = False,
     query_chunk: int | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention; returns [B, T, K, G, H] in the dtype of q.
+    """Causal grouped-query attention to any keys, a cache's too; returns [B, T, K, G, H] in the dtype of q.
 
-    A query sees a key of its own segment at its own or an earlier position. Segment 0 is padding (or an unused slot of
-    a cache). One rule thus covers packing, padding, causality and the cache. Softmax is in float32.
+    A query sees a key of its own segment, or of segment SHARED, at its own or an earlier position. Segment 0 is padding
+    (or an unused slot of a cache). One rule thus covers packing, padding, causality, the cache, and several
+    continuations of one text in a row. Softmax is in float32.
 
     Args:
       q_BxTxKxGxH: queries, G to a key-value head.
@@ -81,7 +229,9 @@ def attend(
 
     def block(q_BxCxKxGxH: jax.Array, positions_BxC: jax.Array, segments_BxC: jax.Array) -> jax.Array:
         B, C, K, G, H = q_BxCxKxGxH.shape
-        visible_BxCxS = (segments_BxC[:, :, None] == k_segments_BxS[:, None, :]) & (k_segments_BxS[:, None, :] != 0)
+        k_segments_Bx1xS = k_segments_BxS[:, None, :]
+        visible_BxCxS = (segments_BxC[:, :, None] == k_segments_Bx1xS) & (k_segments_Bx1xS != 0)
+        visible_BxCxS |= k_segments_Bx1xS == SHARED
         visible_BxCxS &= positions_BxC[:, :, None] >= k_positions_BxS[:, None, :]
         bias = jnp.where(visible_BxCxS, 0.0, _MASKED)[:, None, None]
         if use_alibi:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon, KVCache, Params
 
-_PROMPT_BUCKET = 32
+_STEPS_BETWEEN_LOOKS = 32  # tokens added before `until` is asked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,25 +65,46 @@ def sample(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arr
     return jax.random.categorical(key, logits_BxV, axis=-1).astype(jnp.int32)
 
 
-def generate(model: Falcon, params: Params, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+def generate(
+    model: Falcon,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    until: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
     """Continues every prompt; returns the new ids only, up to and without a stop token.
 
     Prompts of different lengths are padded on the right, which changes no result. Programs are compiled for prompt
-    lengths in steps of 32. Sampling draws depend on the seed and on the place of a prompt in the batch.
+    lengths of `padded_length`. Sampling draws depend on the seed and on the place of a prompt in the batch.
 
     Args:
       model: the model; its dtype is also the cache's.
       params: its parameters.
       prompts: token ids, at least one to a prompt.
       sampling: how to choose and when to stop.
+      until: asked now and then about the new ids of a prompt: whether they are enough. More may come before the answer.
 
     Raises:
       FalconError: a prompt is empty, has ids outside the vocabulary, or does not fit the context.
     """
     check_prompts(prompts, model.config.vocab_size, model.config.max_positions, sampling.max_new_tokens)
-    tokens_BxT, lengths_B = pad_prompts(prompts, multiple=_PROMPT_BUCKET)
-    out_BxN, count_B = jax.device_get(_generate(model, sampling, params, tokens_BxT, lengths_B))
-    return [row[:count].tolist() for row, count in zip(out_BxN, count_B, strict=True)]
+    tokens_BxT, lengths_B = pad_prompts(prompts, padded_length(max(map(len, prompts))))
+    carry = _read_prompts(model, sampling, params, tokens_BxT, lengths_B)
+    N = sampling.max_new_tokens
+    for last in range(_STEPS_BETWEEN_LOOKS, N, _STEPS_BETWEEN_LOOKS) if until is not None else ():
+        carry = _add_tokens(model, sampling, params, lengths_B, carry, last)
+        rows, done_B = _new_tokens(carry), np.asarray(carry.done_B)
+        done_B = np.array([done or until(row) for row, done in zip(rows, done_B, strict=True)])
+        if done_B.all():
+            return rows
+        carry = dataclasses.replace(carry, done_B=jnp.asarray(done_B))
+    return _new_tokens(_add_tokens(model, sampling, params, lengths_B, carry, N))
+
+
+def padded_length(n: int, least: int = 32) -> int:
+    """`n` rounded up, by a quarter at most above 128, so that few programs serve all lengths."""
+    step = max(least, 1 << max((n - 1).bit_length() - 3, 0))
+    return -(-n // step) * step
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int, max_new_tokens: int) -> None:
@@ -105,49 +127,67 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: in
             )
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, T] padded on the right with 0 to a multiple, and the lengths [B]; both int32."""
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, T] padded on the right with 0, to the longest or to a width, and the lengths [B]; both int32."""
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    T = -(-int(lengths_B.max()) // multiple) * multiple
-    tokens_BxT = np.zeros((len(prompts), T), np.int32)
+    tokens_BxT = np.zeros((len(prompts), width or int(lengths_B.max())), np.int32)
     for row, prompt in zip(tokens_BxT, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens_BxT, lengths_B
 
 
+@struct.dataclass
+class _Carry:
+    """Where a batch stands: `step` tokens added, the logits for the next, and what has come so far."""
+
+    step: jax.Array
+    logits_BxV: jax.Array
+    cache: KVCache
+    out_BxN: jax.Array
+    count_B: jax.Array
+    done_B: jax.Array
+
+
+def _new_tokens(carry: _Carry) -> list[list[int]]:
+    out_BxN, count_B = jax.device_get((carry.out_BxN, carry.count_B))
+    return [row[:count].tolist() for row, count in zip(out_BxN, count_B, strict=True)]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(
+def _read_prompts(
     model: Falcon, sampling: Sampling, params: Params, tokens_BxT: jax.Array, lengths_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> _Carry:
     B, T = tokens_BxT.shape
     N = sampling.max_new_tokens
     variables = {"params": params}
-    keys = jax.random.split(jax.random.key(sampling.seed), N)
-    stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
-
     slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     segments_BxT = (slots < lengths_B[:, None]).astype(jnp.int32)
     cache = KVCache.empty(model.config, B, T + N, model.dtype)
-    apply: Any = model.apply
-    hidden_BxTxD, cache = apply(variables, tokens_BxT, slots, segments_BxT, cache, method="hidden")
+    hidden_BxTxD, cache = model.apply(variables, tokens_BxT, slots, segments_BxT, cache, method="hidden")
     last_Bx1xD = jnp.take_along_axis(hidden_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
-    logits_BxV = apply(variables, last_Bx1xD, method="unembed")[:, 0]
+    logits_BxV: Any = model.apply(variables, last_Bx1xD, method="unembed")
+    none_B = jnp.zeros(B, jnp.int32)
+    return _Carry(jnp.int32(0), logits_BxV[:, 0], cache, jnp.zeros((B, N), jnp.int32), none_B, none_B != 0)
 
-    def going(carry: tuple) -> jax.Array:
-        step, *_, done_B = carry
-        return (step < N) & ~jnp.all(done_B)
 
-    def add_token(carry: tuple) -> tuple:
-        step, logits_BxV, cache, out_BxN, count_B, done_B = carry
-        token_B = sample(logits_BxV, keys[step], sampling)
-        done_B = done_B | jnp.any(token_B[:, None] == stop[None], axis=1)
-        out_BxN = out_BxN.at[:, step].set(jnp.where(done_B, 0, token_B))
-        count_B = count_B + ~done_B
-        logits, cache = apply(
-            variables, token_B[:, None], (lengths_B + step)[:, None], jnp.ones((B, 1), jnp.int32), cache
-        )
-        return step + 1, logits[:, 0], cache, out_BxN, count_B, done_B
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _add_tokens(
+    model: Falcon, sampling: Sampling, params: Params, lengths_B: jax.Array, carry: _Carry, last: jax.Array
+) -> _Carry:
+    """Goes on until `last` tokens have been added to every sequence that is not done."""
+    keys = jax.random.split(jax.random.key(sampling.seed), sampling.max_new_tokens)
+    stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
+    segments_Bx1 = jnp.ones((len(lengths_B), 1), jnp.int32)
 
-    start = (0, logits_BxV, cache, jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
-    _, _, _, out_BxN, count_B, _ = jax.lax.while_loop(going, add_token, start)
-    return out_BxN, count_B
+    def going(c: _Carry) -> jax.Array:
+        return (c.step < last) & ~jnp.all(c.done_B)
+
+    def add_token(c: _Carry) -> _Carry:
+        token_B = sample(c.logits_BxV, keys[c.step], sampling)
+        done_B = c.done_B | jnp.any(token_B[:, None] == stop[None], axis=1)
+        out_BxN = c.out_BxN.at[:, c.step].set(jnp.where(done_B, 0, token_B))
+        position_Bx1 = (lengths_B + c.step)[:, None]
+        logits, cache = model.apply({"params": params}, token_B[:, None], position_Bx1, segments_Bx1, c.cache)
+        return _Carry(c.step + 1, logits[:, 0], cache, out_BxN, c.count_B + ~done_B, done_B)
+
+    return jax.lax.while_loop(going, add_token, carry)
