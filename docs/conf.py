@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 project = "ReLU-Falcon"
 html_title = "ReLU-Falcon"
 html_theme = "furo"
+default_role = "code"
 exclude_patterns = ["_build", "figures"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 nb_execution_mode = "off"  # tests/docs executes what is shown

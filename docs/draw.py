@@ -25,7 +25,7 @@ def all_figures(folder: Path) -> None:
     mpl.rcParams.update({"svg.fonttype": "none", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     for draw in (activations, bytes_per_token, tokens_per_second):
         figure = draw()
-        with write_aside(folder / f"{draw.__name__}.svg") as aside:
+        with write_aside(folder / f"{draw.__name__}.svg", replace=True) as aside:
             figure.savefig(aside, format="svg", bbox_inches="tight")
         plt.close(figure)
 

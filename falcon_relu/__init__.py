@@ -1,31 +1,140 @@
-"""What a Falcon is: config and family, Flax model, sharding, tokenizer, checkpoint formats, generation."""
+"""ReLU-Falcon's public names: `import falcon_relu as fr`.
+
+What a Falcon is (config, model, checkpoints, tokenizer, generation) is imported at once. Training and CPU decoding live
+in the packages `train` and `infer`, which build on this one; their public names are looked up when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from falcon_relu.checkpoint import export_hf, import_hf, load_model
 from falcon_relu.config import FAMILY, FalconConfig, family
+from falcon_relu.corpora import documents
 from falcon_relu.errors import FalconError
 from falcon_relu.generate import Sampling, generate
 from falcon_relu.model import Falcon, KVCache
 from falcon_relu.native import save_params
 from falcon_relu.sharding import init_params, make_mesh, use_mesh
 from falcon_relu.sparsity import sparsity
-from falcon_relu.tokenizer import Tokenizer
+from falcon_relu.tokenizer import Tokenizer, train_bpe
+
+if TYPE_CHECKING:  # as _LATER has them; tests/falcon_relu/test_public.py compares the two
+    from infer.calibrate import calibrate as calibrate_predictor
+    from infer.fit import FitConfig
+    from infer.fit import fit as fit_predictor
+    from infer.generate import Figures as DecodeFigures
+    from infer.generate import generate as decode
+    from infer.generate import stream as decode_stream
+    from infer.predictor import Predictor
+    from infer.predictor import load as load_predictor
+    from infer.predictor import save as save_predictor
+    from infer.quality import compare as compare_sparse
+    from infer.record import record
+    from infer.storage import load as load_decode_weights
+    from infer.storage import save as save_decode_weights
+    from infer.weights import DecodeWeights, Formats
+    from infer.weights import from_params as decode_weights
+    from train.config import OptimizerConfig, TrainConfig
+    from train.data import DataConfig, Source, train_batches, validation_batches
+    from train.loop import train
+    from train.loss import LossConfig
+    from train.prepare import PrepareConfig, prepare
+    from train.state import init_state, make_optimizer
+    from train.step import make_train_step
+    from train.validation import validate
+
+_LATER = {
+    "DataConfig": "train.data:DataConfig",
+    "DecodeFigures": "infer.generate:Figures",
+    "DecodeWeights": "infer.weights:DecodeWeights",
+    "FitConfig": "infer.fit:FitConfig",
+    "Formats": "infer.weights:Formats",
+    "LossConfig": "train.loss:LossConfig",
+    "OptimizerConfig": "train.config:OptimizerConfig",
+    "Predictor": "infer.predictor:Predictor",
+    "PrepareConfig": "train.prepare:PrepareConfig",
+    "Source": "train.data:Source",
+    "TrainConfig": "train.config:TrainConfig",
+    "calibrate_predictor": "infer.calibrate:calibrate",
+    "compare_sparse": "infer.quality:compare",
+    "decode": "infer.generate:generate",
+    "decode_stream": "infer.generate:stream",
+    "decode_weights": "infer.weights:from_params",
+    "fit_predictor": "infer.fit:fit",
+    "init_state": "train.state:init_state",
+    "load_decode_weights": "infer.storage:load",
+    "load_predictor": "infer.predictor:load",
+    "make_optimizer": "train.state:make_optimizer",
+    "make_train_step": "train.step:make_train_step",
+    "prepare": "train.prepare:prepare",
+    "record": "infer.record:record",
+    "save_decode_weights": "infer.storage:save",
+    "save_predictor": "infer.predictor:save",
+    "train": "train.loop:train",
+    "train_batches": "train.data:train_batches",
+    "validate": "train.validation:validate",
+    "validation_batches": "train.data:validation_batches",
+}
 
 __all__ = [
     "FAMILY",
+    "DataConfig",
+    "DecodeFigures",
+    "DecodeWeights",
     "Falcon",
     "FalconConfig",
     "FalconError",
+    "FitConfig",
+    "Formats",
     "KVCache",
+    "LossConfig",
+    "OptimizerConfig",
+    "Predictor",
+    "PrepareConfig",
     "Sampling",
+    "Source",
     "Tokenizer",
+    "TrainConfig",
+    "calibrate_predictor",
+    "compare_sparse",
+    "decode",
+    "decode_stream",
+    "decode_weights",
+    "documents",
     "export_hf",
     "family",
+    "fit_predictor",
     "generate",
     "import_hf",
     "init_params",
+    "init_state",
+    "load_decode_weights",
     "load_model",
+    "load_predictor",
     "make_mesh",
+    "make_optimizer",
+    "make_train_step",
+    "prepare",
+    "record",
+    "save_decode_weights",
     "save_params",
+    "save_predictor",
     "sparsity",
+    "train",
+    "train_batches",
+    "train_bpe",
     "use_mesh",
+    "validate",
+    "validation_batches",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LATER[name].split(":")
+    return globals().setdefault(name, getattr(importlib.import_module(module), attribute))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

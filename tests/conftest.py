@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.model import Params
@@ -33,3 +40,39 @@ def random_params(config: FalconConfig, seed: int = 0) -> Params:
 def tiny_name(request: pytest.FixtureRequest) -> str:
     """Each member of the tiny family in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny demo that was interrupted twice on its way; one for all workers. Leave it as it is."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if shared.name.startswith("popen-") else shared
+    out = shared / "finished_demo"
+    with FileLock(shared / "finished_demo.lock"):
+        if not out.with_suffix(".json").exists():
+            _run_demo(out)
+    return out
+
+
+def _run_demo(out: Path) -> None:
+    command = [sys.executable, "-m", "falcon_relu", "demo", "--config", "demo_tiny", "--out", str(out)]
+    for stage, sign in (("] teacher", signal.SIGINT), ("] predictor", signal.SIGKILL)):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if stage in line:
+                    break
+            else:
+                pytest.fail(f"the demo ended without {stage}")
+            time.sleep(2)
+            process.send_signal(sign)
+            process.stderr.read()
+        assert process.returncode == (130 if sign == signal.SIGINT else -sign)
+        assert not (out / "report.html").exists()
+        assert sign == signal.SIGKILL or not list(out.rglob("*.partial"))
+    last = [*command, "--json", str(out.with_suffix(".json"))]
+    finished = subprocess.run(last, capture_output=True, text=True, timeout=500)
+    assert finished.returncode == 0, finished.stderr
+    assert "] tokens" not in finished.stderr  # finished stages are not run again
+    assert "] decode" in finished.stderr
+    assert not list(out.rglob("*.partial"))

@@ -7,8 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +23,7 @@ COMMANDS = {
     "convert": "Hugging Face checkpoint -> native (Orbax) weights, streaming",
     "export": "native weights -> a folder that transformers loads",
     "prepare": "text -> packed token shards",
+    "teacher-cache": "what a teacher says of token shards, written down once",
     "train": "train or distil a model as a config says",
     "generate": "continue prompts with a dense model on any backend",
     "predictor": "fit and calibrate the predictors of which neurons fire",
@@ -55,16 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             soft_wrap=True,
         )
         return 2
-    module = importlib.import_module(f"falcon_relu.cli.{name.replace('-', '_')}")
     try:
-        args = _parse(module, name, rest)
+        run, args = parse(name, rest)
     except SystemExit as exit_:  # the usage has been printed
         return exit_.code if isinstance(exit_.code, int) else 2
     except (FalconError, ValueError) as error:  # a config's own check refused the values
         stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
         return 2
     try:
-        module.run(args)
+        run(args)
     except FalconError as error:
         stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
         return 1
@@ -74,9 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(module: ModuleType, name: str, rest: list[str]) -> Any:
+def parse(name: str, rest: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
+    """What a command of `COMMANDS` would run, and with which arguments.
+
+    Raises:
+      SystemExit: wrong usage or --help; it has been printed.
+      FalconError: there is no such config.
+      ValueError: a config's own check refused the values.
+    """
     import tyro
 
+    module = importlib.import_module(f"falcon_relu.cli.{name.replace('-', '_')}")
     default = None
     if hasattr(module, "defaults"):  # `--config NAME` gives every other argument its default
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -86,7 +93,8 @@ def _parse(module: ModuleType, name: str, rest: list[str]) -> Any:
             raise FalconError("say which run to start from with --config; --help lists them")
         default = module.defaults(known.config)
     description = "\n\n".join(filter(None, (inspect.getdoc(module.Args), getattr(module, "EPILOGUE", None))))
-    return tyro.cli(module.Args, prog=f"falcon-relu {name}", args=rest, default=default, description=description)
+    args = tyro.cli(module.Args, prog=f"falcon-relu {name}", args=rest, default=default, description=description)
+    return module.run, args
 
 
 def _guide() -> None:
