@@ -11,6 +11,7 @@ from falcon_relu.checkpoint import export_hf, import_hf, load_model
 from falcon_relu.config import FAMILY, FalconConfig, family
 from falcon_relu.corpora import documents
 from falcon_relu.errors import FalconError
+from falcon_relu.files import write_texts
 from falcon_relu.generate import Sampling, generate
 from falcon_relu.model import Falcon, KVCache
 from falcon_relu.native import save_params
@@ -126,6 +127,7 @@ __all__ = [
     "use_mesh",
     "validate",
     "validation_batches",
+    "write_texts",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ def write_json(target: Path, value: Any) -> None:
     """Writes `value` as indented JSON, replacing `target` in one step."""
     with write_aside(target, replace=True) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_texts(target: Path, texts: Iterable[str]) -> None:
+    """Writes one JSON object a line, {"text": ...}, as `falcon-relu prepare` reads it, replacing `target` in one step."""
+    with write_aside(target, replace=True) as aside, aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def read_json(path: Path) -> Any:

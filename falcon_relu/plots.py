@@ -1,0 +1,170 @@
+"""Plots of measured figures, one call each: a matplotlib Figure, which a notebook shows by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+Rows = Sequence[Mapping[str, Any]]
+
+_LABELS = {
+    "cross_entropy": "cross-entropy, nats a token",
+    "kl": "KL from the teacher, nats a token",
+    "agreement": "same first choice as the teacher",
+    "zeros": "activations that are zero",
+    "loss": "loss",
+    "gradient_norm": "gradient norm",
+    "learning_rate": "learning rate",
+}
+_SHARES = ("agreement", "accuracy", "zeros")
+
+
+def curves(logs: Mapping[str, Rows], keys: Sequence[str] = ("cross_entropy", "kl", "zeros")) -> Figure:
+    """Training curves of one or more runs.
+
+    Args:
+      logs: the lines of each run's `log.jsonl` under its name.
+      keys: the figures to draw, one panel each; a figure that is a list, one value a layer, is averaged.
+    """
+    figure, axes = _panels(len(keys))
+    for axis, key in zip(axes, keys, strict=True):
+        for name, rows in logs.items():
+            points = [(row["step"], float(np.mean(row[key]))) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name)
+        axis.set(xlabel="step", title=_LABELS.get(key, key))
+        if key in _SHARES:
+            axis.yaxis.set_major_formatter(PercentFormatter(1))
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    _legend(axes[0])
+    return figure
+
+
+def zeros_by_layer(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Share of activations that are exactly zero in each layer.
+
+    Args:
+      found: what `falcon_relu.sparsity.sparsity` measured, under the name of each model.
+    """
+    figure, (axis,) = _panels(1)
+    width = 0.8 / len(found)
+    for i, (name, measured) in enumerate(found.items()):
+        zeros = [row["zeros"] for row in measured["layers"]]
+        axis.bar(np.arange(len(zeros)) + (i - (len(found) - 1) / 2) * width, zeros, width, label=name)
+    axis.set(xlabel="layer", title=_LABELS["zeros"], ylim=(0, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    _legend(axis)
+    return figure
+
+
+def firing_rates(measured: Mapping[str, Any]) -> Figure:
+    """How often each neuron fires, from the hottest to the coldest, a line for each layer.
+
+    Args:
+      measured: what `falcon_relu.sparsity.sparsity` returned.
+    """
+    rates_LxF = np.sort(measured["rates_LxF"], axis=1)[:, ::-1]
+    figure, (axis,) = _panels(1)
+    share_F = (np.arange(rates_LxF.shape[1]) + 1) / rates_LxF.shape[1]
+    for i, rates_F in enumerate(rates_LxF):
+        axis.plot(share_F, rates_F, label=f"layer {i}")
+    axis.set(xlabel="neurons, the hottest first", ylabel="tokens at which it fires", title="Hot and cold neurons")
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    if len(rates_LxF) <= 8:
+        _legend(axis)
+    return figure
+
+
+def firing(neurons_TxF: Any, tokens: Sequence[str]) -> Figure:
+    """Which neurons of a layer fire at which token of a short text.
+
+    Args:
+      neurons_TxF: a layer's activations; what is not zero is drawn.
+      tokens: T pieces of text.
+    """
+    figure, (axis,) = _panels(1)
+    axis.imshow(np.asarray(neurons_TxF) != 0, aspect="auto", interpolation="nearest", cmap="Greys")
+    axis.set(xlabel="neuron", title="Neurons that fire, token by token", yticks=range(len(tokens)))
+    axis.set_yticklabels([repr(token)[1:-1] for token in tokens], fontsize="x-small")
+    axis.grid(visible=False)
+    return figure
+
+
+def quality_against_reads(points: Rows) -> Figure:
+    """What reading fewer neurons costs.
+
+    Args:
+      points: mappings with read and fired (shares of the neurons), kl and agreement, as `infer.quality.compare` gives.
+    """
+    figure, axes = _panels(2)
+    reads = [point["read"] / point["fired"] for point in points]
+    for axis, key, title in zip(
+        axes, ("kl", "agreement"), ("KL(dense || sparse), nats a token", "same first choice as dense"), strict=True
+    ):
+        axis.plot(reads, [point[key] for point in points], marker="o")
+        axis.axvline(1, color="grey", linestyle=":", label="as many as fire")
+        axis.set(xlabel="neurons read / neurons that fire", title=title)
+    axes[0].set_yscale("log")
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    _legend(axes[1])
+    return figure
+
+
+def roofline(rows: Rows) -> Figure:
+    """Measured tokens a second against the bytes of a token, and what memory allows.
+
+    Args:
+      rows: mappings with name, bytes (a token), seconds (a token) and bandwidth (bytes a second).
+    """
+    figure, (axis,) = _panels(1)
+    megabytes = np.array([row["bytes"] / 1e6 for row in rows])
+    bandwidth = float(np.median([row["bandwidth"] for row in rows]))
+    x = np.geomspace(megabytes.min() / 1.6, megabytes.max() * 1.6, 50)
+    axis.plot(x, bandwidth / 1e6 / x, color="grey", linestyle=":", label=f"memory: {bandwidth / 1e9:.1f} GB/s")
+    for row, size in zip(rows, megabytes, strict=True):
+        axis.plot(size, 1 / row["seconds"], marker="o", linestyle="", label=row["name"])
+    axis.set(xscale="log", yscale="log", xlabel="MB read for a token", ylabel="tokens a second", title="Roofline")
+    _legend(axis)
+    return figure
+
+
+def memory_by_mesh(parts: Mapping[str, Mapping[str, float]], capacity: float) -> Figure:
+    """Memory of a chip under several plans.
+
+    Args:
+      parts: of each plan, bytes under the name of what takes them.
+      capacity: of a chip, bytes.
+    """
+    figure, (axis,) = _panels(1)
+    names = list(parts)
+    left = np.zeros(len(names))
+    for part in dict.fromkeys(part for plan in parts.values() for part in plan):
+        sizes = np.array([plan.get(part, 0) / 1e9 for plan in parts.values()])
+        axis.barh(names, sizes, left=left, label=part)
+        left += sizes
+    axis.axvline(capacity / 1e9, color="black", linestyle="--", label="capacity")
+    axis.set(xlabel="GB a chip", title="Memory")
+    axis.invert_yaxis()
+    _legend(axis)
+    return figure
+
+
+def _panels(n: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.6 * n if n > 1 else 6.4, 3.2), layout="constrained")
+    axes = [figure.add_subplot(1, n, i + 1) for i in range(n)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(axis: Axes) -> None:
+    axis.legend(frameon=False, fontsize="small")
