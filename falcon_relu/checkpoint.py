@@ -27,8 +27,19 @@ from falcon_relu.hf_layout import EMBEDDING, HEAD, HfTensor, check_tensors, hf_t
 from falcon_relu.native import is_native, params_reader, params_writer, read_config
 from falcon_relu.progress import progress
 from falcon_relu.sharding import Leaf, param_shapes, param_shardings
+from falcon_relu.tokenizer import END_OF_TEXT
 
 Float = Literal["float32", "bfloat16", "float16"]
+
+
+def load_config(source: str | Path, *, activation: Activation | None = None) -> FalconConfig:
+    """The config of any checkpoint; no weights are fetched or read. Arguments and errors as `load_model`."""
+    if not is_native(Path(source)):
+        return config_from_hf(read_json(locate(source) / "config.json"), activation)
+    config = read_config(Path(source))
+    if activation not in (None, config.activation):
+        raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
+    return config
 
 
 def load_model(
@@ -81,9 +92,7 @@ def _open(
         config, headers = _open_hf(source, activation)
         dtypes = _stored_dtypes(config, headers) if with_dtypes else {}
         return config, _stream_hf(config, headers, f"loading {source}"), dtypes
-    config = read_config(Path(source))
-    if activation not in (None, config.activation):
-        raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
+    config = load_config(source, activation=activation)
     read, dtypes = params_reader(Path(source), config)
     return config, _stream_native(config, read, f"loading {source}"), dtypes
 
@@ -152,7 +161,11 @@ def export_hf(
         write_json(aside / "generation_config.json", ids)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, aside / "tokenizer.json")
-            tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_positions}
+            tokenizer_config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": config.max_positions,
+                "eos_token": END_OF_TEXT,
+            }
             write_json(aside / "tokenizer_config.json", tokenizer_config)
         write_json(aside / "config.json", hf_config)
     return config

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.experimental import multihost_utils
 
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon, KVCache, Params
@@ -91,14 +92,16 @@ def generate(
     tokens_BxT, lengths_B = pad_prompts(prompts, padded_length(max(map(len, prompts))))
     carry = _read_prompts(model, sampling, params, tokens_BxT, lengths_B)
     N = sampling.max_new_tokens
-    for last in range(_STEPS_BETWEEN_LOOKS, N, _STEPS_BETWEEN_LOOKS) if until is not None else ():
+    last = N if until is None else 0
+    while True:
+        last = min(last + _STEPS_BETWEEN_LOOKS, N)
         carry = _add_tokens(model, sampling, params, lengths_B, carry, last)
-        rows, done_B = _new_tokens(carry), np.asarray(carry.done_B)
-        done_B = np.array([done or until(row) for row, done in zip(rows, done_B, strict=True)])
-        if done_B.all():
+        rows, done_B = _new_tokens(carry), _on_host(carry.done_B)
+        if until is not None:
+            done_B = np.array([done or until(row) for row, done in zip(rows, done_B, strict=True)])
+        if last == N or done_B.all():
             return rows
         carry = dataclasses.replace(carry, done_B=jnp.asarray(done_B))
-    return _new_tokens(_add_tokens(model, sampling, params, lengths_B, carry, N))
 
 
 def padded_length(n: int, least: int = 32) -> int:
@@ -149,8 +152,13 @@ class _Carry:
 
 
 def _new_tokens(carry: _Carry) -> list[list[int]]:
-    out_BxN, count_B = jax.device_get((carry.out_BxN, carry.count_B))
+    out_BxN, count_B = _on_host((carry.out_BxN, carry.count_B))
     return [row[:count].tolist() for row, count in zip(out_BxN, count_B, strict=True)]
+
+
+def _on_host(arrays: Any) -> Any:
+    """Whole arrays in every process, also where a process holds a part of each."""
+    return multihost_utils.process_allgather(arrays, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -159,13 +167,13 @@ def _read_prompts(
 ) -> _Carry:
     B, T = tokens_BxT.shape
     N = sampling.max_new_tokens
-    variables = {"params": params}
+    apply: Any = functools.partial(model.apply, {"params": params})
     slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     segments_BxT = (slots < lengths_B[:, None]).astype(jnp.int32)
     cache = KVCache.empty(model.config, B, T + N, model.dtype)
-    hidden_BxTxD, cache = model.apply(variables, tokens_BxT, slots, segments_BxT, cache, method="hidden")
+    hidden_BxTxD, cache = apply(tokens_BxT, slots, segments_BxT, cache, method="hidden")
     last_Bx1xD = jnp.take_along_axis(hidden_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
-    logits_BxV: Any = model.apply(variables, last_Bx1xD, method="unembed")
+    logits_BxV = apply(last_Bx1xD, method="unembed")
     none_B = jnp.zeros(B, jnp.int32)
     return _Carry(jnp.int32(0), logits_BxV[:, 0], cache, jnp.zeros((B, N), jnp.int32), none_B, none_B != 0)
 
@@ -178,6 +186,7 @@ def _add_tokens(
     keys = jax.random.split(jax.random.key(sampling.seed), sampling.max_new_tokens)
     stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
     segments_Bx1 = jnp.ones((len(lengths_B), 1), jnp.int32)
+    apply: Any = functools.partial(model.apply, {"params": params})
 
     def going(c: _Carry) -> jax.Array:
         return (c.step < last) & ~jnp.all(c.done_B)
@@ -187,7 +196,7 @@ def _add_tokens(
         done_B = c.done_B | jnp.any(token_B[:, None] == stop[None], axis=1)
         out_BxN = c.out_BxN.at[:, c.step].set(jnp.where(done_B, 0, token_B))
         position_Bx1 = (lengths_B + c.step)[:, None]
-        logits, cache = model.apply({"params": params}, token_B[:, None], position_Bx1, segments_Bx1, c.cache)
+        logits, cache = apply(token_B[:, None], position_Bx1, segments_Bx1, c.cache)
         return _Carry(c.step + 1, logits[:, 0], cache, out_BxN, c.count_B + ~done_B, done_B)
 
     return jax.lax.while_loop(going, add_token, carry)

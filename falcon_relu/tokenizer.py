@@ -79,9 +79,9 @@ class Tokenizer:
         # The fast call gives the same ids and leaves out the offsets, which nothing here reads.
         return [encoding.ids for encoding in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
-        return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`, special tokens included unless told otherwise; bytes not UTF-8 become U+FFFD."""
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self) -> TextStream:
         """A decoder for ids that arrive one after another."""
