@@ -27,17 +27,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from falcon_relu.activation import activation_fn
-from falcon_relu.attention import attend, rotary
-from falcon_relu.config import FalconConfig
+from falcon_relu.attention import SAVED_ATTENTION, Attend, attend, attend_chunked, rotary
+from falcon_relu.config import Activation, FalconConfig
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "mlp", "full"]
 Params = Any  # nested dict of jax.Array
 # (a layer's variables of the "selector" collection, block input, MLP input) -> mask [B, T, F] of the neurons kept.
 Select = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 _INIT_STD = 0.02
+_SAVED_QKV = "qkv"  # name of the queries, keys and values that remat policies may keep
 
 
 @struct.dataclass
@@ -73,6 +75,24 @@ def _parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple
     return value
 
 
+def _gathered(w: jax.Array, dtype: Any, stored: tuple[str, ...], used: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as products use it: cast, then gathered to the logical axes `used`.
+
+    Its gradient goes the other way, scattered to the axes that the parameter is `stored` under: of what crosses the
+    devices nothing is left to the compiler's choice.
+    """
+
+    @jax.custom_vjp
+    def gather(w: jax.Array) -> jax.Array:
+        return nn.with_logical_constraint(w, used)
+
+    def scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        return (nn.with_logical_constraint(gradient, stored),)
+
+    gather.defvjp(lambda w: (gather(w), None), scatter)
+    return gather(nn.with_logical_constraint(w.astype(dtype), stored))
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over D with scale and bias, computed in float32."""
 
@@ -96,6 +116,7 @@ class Attention(nn.Module):
 
     config: FalconConfig
     dtype: Any
+    kind: Attend
     query_chunk: int | None
 
     @nn.compact
@@ -103,11 +124,13 @@ class Attention(nn.Module):
         """Returns the attention output [B, T, D] and the layer's cache with the new keys and values in it."""
         c = self.config
         D, K, G, H = c.d_model, c.n_kv_heads, c.q_per_kv, c.head_dim
-        qkv_KxExHxD = _parameter(self, "qkv", (K, G + 2, H, D), ("kv_heads", "q_per_kv", "head", "embed"), _INIT_STD)
-        out_std = _INIT_STD / math.sqrt(2 * c.n_layers)
-        out_DxKxGxH = _parameter(self, "out", (D, K, G, H), ("embed", "kv_heads", "q_per_kv", "head"), out_std)
+        qkv_axes, out_axes = ("kv_heads", "q_per_kv", "head", "embed"), ("embed", "kv_heads", "q_per_kv", "head")
+        qkv_KxExHxD = _parameter(self, "qkv", (K, G + 2, H, D), qkv_axes, _INIT_STD)
+        out_DxKxGxH = _parameter(self, "out", (D, K, G, H), out_axes, _INIT_STD / math.sqrt(2 * c.n_layers))
+        qkv_KxExHxD = _gathered(qkv_KxExHxD, self.dtype, qkv_axes, ("kv_heads", None, None, None))
+        out_DxKxGxH = _gathered(out_DxKxGxH, self.dtype, out_axes, (None, "kv_heads", None, None))
 
-        qkv = jnp.einsum("btd,kehd->btkeh", x_BxTxD, qkv_KxExHxD.astype(self.dtype))
+        qkv = jnp.einsum("btd,kehd->btkeh", x_BxTxD, qkv_KxExHxD)
         if c.use_bias:
             bias = _parameter(self, "qkv_bias", (K, G + 2, H), ("kv_heads", "q_per_kv", "head"), 0.0)
             qkv = qkv + bias.astype(self.dtype)[None, None]
@@ -119,25 +142,32 @@ class Attention(nn.Module):
             k_BxTxKxH = rotary(k_BxTxKxH, context.positions_BxT, c.rope_theta)
 
         if cache is None:
-            k_BxSxKxH, v_BxSxKxH = k_BxTxKxH, v_BxTxKxH
+            y_BxTxKxGxH = attend(
+                *(checkpoint_name(x, _SAVED_QKV) for x in (q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH)),
+                positions_BxT=context.positions_BxT,
+                segments_BxT=context.segments_BxT,
+                kind=self.kind,
+                use_alibi=c.position == "alibi",
+                query_chunk=self.query_chunk,
+            )
+            y_BxTxKxGxH = checkpoint_name(y_BxTxKxGxH, SAVED_ATTENTION)
         else:
-            k_BxSxKxH, v_BxSxKxH = (
+            k_BxSxKxH, v_BxSxKxH = cache = tuple(
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.slot, axis=1)
                 for old, new in zip(cache, (k_BxTxKxH, v_BxTxKxH), strict=True)
             )
-            cache = (k_BxSxKxH, v_BxSxKxH)
-        y_BxTxKxGxH = attend(
-            q_BxTxKxGxH,
-            k_BxSxKxH.astype(self.dtype),
-            v_BxSxKxH.astype(self.dtype),
-            q_positions_BxT=context.positions_BxT,
-            k_positions_BxS=context.k_positions_BxS,
-            q_segments_BxT=context.segments_BxT,
-            k_segments_BxS=context.k_segments_BxS,
-            use_alibi=c.position == "alibi",
-            query_chunk=self.query_chunk,
-        )
-        y_BxTxD = jnp.einsum("btkgh,dkgh->btd", y_BxTxKxGxH, out_DxKxGxH.astype(self.dtype))
+            y_BxTxKxGxH = attend_chunked(
+                q_BxTxKxGxH,
+                k_BxSxKxH.astype(self.dtype),
+                v_BxSxKxH.astype(self.dtype),
+                q_positions_BxT=context.positions_BxT,
+                k_positions_BxS=context.k_positions_BxS,
+                q_segments_BxT=context.segments_BxT,
+                k_segments_BxS=context.k_segments_BxS,
+                use_alibi=c.position == "alibi",
+                query_chunk=self.query_chunk,
+            )
+        y_BxTxD = jnp.einsum("btkgh,dkgh->btd", y_BxTxKxGxH, out_DxKxGxH)
         if c.use_bias:
             y_BxTxD = y_BxTxD + _parameter(self, "out_bias", (D,), ("norm",), 0.0).astype(self.dtype)[None, None]
         return y_BxTxD, cache
@@ -148,24 +178,34 @@ class Mlp(nn.Module):
 
     config: FalconConfig
     dtype: Any
+    start_activation: Activation | None = None
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, kept_BxTxF: jax.Array | None = None) -> jax.Array:
-        """Returns [B, T, D]; with a mask, neurons that are not kept count as zero."""
+    def __call__(
+        self, x_BxTxD: jax.Array, kept_BxTxF: jax.Array | None = None, ramp: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns [B, T, D]; with a mask, neurons that are not kept count as zero; for `ramp` see `Falcon.hidden`."""
         c = self.config
         shape, axes = (c.d_ff, c.d_model), ("mlp", "embed")
         up_FxD = _parameter(self, "up", shape, axes, _INIT_STD)
         down_FxD = _parameter(self, "down", shape, axes, _INIT_STD / math.sqrt(2 * c.n_layers))
-        h_BxTxF = jnp.einsum("btd,fd->btf", x_BxTxD, up_FxD.astype(self.dtype))
+        up_FxD, down_FxD = (_gathered(w, self.dtype, axes, ("neurons", None)) for w in (up_FxD, down_FxD))
+        h_BxTxF = jnp.einsum("btd,fd->btf", x_BxTxD, up_FxD)
         if c.use_bias:
             h_BxTxF = h_BxTxF + _parameter(self, "up_bias", (c.d_ff,), ("mlp",), 0.0).astype(self.dtype)[None, None]
-        h_BxTxF = activation_fn(c)(nn.with_logical_constraint(h_BxTxF, ("batch", "sequence", "mlp")))
+        z_BxTxF = nn.with_logical_constraint(h_BxTxF, ("batch", "sequence", "neurons"))
+        h_BxTxF = activation_fn(c)(z_BxTxF)
+        if ramp is not None and self.start_activation is not None:
+            start_BxTxF = activation_fn(c.with_activation(self.start_activation))(z_BxTxF)
+            ramp = ramp.astype(self.dtype)
+            h_BxTxF = ramp * h_BxTxF + (1 - ramp) * start_BxTxF
         if kept_BxTxF is not None:
             h_BxTxF = jnp.where(kept_BxTxF, h_BxTxF, 0)
             _sow(self, "statistics", "kept", lambda: jnp.sum(kept_BxTxF, axis=-1, dtype=jnp.int32))
         _sow(self, "activations", "neurons", lambda: h_BxTxF)
         _sow(self, "statistics", "active", lambda: jnp.sum(h_BxTxF != 0, axis=-1, dtype=jnp.int32))
-        y_BxTxD = jnp.einsum("btf,fd->btd", h_BxTxF, down_FxD.astype(self.dtype))
+        _sow(self, "magnitudes", "mean", lambda: jnp.mean(jnp.abs(h_BxTxF), axis=-1, dtype=jnp.float32))
+        y_BxTxD = jnp.einsum("btf,fd->btd", h_BxTxF, down_FxD)
         if c.use_bias:
             y_BxTxD = (
                 y_BxTxD + _parameter(self, "down_bias", (c.d_model,), ("norm",), 0.0).astype(self.dtype)[None, None]
@@ -180,6 +220,8 @@ class Block(nn.Module):
     dtype: Any
     query_chunk: int | None
     select: Select | None = None
+    start_activation: Activation | None = None
+    attention: Attend = "auto"
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, cache: _LayerCache, context: _Context) -> tuple[jax.Array, _LayerCache]:
@@ -187,9 +229,8 @@ class Block(nn.Module):
         c = self.config
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "residual_sequence", None))
         attention_input = LayerNorm(c.norm_eps, self.dtype, name="attention_norm")(x_BxTxD)
-        attention_output, cache = Attention(c, self.dtype, self.query_chunk, name="attention")(
-            attention_input, context, cache
-        )
+        attention = Attention(c, self.dtype, self.attention, self.query_chunk, name="attention")
+        attention_output, cache = attention(attention_input, context, cache)
         match c.block:
             case "parallel":
                 residual, mlp_input = x_BxTxD + attention_output, attention_input
@@ -204,7 +245,8 @@ class Block(nn.Module):
         kept_BxTxF = None
         if self.select is not None:
             kept_BxTxF = self.select(self.variables["selector"], x_BxTxD, mlp_input)
-        return residual + Mlp(c, self.dtype, name="mlp")(mlp_input, kept_BxTxF), cache
+        mlp = Mlp(c, self.dtype, self.start_activation, name="mlp")
+        return residual + mlp(mlp_input, kept_BxTxF, context.activation_ramp), cache
 
 
 class Falcon(nn.Module):
@@ -213,16 +255,19 @@ class Falcon(nn.Module):
     Attributes:
       config: the architecture.
       dtype: compute dtype; parameters stay float32 (or what they were loaded as) and are cast at use.
-      remat: what the backward pass recomputes in each block: "none", "dots" (all but matrix products without a batch
-        dimension) or "full" (everything).
-      query_chunk: see `attention.attend`.
+      remat: what the backward pass recomputes in each block: "none"; "dots", norms and activations; "mlp", these and
+        the MLP's first product; "full", these and queries, keys, values and attention. No block recomputes what only
+        adds to the residual stream, so that "full" costs half a forward pass.
+      query_chunk: see `attention.attend_chunked`.
       select: chooses the neurons that each MLP may use, given its layer's slice of the "selector" collection; all if
         None.
+      start_activation: the activation that `hidden` blends into the config's where it is told how far.
+      attention: which kernel, see `attention.attend`; with a cache it is always `attention.attend_chunked`.
 
     `apply(..., mutable=["activations"])` also returns, stacked over layers, `neurons` [L, B, T, F] (after the
     activation), `block_input` and `mlp_input` [L, B, T, D]; `mutable=["statistics"]` returns `active` [L, B, T], the
-    number of neurons that are not zero, and with `select` also `kept`, the number chosen. None is computed unless asked
-    for.
+    number of neurons that are not zero, and with `select` also `kept`, the number chosen; `mutable=["magnitudes"]`
+    returns `mean` [L, B, T] float32, the mean absolute activation. None is computed unless asked for.
     """
 
     config: FalconConfig
@@ -230,6 +275,8 @@ class Falcon(nn.Module):
     remat: Remat = "none"
     query_chunk: int | None = None
     select: Select | None = None
+    start_activation: Activation | None = None
+    attention: Attend = "auto"
 
     def setup(self) -> None:
         """Declares the submodules."""
@@ -238,12 +285,12 @@ class Falcon(nn.Module):
         self.embed = _Matrix("embedding", shape, axes)
         self.layers = nn.scan(
             _rematerialise(Block, self.remat),
-            variable_axes={"params": 0, "selector": 0, "activations": 0, "statistics": 0},
+            variable_axes={"params": 0, "selector": 0, "activations": 0, "statistics": 0, "magnitudes": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.query_chunk, self.select)
+        )(c, self.dtype, self.query_chunk, self.select, self.start_activation, self.attention)
         self.final_norm = LayerNorm(c.norm_eps, self.dtype)
         if not c.tied_embeddings:
             self.head = _Matrix("kernel", shape, axes)
@@ -267,6 +314,7 @@ class Falcon(nn.Module):
         positions_BxT: jax.Array | None = None,
         segment_ids_BxT: jax.Array | None = None,
         cache: KVCache | None = None,
+        activation_ramp: jax.Array | None = None,
     ) -> Any:
         """Final hidden states [B, T, D] in the compute dtype; with a cache, (hidden states, cache).
 
@@ -275,6 +323,8 @@ class Falcon(nn.Module):
           positions_BxT: position of each token in its segment; 0..T-1 (after the used slots of a cache) if None.
           segment_ids_BxT: segment of each token, 0 for padding; all 1 if None. Segments do not see each other.
           cache: keys and values of earlier tokens; must have T free slots.
+          activation_ramp: the share of the config's activation in a blend with `start_activation`, a scalar in
+            [0, 1]; 1 if None.
         """
         B, T = tokens_BxT.shape
         if segment_ids_BxT is None:
@@ -284,7 +334,7 @@ class Falcon(nn.Module):
             positions_BxT = jnp.broadcast_to((start + jnp.arange(T, dtype=jnp.int32))[None], (B, T))
         if cache is None:
             no_slot = jnp.zeros((), jnp.int32)
-            context = _Context(positions_BxT, segment_ids_BxT, positions_BxT, segment_ids_BxT, no_slot)
+            context = _Context(positions_BxT, segment_ids_BxT, positions_BxT, segment_ids_BxT, no_slot, activation_ramp)
             layer_caches = None
         else:
             cache = dataclasses.replace(
@@ -292,10 +342,13 @@ class Falcon(nn.Module):
                 positions_BxS=jax.lax.dynamic_update_slice_in_dim(cache.positions_BxS, positions_BxT, cache.used, 1),
                 segments_BxS=jax.lax.dynamic_update_slice_in_dim(cache.segments_BxS, segment_ids_BxT, cache.used, 1),
             )
-            context = _Context(positions_BxT, segment_ids_BxT, cache.positions_BxS, cache.segments_BxS, cache.used)
+            context = _Context(
+                positions_BxT, segment_ids_BxT, cache.positions_BxS, cache.segments_BxS, cache.used, activation_ramp
+            )
             layer_caches = (cache.keys_LxBxSxKxH, cache.values_LxBxSxKxH)
 
-        x_BxTxD = self.embed()[tokens_BxT].astype(self.dtype)
+        table_VxD = _gathered(self.embed(), self.dtype, ("vocab", "embed"), ("vocab", None))
+        x_BxTxD = table_VxD[tokens_BxT]
         x_BxTxD, layer_caches = self.layers(x_BxTxD, layer_caches, context)
         hidden_BxTxD = self.final_norm(x_BxTxD)
         if cache is None or layer_caches is None:
@@ -326,6 +379,7 @@ class _Context:
     k_positions_BxS: jax.Array
     k_segments_BxS: jax.Array
     slot: jax.Array
+    activation_ramp: jax.Array | None
 
 
 _LayerCache = tuple[jax.Array, jax.Array] | None
@@ -347,11 +401,15 @@ def _sow(module: nn.Module, collection: str, name: str, value: Callable[[], jax.
 
 
 def _rematerialise(block: type[Block], remat: Remat) -> type[Block]:
+    policies = jax.checkpoint_policies
+    kept = policies.save_only_these_names(_SAVED_QKV, SAVED_ATTENTION)
     match remat:
         case "none":
             return block
         case "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kept)
             return nn.remat(block, policy=policy, prevent_cse=False)
+        case "mlp":
+            return nn.remat(block, policy=kept, prevent_cse=False)
         case "full":
             return nn.remat(block, prevent_cse=False)

@@ -23,20 +23,23 @@ Leaf = tuple[str, ...]  # path of a parameter in the tree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Parameters are split over fsdp along D and over tensor along heads, neurons or vocabulary; the residual stream's
-# sequence is split over tensor between blocks.
+# Parameters are split over tensor along heads, neurons or vocabulary, and over fsdp along neurons (whole rows, which
+# gather without a transposition) or else along D; the residual stream's sequence is split over tensor between blocks.
+# Where two axes of one array want the same mesh axis, the first line here wins.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("sequence", None),
     ("residual_sequence", "tensor"),
+    ("mlp", ("tensor", "fsdp")),
+    ("neurons", "tensor"),
     ("embed", "fsdp"),
-    ("mlp", "tensor"),
     ("kv_heads", "tensor"),
     ("vocab", "tensor"),
     ("q_per_kv", None),
     ("head", None),
     ("norm", None),
     ("layers", None),
+    ("layers_at_rest", "data"),
 )
 
 
@@ -64,8 +67,9 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 @functools.cache
 def _boxed_params(config: FalconConfig) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    key = jax.eval_shape(jax.random.key, 0)
     with nn.logical_axis_rules(()):  # a shape has no place on the mesh that may be current
-        return jax.eval_shape(Falcon(config).init, jax.random.key(0), tokens)["params"]
+        return jax.eval_shape(Falcon(config).init, key, tokens)["params"]
 
 
 def abstract_params(config: FalconConfig, dtype: Any = jnp.float32) -> Any:
@@ -80,24 +84,65 @@ def param_shapes(config: FalconConfig) -> dict[Leaf, tuple[int, ...]]:
     return {leaf: x.shape for leaf, x in flatten_dict(abstract_params(config)).items()}
 
 
-def param_shardings(config: FalconConfig, mesh: Mesh) -> Any:
+def param_axes(config: FalconConfig) -> Any:
+    """The logical axes of every parameter, as a tree of PartitionSpec."""
+    return nn.get_partition_spec(_boxed_params(config))
+
+
+def param_shardings(config: FalconConfig, mesh: Mesh, *, at_rest: bool = False) -> Any:
     """The sharding of every parameter on a mesh, as a tree of NamedSharding.
 
-    An axis that its mesh axis does not divide stays whole (7B's single KV head, odd vocabularies).
+    An axis that its mesh axes do not divide stays whole (7B's single KV head, odd vocabularies).
+
+    Args:
+      config: the model.
+      mesh: devices.
+      at_rest: how float32 parameters and what belongs to them lie between steps: also split over data, along the
+        layers, where D and F cannot be split further. Steps work on a copy that is not (`working_copy`).
     """
+
+    def divides(axis: str | tuple[str, ...], size: int) -> bool:
+        return size % math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis)) == 0
 
     def fit(spec: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         axes = (*spec, *(None,) * (len(leaf.shape) - len(spec)))
-        kept = [a if a is None or n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape, strict=True)]
+        kept = [a if a is not None and divides(a, n) else None for a, n in zip(axes, leaf.shape, strict=True)]
         return NamedSharding(mesh, PartitionSpec(*kept))
 
-    specs = nn.logical_to_mesh(nn.get_partition_spec(_boxed_params(config)), RULES)
+    axes = param_axes(config)
+    if at_rest:
+        axes = jax.tree.map(_axes_at_rest, axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    specs = nn.logical_to_mesh(axes, RULES)
     return jax.tree.map(fit, specs, abstract_params(config), is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def working_copy(config: FalconConfig, params: Any, dtype: Any) -> Any:
+    """Parameters as a step's products read them: in `dtype`, norms excepted, and with all layers on every data replica.
+
+    Made once a step, so that what crosses the devices afterwards, layer by layer, is of the narrow type.
+    """
+
+    def copy(path: Any, w: jax.Array, axes: PartitionSpec) -> jax.Array:
+        if path[-1].key not in ("scale", "bias"):
+            w = nn.with_logical_constraint(w.astype(dtype), _axes_at_rest(axes))  # cast first, then moved
+        return nn.with_logical_constraint(w, axes)
+
+    return jax.tree_util.tree_map_with_path(copy, params, param_axes(config))
+
+
+def _axes_at_rest(axes: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*("layers_at_rest" if axis == "layers" else axis for axis in axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a [B, T] batch: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def batch_shards() -> int:
+    """Parts that the batch is split into on the current mesh; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
 
 def init_params(config: FalconConfig, seed: int, mesh: Mesh | None = None) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from falcon_relu.activation import activation_fn
-from falcon_relu.attention import alibi_bias, alibi_slopes, attend, rotary
+from falcon_relu.attention import alibi_bias, alibi_slopes, attend_chunked, rotary
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from infer import kernels
@@ -48,6 +48,12 @@ class DecodeState:
         shape = (batch, context, config.n_kv_heads, config.head_dim)
         caches = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))  # noqa: E731
         return cls(caches(), caches(), jnp.zeros(batch, jnp.int32))
+
+    @staticmethod
+    def nbytes(config: FalconConfig, batch: int, context: int, dtype: Any = jnp.float32) -> int:
+        """Bytes of `empty`."""
+        slots = 2 * config.n_layers * batch * context
+        return slots * config.n_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +139,7 @@ def prefill(
     slot_BxT = jnp.where(jnp.arange(T)[None] < valid_B[:, None], position_BxT, S)  # padding falls off the cache
     slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
     seeing = functools.partial(
-        attend,
+        attend_chunked,
         q_positions_BxT=position_BxT,
         k_positions_BxS=slots,
         q_segments_BxT=jnp.ones((B, T), jnp.int32),

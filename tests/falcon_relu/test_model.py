@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from falcon_relu.activation import activation_fn
-from falcon_relu.attention import attend
+from falcon_relu.attention import attend_chunked
 from falcon_relu.config import FAMILY, FalconConfig, family
 from falcon_relu.model import Falcon
 from falcon_relu.sharding import abstract_params, batch_sharding, make_mesh, param_shardings, use_mesh
@@ -91,7 +91,7 @@ def test_chunked_attention_equals_plain_in_value_and_gradient(chunk, alibi):
     weight = jax.random.normal(keys[4], shapes[0])
 
     def total(qkv, chunk):
-        out = attend(
+        out = attend_chunked(
             *qkv,
             q_positions_BxT=positions,
             k_positions_BxS=positions,
