@@ -4,18 +4,27 @@ With 65,024 vocabulary entries the logits of student and teacher must not exist 
 sequence goes through both heads, and since the gradient of the loss with respect to logits has a closed form, it is
 turned into the gradients of hidden states and head in the same pass: four head-sized products a chunk (two forward, two
 backward), where rematerialisation would take six.
+
+The teacher's word comes from its own hidden states and head, or from the cache that `train.teacher_cache` wrote.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
+import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from falcon_relu.sharding import batch_shards
+
+# Log-probability of what has none: finite, so that 0 * log 0 is 0 and not NaN.
+_NEVER = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +36,18 @@ class LossConfig:
       kd_weight: weight of the distillation; 0 trains without a teacher (Hinton et al., arXiv:1503.02531).
       temperature: T, divides both models' logits in the distillation term.
       chunk: positions of each row whose logits exist at a time; they take B x chunk x V floats a model.
+      l1_stages: (last step, weight) of each stage of an L1 term on the MLPs' activations; none by default. See
+        `l1_weight`.
+
+    Raises:
+      ValueError: a field is out of range; the message names it.
     """
 
     lm_weight: float = 1.0
     kd_weight: float = 0.0
     temperature: float = 1.0
     chunk: int = 256
+    l1_stages: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.lm_weight < 0 or self.kd_weight < 0 or self.lm_weight + self.kd_weight == 0:
@@ -43,6 +58,30 @@ class LossConfig:
             raise ValueError(f"LossConfig.temperature must be above 0, got {self.temperature}")
         if self.chunk < 1:
             raise ValueError(f"LossConfig.chunk must be at least 1, got {self.chunk}")
+        steps = [0, *(step for step, _ in self.l1_stages)]
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            raise ValueError(f"LossConfig.l1_stages must have ascending steps above 0, got {self.l1_stages}")
+        if any(weight < 0 for _, weight in self.l1_stages):
+            raise ValueError(f"LossConfig.l1_stages must have weights >= 0, got {self.l1_stages}")
+
+
+def l1_weight(stages: tuple[tuple[int, float], ...], step: jax.Array) -> jax.Array:
+    """The weight of the L1 term at a step, float32 scalar: ProSparse's progressive regularisation (arXiv:2402.13516).
+
+    Up to the first stage's last step the weight is the first stage's; in every later stage it rises from the one before
+    to its own along half a sine wave; after the last stage it stays.
+
+    Args:
+      stages: (last step, weight) of each, not empty, steps ascending.
+      step: updates done so far.
+    """
+    (first, weight), *later = stages
+    begin, value = first, jnp.float32(weight)
+    for end, target in later:
+        share = jnp.clip((step - begin) / (end - begin), 0, 1)
+        value += (target - weight) * 0.5 * (1 - jnp.cos(jnp.pi * share))
+        begin, weight = end, target
+    return value
 
 
 @struct.dataclass
@@ -53,21 +92,55 @@ class LossSums:
       loss: the weighted loss; the only one that gradients flow through.
       cross_entropy: nats, of the next token under the student.
       correct: positions whose likeliest token under the student is the next one.
-      kl: nats, KL(teacher || student) at temperature 1; 0 without a teacher.
-      agree: positions where student and teacher have the same likeliest token; 0 without a teacher.
-      teacher_cross_entropy: nats, of the next token under the teacher; 0 without a teacher.
-      teacher_correct: positions whose likeliest token under the teacher is the next one.
       count: positions that have a next token in their own segment.
+      kl: nats, KL(teacher || student) at temperature 1; None without a teacher, as the next three.
+      agree: positions where student and teacher have the same likeliest token.
+      teacher_cross_entropy: nats, of the next token under the teacher.
+      teacher_correct: positions whose likeliest token under the teacher is the next one.
+      l1: mean absolute activation over layers and neurons; None where the loss has no L1 term.
     """
 
     loss: jax.Array
     cross_entropy: jax.Array
     correct: jax.Array
-    kl: jax.Array
-    agree: jax.Array
-    teacher_cross_entropy: jax.Array
-    teacher_correct: jax.Array
     count: jax.Array
+    kl: jax.Array | None = None
+    agree: jax.Array | None = None
+    teacher_cross_entropy: jax.Array | None = None
+    teacher_correct: jax.Array | None = None
+    l1: jax.Array | None = None
+
+
+@struct.dataclass
+class OnlineTeacher:
+    """A teacher that has just run: its final hidden states [B, T, D'] and its head [V, D']."""
+
+    hidden_BxTxD: jax.Array
+    head_VxD: jax.Array
+
+
+@struct.dataclass
+class CachedTeacher:
+    """What a teacher said of each position when it ran: the k likeliest tokens, and how much is left for the rest.
+
+    The rest is one bucket: the loss is the KL divergence between distributions over k + 1 outcomes, so the student is
+    still pushed down outside the top k, where it may distribute what is left as it likes.
+
+    Attributes:
+      ids_BxTxk: the k likeliest tokens, likeliest first.
+      log_probs_BxTxk: their log-probabilities at temperature 1.
+      log_rest_BxTx2: log of the sum over all other tokens of p and of p^(1/T), p at temperature 1 and T the
+        temperature that the cache was written for; -inf where there are none.
+      log_next_BxT: log-probability of the next token, among the k or not.
+    """
+
+    ids_BxTxk: jax.Array
+    log_probs_BxTxk: jax.Array
+    log_rest_BxTx2: jax.Array
+    log_next_BxT: jax.Array
+
+
+Teacher = OnlineTeacher | CachedTeacher
 
 
 def next_tokens(tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +156,7 @@ def distillation_loss(
     head_VxD: jax.Array,
     targets_BxT: jax.Array,
     mask_BxT: jax.Array,
-    teacher: tuple[jax.Array, jax.Array] | None = None,
+    teacher: Teacher | None = None,
 ) -> LossSums:
     """Loss and metrics, summed over the positions of the mask; `loss` is differentiable in hidden states and head.
 
@@ -96,7 +169,8 @@ def distillation_loss(
       head_VxD: its vocabulary head.
       targets_BxT: next tokens.
       mask_BxT: positions to count.
-      teacher: hidden states [B, T, D'] and head [V, D'] of the teacher, which get no gradient.
+      teacher: whom to distil from, which gets no gradient. A cached one must have been written for the temperature
+        unless that is 1.
 
     Raises:
       ValueError: the loss distils but there is no teacher.
@@ -134,46 +208,95 @@ def _scan_chunks(
     dtype = hidden_BxTxD.dtype
     # Gathered over fsdp once, not once a chunk.
     head = nn.with_logical_constraint(head_VxD.astype(dtype), ("vocab", None))
-    t_hidden, t_head = None, None
-    if teacher is not None:
-        t_hidden, t_head = teacher
-        t_head = nn.with_logical_constraint(t_head.astype(t_hidden.dtype), ("vocab", None))
+    t_head, of_teacher = None, teacher
+    if isinstance(teacher, OnlineTeacher):
+        of_teacher = teacher.hidden_BxTxD
+        t_head = nn.with_logical_constraint(teacher.head_VxD.astype(of_teacher.dtype), ("vocab", None))
 
-    def chunk_step(d_head_VxD: Any, chunk: tuple) -> tuple[Any, tuple[LossSums, Any]]:
-        h_BxCxD, targets_BxC, mask_BxC, t_BxCxD = chunk
+    # Every shard of the batch sums its own part of the head's gradient; they meet once, not once a chunk.
+    shards = math.gcd(batch_shards(), hidden_BxTxD.shape[0])
+
+    def chunk_step(d_head_NxVxD: Any, chunk: tuple) -> tuple[Any, tuple[LossSums, Any]]:
+        h_BxCxD, targets_BxC, mask_BxC, of_teacher = chunk
         s_BxCxV = jnp.einsum("bcd,vd->bcv", h_BxCxD, head, preferred_element_type=jnp.float32)
-        t_BxCxV = None
-        if t_BxCxD is not None:
-            t_BxCxV = jnp.einsum("bcd,vd->bcv", t_BxCxD, t_head, preferred_element_type=jnp.float32)
-        sums, d_logits_BxCxV = _chunk_loss(config, s_BxCxV, t_BxCxV, targets_BxC, mask_BxC, with_gradient)
+        taught = None
+        if t_head is not None:
+            taught = _Taught(jnp.einsum("bcd,vd->bcv", of_teacher, t_head, preferred_element_type=jnp.float32))
+        elif of_teacher is not None:
+            taught = _Taught(_spread(of_teacher, s_BxCxV.shape[-1]), of_teacher)
+        sums, d_logits_BxCxV = _chunk_loss(config, s_BxCxV, taught, targets_BxC, mask_BxC, with_gradient)
         if d_logits_BxCxV is None:
             return None, (sums, None)
         d_logits_BxCxV = d_logits_BxCxV.astype(dtype)
         d_hidden_BxCxD = jnp.einsum("bcv,vd->bcd", d_logits_BxCxV, head)
-        d_head_VxD += jnp.einsum("bcv,bcd->vd", d_logits_BxCxV, h_BxCxD, preferred_element_type=jnp.float32)
-        d_head_VxD = nn.with_logical_constraint(d_head_VxD, ("vocab", "embed"))
-        return d_head_VxD, (sums, d_hidden_BxCxD)
+        pieces = (x.reshape(shards, -1, *x.shape[1:]) for x in (d_logits_BxCxV, h_BxCxD))
+        d_head_NxVxD += jnp.einsum("nbcv,nbcd->nvd", *pieces, preferred_element_type=jnp.float32)
+        d_head_NxVxD = nn.with_logical_constraint(d_head_NxVxD, ("batch", "vocab", None))
+        return d_head_NxVxD, (sums, d_hidden_BxCxD)
 
     T = hidden_BxTxD.shape[1]
     size = max(c for c in range(1, min(config.chunk, T) + 1) if T % c == 0)
-    carry = jnp.zeros(head_VxD.shape, jnp.float32) if with_gradient else None
-    pieces = (hidden_BxTxD, targets_BxT, mask_BxT, t_hidden)
+    carry = jnp.zeros((shards, *head_VxD.shape), jnp.float32) if with_gradient else None
+    pieces = (hidden_BxTxD, targets_BxT, mask_BxT, of_teacher)
     if size == T:
-        d_head_VxD, (sums, d_hidden_BxTxD) = chunk_step(carry, pieces)
+        d_head_NxVxD, (sums, d_hidden_BxTxD) = chunk_step(carry, pieces)
     else:
         xs = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], T // size, size, *x.shape[2:]), 1, 0), pieces)
-        d_head_VxD, (sums, d_hidden) = jax.lax.scan(chunk_step, carry, xs)
+        d_head_NxVxD, (sums, d_hidden) = jax.lax.scan(chunk_step, carry, xs)
         sums = jax.tree.map(lambda x: x.sum(0), sums)
         d_hidden_BxTxD = d_hidden if d_hidden is None else jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BxTxD.shape)
     if not with_gradient:
         return sums, None
+    d_head_VxD = nn.with_logical_constraint(d_head_NxVxD.sum(0), ("vocab", "embed"))
     return sums, (d_hidden_BxTxD, d_head_VxD.astype(head_VxD.dtype))
+
+
+class _Taught(NamedTuple):
+    """A teacher's word on a chunk.
+
+    Attributes:
+      scores_BxCxV: its logits; of a cached teacher the log-probabilities of the top k, and `_NEVER` elsewhere.
+      cached: the rest of what a cached teacher said.
+    """
+
+    scores_BxCxV: jax.Array
+    cached: CachedTeacher | None = None
+
+    def log_probs(self, temperature: float, log_q_BxCxV: jax.Array) -> jax.Array:
+        """Log-probabilities [B, C, V] at a temperature, against those of the student, `log_q_BxCxV`.
+
+        A cached teacher's mass outside the top k is spread as the student spreads its own there. This gives value and
+        gradient of the divergence over the k tokens and the rest bucket: with p_r and q_r the mass of the bucket,
+        sum q_j / q_r * p_r * log(p_r / q_r) = p_r * log(p_r / q_r), and d/ds_j = q_j - p_r * q_j / q_r.
+        """
+        scaled_BxCxV = self.scores_BxCxV / temperature
+        if self.cached is None:
+            return _log_softmax(scaled_BxCxV)
+        log_rest_BxC = jnp.maximum(self.cached.log_rest_BxTx2[..., 0 if temperature == 1 else 1], _NEVER)
+        top_BxC = _logsumexp(self.cached.log_probs_BxTxk.astype(jnp.float32) / temperature)
+        total_BxC = jnp.logaddexp(top_BxC, log_rest_BxC)
+        is_top_BxCxV = self.scores_BxCxV != _NEVER
+        log_q_rest_BxC = _logsumexp(jnp.where(is_top_BxCxV, _NEVER, log_q_BxCxV))
+        spread_BxCxV = log_q_BxCxV + (log_rest_BxC - total_BxC - log_q_rest_BxC)[..., None]
+        return jnp.where(is_top_BxCxV, scaled_BxCxV - total_BxC[..., None], spread_BxCxV)
+
+
+def _spread(cached: CachedTeacher, vocab_size: int) -> jax.Array:
+    """The top k log-probabilities in their places of the vocabulary [B, C, V] float32, `_NEVER` elsewhere."""
+    nowhere_BxCxV = jnp.full((*cached.ids_BxTxk.shape[:2], vocab_size), _NEVER, jnp.float32)
+    nowhere_BxCxV = nn.with_logical_constraint(nowhere_BxCxV, ("batch", None, "vocab"))
+
+    def place(row_V: jax.Array, ids_k: jax.Array, values_k: jax.Array) -> jax.Array:
+        return row_V.at[ids_k].set(values_k, unique_indices=True, mode="promise_in_bounds")
+
+    values_BxCxk = cached.log_probs_BxTxk.astype(jnp.float32)
+    return jax.vmap(jax.vmap(place))(nowhere_BxCxV, cached.ids_BxTxk.astype(jnp.int32), values_BxCxk)
 
 
 def _chunk_loss(
     config: LossConfig,
     s_BxCxV: jax.Array,
-    t_BxCxV: jax.Array | None,
+    taught: _Taught | None,
     targets_BxC: jax.Array,
     mask_BxC: jax.Array,
     with_gradient: bool,
@@ -185,55 +308,61 @@ def _chunk_loss(
     def total(x_BxC: jax.Array) -> jax.Array:
         return jnp.sum(x_BxC * mask)
 
-    def target_logit(logits_BxCxV: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
+    def of_target(x_BxCxV: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
 
     # Best entries are compared by value: an argmax is many times slower than a max on a CPU.
-    s_max_BxC, s_lse_BxC, s_target_BxC = s_BxCxV.max(-1), _logsumexp(s_BxCxV), target_logit(s_BxCxV)
-    ce_BxC = s_lse_BxC - s_target_BxC
+    s_max_BxC, s_target_BxC, log_q_BxCxV = s_BxCxV.max(-1), of_target(s_BxCxV), _log_softmax(s_BxCxV)
+    ce_BxC = -of_target(log_q_BxCxV)
     loss_BxC = config.lm_weight * ce_BxC
-    zero = jnp.zeros((), jnp.float32)
-    kl, agree, teacher_ce, teacher_correct = zero, zero, zero, zero
-    if t_BxCxV is not None:
-        t_max_BxC, t_lse_BxC, t_target_BxC = t_BxCxV.max(-1), _logsumexp(t_BxCxV), target_logit(t_BxCxV)
-        kl_BxC = _kl(t_BxCxV, t_lse_BxC, s_BxCxV, s_lse_BxC)
-        both_best = (s_BxCxV == s_max_BxC[..., None]) & (t_BxCxV == t_max_BxC[..., None])
-        kl, agree = total(kl_BxC), total(jnp.any(both_best, axis=-1))
-        teacher_ce, teacher_correct = total(t_lse_BxC - t_target_BxC), total(t_target_BxC == t_max_BxC)
-    if config.kd_weight:
-        assert t_BxCxV is not None
-        hot_s, hot_t = s_BxCxV / T, t_BxCxV / T
-        hot_s_lse_BxC = s_lse_BxC if T == 1 else _logsumexp(hot_s)
-        hot_t_lse_BxC = t_lse_BxC if T == 1 else _logsumexp(hot_t)
-        hot_kl_BxC = kl_BxC if T == 1 else _kl(hot_t, hot_t_lse_BxC, hot_s, hot_s_lse_BxC)
-        loss_BxC = loss_BxC + config.kd_weight * T**2 * hot_kl_BxC
     sums = LossSums(
         loss=total(loss_BxC),
         cross_entropy=total(ce_BxC),
         correct=total(s_target_BxC == s_max_BxC),
-        kl=kl,
-        agree=agree,
-        teacher_cross_entropy=teacher_ce,
-        teacher_correct=teacher_correct,
         count=mask.sum(),
     )
+    if taught is not None:
+        t_BxCxV, log_p_BxCxV = taught.scores_BxCxV, taught.log_probs(1, log_q_BxCxV)
+        t_max_BxC = t_BxCxV.max(-1)
+        both_best_BxCxV = (s_BxCxV == s_max_BxC[..., None]) & (t_BxCxV == t_max_BxC[..., None])
+        log_next_BxC = of_target(log_p_BxCxV) if taught.cached is None else taught.cached.log_next_BxT
+        kl_BxC = _kl(log_p_BxCxV, log_q_BxCxV)
+        sums = dataclasses.replace(
+            sums,
+            kl=total(kl_BxC),
+            agree=total(jnp.any(both_best_BxCxV, axis=-1)),
+            teacher_cross_entropy=total(-log_next_BxC),
+            teacher_correct=total(of_target(t_BxCxV) == t_max_BxC),
+        )
+    if config.kd_weight:
+        assert taught is not None
+        if T == 1:
+            hot_q_BxCxV, hot_p_BxCxV, hot_kl_BxC = log_q_BxCxV, log_p_BxCxV, kl_BxC
+        else:
+            hot_q_BxCxV = _log_softmax(s_BxCxV / T)
+            hot_p_BxCxV = taught.log_probs(T, hot_q_BxCxV)
+            hot_kl_BxC = _kl(hot_p_BxCxV, hot_q_BxCxV)
+        loss_BxC = loss_BxC + config.kd_weight * T**2 * hot_kl_BxC
+        sums = dataclasses.replace(sums, loss=total(loss_BxC))
     if not with_gradient:
         return sums, None
-    # d CE = softmax(s) - onehot; d (T^2 KL_T) = T (softmax(s / T) - softmax(t / T)).
+    # d CE = softmax(s) - onehot; d (T^2 KL_T) = T (softmax(s / T) - p_T).
     onehot = targets_BxC[..., None] == jnp.arange(s_BxCxV.shape[-1])[None, None]
-    d_BxCxV = config.lm_weight * (jnp.exp(s_BxCxV - s_lse_BxC[..., None]) - onehot)
+    d_BxCxV = config.lm_weight * (jnp.exp(log_q_BxCxV) - onehot)
     if config.kd_weight:
-        difference = jnp.exp(hot_s - hot_s_lse_BxC[..., None]) - jnp.exp(hot_t - hot_t_lse_BxC[..., None])
-        d_BxCxV = d_BxCxV + config.kd_weight * T * difference
+        d_BxCxV = d_BxCxV + config.kd_weight * T * (jnp.exp(hot_q_BxCxV) - jnp.exp(hot_p_BxCxV))
     return sums, d_BxCxV * mask[..., None]
 
 
-def _logsumexp(logits_BxCxV: jax.Array) -> jax.Array:
-    top_BxCx1 = logits_BxCxV.max(-1, keepdims=True)
-    return jnp.log(jnp.exp(logits_BxCxV - top_BxCx1).sum(-1)) + top_BxCx1[..., 0]
+def _logsumexp(x: jax.Array) -> jax.Array:
+    top = x.max(-1, keepdims=True)
+    return jnp.log(jnp.exp(x - top).sum(-1)) + top[..., 0]
 
 
-def _kl(p_BxCxV: jax.Array, p_lse_BxC: jax.Array, q_BxCxV: jax.Array, q_lse_BxC: jax.Array) -> jax.Array:
-    """KL(p || q) [B, C] in nats from logits and their logsumexp."""
-    log_p = p_BxCxV - p_lse_BxC[..., None]
-    return jnp.sum(jnp.exp(log_p) * (log_p - (q_BxCxV - q_lse_BxC[..., None])), axis=-1)
+def _log_softmax(logits_BxCxV: jax.Array) -> jax.Array:
+    return logits_BxCxV - _logsumexp(logits_BxCxV)[..., None]
+
+
+def _kl(log_p_BxCxV: jax.Array, log_q_BxCxV: jax.Array) -> jax.Array:
+    """KL(p || q) [B, C] in nats."""
+    return jnp.sum(jnp.exp(log_p_BxCxV) * (log_p_BxCxV - log_q_BxCxV), axis=-1)

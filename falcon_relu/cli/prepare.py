@@ -53,12 +53,17 @@ def run(args: Args) -> None:
     """Prepares, then reports."""
     fields = dataclasses.asdict(args)
     json = fields.pop("json")
-    prepared = prepare(PrepareConfig(**fields | {"shard": _parse_shard(args.shard)}))
+    prepared = prepare(PrepareConfig(**fields | {"shard": parse_shard(args.shard)}))
     _show_bad_lines(prepared)
     report(_figures(prepared), json)
 
 
-def _parse_shard(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int]:
+    """i/n as two numbers.
+
+    Raises:
+      FalconError: it is not of that form.
+    """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None:
         raise FalconError(f"--shard must look like 3/16, got {text!r}")

@@ -1,0 +1,44 @@
+"""`falcon-relu teacher-cache`: what a teacher says of token shards, written down once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from falcon_relu.cli.figures import report
+from falcon_relu.cli.prepare import parse_shard
+from train.memory import keep_freed_memory
+from train.teacher_cache import TeacherCacheConfig, write_teacher_cache
+
+EPILOGUE = """The tokens are folders that `falcon-relu prepare` finished. Train from the cache with
+
+  falcon-relu train --config ... --teacher None --data.teacher-cache teacher
+
+Run the same command again to go on after an interruption."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Write the top k log-probabilities of a teacher, and the mass of the rest, beside the token shards."""
+
+    cache: Annotated[TeacherCacheConfig, tyro.conf.arg(name="")]
+    shard: str = "0/1"
+    """i/n: do only the i-th of n parts, counted from 0, as one job of an array; all share the folders."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Writes, then reports."""
+    keep_freed_memory()
+    cached = write_teacher_cache(args.cache, parse_shard(args.shard))
+    figures: dict[str, Any] = {
+        "finished": all(manifest is not None for manifest in cached.manifests),
+        "new rows": cached.new_rows,
+        "new bytes": cached.bytes,
+        "seconds": cached.seconds,
+    }
+    report(figures, args.json)
