@@ -1,30 +1,46 @@
-"""Checkpoints of a run on Orbax: state and data position, written beside the run, newest kept."""
+"""Checkpoints of a run on Orbax: state, data position, and a fingerprint that shows whether both came back whole."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from falcon_relu.errors import FalconError
+from train.distributed import all_agree, wait_for_all
 from train.state import TrainState
+
+_DAMAGED = ".damaged"
+_MOST_LISTED = 1024
 
 
 class Checkpoints:
-    """The checkpoints in a folder, numbered by step. Saving happens in the background; leaving the block waits for it.
+    """The checkpoints in a folder, numbered by step, written in the background by all processes of a run.
+
+    Every process calls every method at the same step. Leaving the block waits for what is being written.
 
     Args:
-      folder: where they lie.
+      folder: where they lie, on a disk that all processes share.
       keep: how many of the newest stay.
+      keep_every: steps whose checkpoint stays for good; 0 for none.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0):
+        self._folder = folder.resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Self:
         return self
@@ -32,42 +48,140 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        if error is None or isinstance(error, KeyboardInterrupt):
+            with writing(f"a checkpoint to {self._folder}"):
+                self._manager.close()
+        else:
+            with contextlib.suppress(Exception):  # the error on its way out says more
+                self._manager.close()
 
-    @property
-    def latest(self) -> int | None:
-        """Step of the newest whole checkpoint, if there is one."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: TrainState, data_position: dict[str, Any]) -> None:
-        """Saves the state after `step` updates and the position of the data iterator; once a step."""
-        if self._manager.latest_step() == step:
-            return
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position))
-        self._manager.save(step, args=items)
-
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """State and data position of the newest checkpoint that can be read, placed as `abstract` says.
-
-        A damaged one is named and the one before it is taken.
+    def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
+        """Saves the state after `step` updates and facts that JSON can hold; once a step.
 
         Raises:
-          FalconError: there are checkpoints and none of them can be read.
+          FalconError: this checkpoint or the one before it could not be written; older ones are as they were.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        if self._manager.latest_step() == step:
+            return
+        facts = facts | {"fingerprint": fingerprint(state)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts))
+        with writing(f"a checkpoint to {self._folder}"):
+            self._manager.save(step, args=items)
+
+    def check(self) -> None:
+        """Raises what has gone wrong in the background, as `save` does."""
+        with writing(f"a checkpoint to {self._folder}"):
+            self._manager.check_for_errors()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """State and facts of the newest whole checkpoint, the state placed as `abstract` says.
+
+        Damaged ones are named, and set aside (renamed to `STEP.damaged`) once an older one has been read.
+
+        Raises:
+          FalconError: there is no checkpoint, or none that can be read.
+        """
+        steps = self.steps()
+        problems: dict[int, str] = {}
         for step in steps:
-            try:
-                restored = self._manager.restore(step, args=items)
-            except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
-                logging.warning("checkpoint %s/%d cannot be read: %s", self._folder, step, _first_line(error))
-                self._manager.delete(step)
-                continue
-            return restored.state, restored.data
+            state, facts, problem = self._read(step, abstract)
+            if problem is None:
+                self._set_aside(sorted(problems))
+                return state, facts
+            problems[step] = problem
+            logging.warning("checkpoint %s is damaged: %s", self._folder / str(step), problem)
         raise FalconError(
-            f"none of the checkpoints {steps} in {self._folder} can be read; remove the folder to start anew"
+            f"none of the checkpoints in {self._folder} can be read: "
+            + "; ".join(f"{step}: {problem}" for step, problem in problems.items())
+            + ". They are left as they are; bring back what is missing, or remove the folder to start anew"
         )
 
+    def steps(self) -> list[int]:
+        """The checkpoints that were written to their end, newest first, as process 0 sees them."""
+        steps = np.full(_MOST_LISTED, -1)
+        if jax.process_index() == 0:
+            found = sorted(self._manager.all_steps(), reverse=True)[:_MOST_LISTED]
+            steps[: len(found)] = found
+        return [int(step) for step in multihost_utils.broadcast_one_to_all(steps) if step >= 0]
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    def _read(self, step: int, abstract: TrainState) -> tuple[Any, dict[str, Any], str | None]:
+        """State, facts, and what is wrong with them as all processes agree.
+
+        The handlers are called directly: the manager would wait for all processes after reading, also for one in which
+        reading has failed.
+        """
+        folder = self._folder / str(step)
+        state: Any = None
+        facts: dict[str, Any] = {}
+        problem = None
+        try:
+            state = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract))
+            facts = ocp.JsonCheckpointHandler().restore(folder / "facts", args=ocp.args.JsonRestore())
+            jax.block_until_ready(state)
+        except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
+            problem = _first_line(error)
+        if not all_agree(problem is None):
+            return None, {}, problem or "another process could not read its part"
+        found, wanted = fingerprint(state), facts.get("fingerprint", {})
+        changed = [name for name in found if found[name] != wanted.get(name)]
+        if changed:
+            return None, {}, f"{', '.join(changed)} read back other than written"
+        return state, facts, None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._folder / f"{step}{_DAMAGED}"
+                number = 1
+                while target.exists():
+                    number += 1
+                    target = self._folder / f"{step}{_DAMAGED}{number}"
+                (self._folder / str(step)).rename(target)
+        wait_for_all("set damaged checkpoints aside")
+        if steps:
+            self._manager.reload()
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns whatever the system, Orbax or TensorStore make of a failed write into an error that says what to do.
+
+    Args:
+      what: what is being written where, for the message.
+    """
+    try:
+        yield
+    except FalconError:
+        raise
+    except Exception as problem:
+        raise FalconError(
+            f"could not write {what} (disk full?): {_first_line(problem)}. What was finished before is as it was: make "
+            "room, then run the same command again"
+        ) from problem
+
+
+def fingerprint(state: TrainState) -> dict[str, int]:
+    """A number for each leaf that changes with any of its bits and not with the mesh: a weighted sum modulo 2^32."""
+    sums = jax.device_get(_sums(state))
+    return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
+
+
+@jax.jit
+def _sums(state: TrainState) -> Any:
+    return jax.tree.map(_weighted_sum, state)
+
+
+def _weighted_sum(x: jax.Array) -> jax.Array:
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    # Odd weights that differ from place to place: a changed word always shows, words that changed places nearly always.
+    place = functools.reduce(
+        lambda total, axis: total * jnp.uint32(2_654_435_761) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis),
+        range(x.ndim),
+        jnp.zeros(x.shape, jnp.uint32),
+    )
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

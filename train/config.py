@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from falcon_relu.attention import Attend
 from falcon_relu.config import FAMILY, Activation
+from falcon_relu.generate import Sampling
 from falcon_relu.model import Remat
 from train.data import DataConfig
 from train.loss import LossConfig
@@ -46,17 +48,63 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Continuations that show how the student writes while it trains; off by default.
+
+    Attributes:
+      every: steps between them; 0 for none.
+      prompts: texts to continue.
+      tokenizer: a tokenizer.json or a folder with one; the one that the data was prepared with.
+      sampling: how each is continued.
+    """
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    tokenizer: Path | None = None
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"SamplesConfig.every must be at least 0, got {self.every}")
+        if self.every and not (self.prompts and self.tokenizer):
+            raise ValueError("SamplesConfig.every is above 0: it needs prompts and a tokenizer")
+
+
+# Fields that do not decide what is computed, beyond rounding: a run may go on with others.
+_MAY_CHANGE = {
+    "out",
+    "microbatches",
+    "mesh",
+    "remat",
+    "attention",
+    "query_chunk",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "max_bad_steps",
+    "samples",
+    "profile",
+}
+_DATA_MAY_CHANGE = {"threads", "prefetch"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run: where the student starts, what it learns from, how, and where the result goes.
 
     Attributes:
-      out: folder of the run; holds `config.json`, `log.jsonl`, `checkpoints/` and, once finished, `weights/`.
+      out: folder of the run, see `train.loop.train`; on a disk that all processes share.
       model: member of the family to start from fresh; exactly one of `model` and `init_from` is given.
       init_from: native weights, Hugging Face folder or hub id to start from.
       init_activation: the activation that `init_from` was trained with, if its config does not say.
       activation: activation that the student trains with; None keeps what it starts with.
       activation_shift: shift of "shifted_relu".
-      teacher: native weights, Hugging Face folder or hub id to distil from.
+      start_activation: activation that `activation` is blended into, by `activation_ramp`; None for none.
+      activation_ramp: (begin, end): up to step `begin` the student has `start_activation`, from `end` on `activation`,
+        between them a linear blend; the same step twice for a jump. Validation is always with `activation`.
+      teacher: native weights, Hugging Face folder or hub id to distil from; None where `data.teacher_cache` teaches.
       teacher_activation: the teacher's activation, if its config does not say.
       data: token shards, row length, batch and order.
       loss: weights, temperature and chunk of the loss.
@@ -67,13 +115,17 @@ class TrainConfig:
       compute_dtype: dtype of the student's products; its parameters and optimizer state are float32.
       teacher_dtype: dtype of the teacher's parameters and products.
       remat: what the backward pass recomputes, see `falcon_relu.model.Falcon`.
-      query_chunk: queries that attention handles at a time; None for all.
+      attention: which kernel, see `falcon_relu.attention.attend`; "auto" takes the platform's best.
+      query_chunk: queries that attention handles at a time where it is "chunked"; None for all.
       seed: of fresh parameters.
       log_every: steps between lines of the log.
       validate_every: steps between passes over the validation rows; 0 for the end only.
       checkpoint_every: steps between checkpoints; 0 for the end only.
       keep_checkpoints: the newest ones that are kept.
+      keep_every: steps whose checkpoints are kept for good, a multiple of `checkpoint_every`; 0 for none.
       max_bad_steps: updates in a row that may be skipped for a loss or gradient that is not finite.
+      samples: continuations of prompts on the way.
+      profile: (first, last) step to trace with the profiler, counted from where this process starts; None for none.
 
     Raises:
       ValueError: a field is out of range or two contradict each other; the message names them.
@@ -86,6 +138,8 @@ class TrainConfig:
     init_activation: Activation | None = None
     activation: Activation | None = None
     activation_shift: float = 0.0
+    start_activation: Activation | None = None
+    activation_ramp: tuple[int, int] = (0, 0)
     teacher: str | None = None
     teacher_activation: Activation | None = None
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -96,26 +150,45 @@ class TrainConfig:
     compute_dtype: Dtype = "bfloat16"
     teacher_dtype: Dtype = "bfloat16"
     remat: Remat = "none"
+    attention: Attend = "auto"
     query_chunk: int | None = None
     seed: int = 0
     log_every: int = 10
     validate_every: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    keep_every: int = 0
     max_bad_steps: int = 10
+    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init_from is None):
             raise ValueError("TrainConfig needs exactly one of model (start fresh) and init_from (start from weights)")
         if self.model is not None and self.model not in FAMILY:
             raise ValueError(f"TrainConfig.model {self.model!r} is unknown; known: {', '.join(FAMILY)}")
-        if self.loss.kd_weight and self.teacher is None:
-            raise ValueError("TrainConfig.loss.kd_weight is above 0 but no teacher is given")
+        if self.teacher is not None and self.data.teacher_cache is not None:
+            raise ValueError("TrainConfig has both a teacher and a data.teacher_cache: give one of them")
+        if self.loss.kd_weight and self.teacher is None and self.data.teacher_cache is None:
+            raise ValueError("TrainConfig.loss.kd_weight is above 0 but no teacher or data.teacher_cache is given")
+        begin, end = self.activation_ramp
+        if not 0 <= begin <= end <= self.steps:
+            raise ValueError(f"TrainConfig.activation_ramp must be two ascending steps of the run, got {begin} {end}")
+        if (self.start_activation is None) != (end == 0):
+            raise ValueError("TrainConfig.start_activation and activation_ramp need each other")
         for name in ("steps", "microbatches", "log_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.validate_every < 0 or self.checkpoint_every < 0:
-            raise ValueError("TrainConfig.validate_every and checkpoint_every must be at least 0")
+        for name in ("validate_every", "checkpoint_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TrainConfig.{name} must be at least 0, got {getattr(self, name)}")
+        if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"TrainConfig.keep_every ({self.keep_every}) must be a multiple of checkpoint_every "
+                f"({self.checkpoint_every})"
+            )
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"TrainConfig.profile must be a first and a last step, from 1, got {self.profile}")
         if self.data.batch_size % self.microbatches:
             raise ValueError(
                 f"TrainConfig.data.batch_size ({self.data.batch_size}) must be a multiple of microbatches "
@@ -144,3 +217,19 @@ class TrainConfig:
             return value
 
         return plain(dataclasses.asdict(self))
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the fields that differ between two configs as JSON and decide what is computed.
+
+    Where the data lies does not: the checkpoint knows what it holds.
+    """
+
+    def deciding(config: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in config.items() if name not in _MAY_CHANGE | {"data"}}
+        data = {name: value for name, value in config.get("data", {}).items() if name not in _DATA_MAY_CHANGE}
+        data["sources"] = [source.get("weight") for source in data.get("sources", [])]
+        return kept | {f"data.{name}": value for name, value in data.items()}
+
+    old, new = deciding(before), deciding(now)
+    return [name for name in old | new if old.get(name) != new.get(name)]

@@ -6,32 +6,37 @@ own rows of a batch: the global batch is the same whatever the process count, an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import grain
 import numpy as np
 
 from falcon_relu.errors import FalconError
-from train.shards import Manifest, decode_row, read_manifest
+from train.shards import Manifest, Shard, decode_row, read_manifest
+from train.teacher_shards import Targets, TeacherManifest, decode_targets, read_teacher_manifest
 
 Address = tuple[int, int]  # (source, row)
+Row = tuple[np.ndarray, np.ndarray]  # token ids [T], lengths of the document pieces
 
 
 class Batch(TypedDict):
     """Rows of packed documents; int32 [B, T] each.
 
     tokens_BxT: token ids, 0 where padded. segment_ids_BxT: 1, 2, ... for the documents of a row, 0 where padded.
-    positions_BxT: 0, 1, ... within each document, 0 where padded.
+    positions_BxT: 0, 1, ... within each document, 0 where padded. teacher: what a cached teacher said of each position,
+    where one is to teach.
     """
 
     tokens_BxT: np.ndarray
     segment_ids_BxT: np.ndarray
     positions_BxT: np.ndarray
+    teacher: NotRequired[Targets]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,8 @@ class DataConfig:
       seq_len: T; must be what the shards were made with.
       batch_size: B, rows in a global batch, over all processes.
       seed: of the order of rows.
+      teacher_cache: name of the folder within each source where `falcon-relu teacher-cache` left what the teacher said;
+        it is then read along.
       threads: that read ahead.
       prefetch: batches read ahead, at least one a thread.
 
@@ -67,6 +74,7 @@ class DataConfig:
     seq_len: int = 2048
     batch_size: int = 8
     seed: int = 0
+    teacher_cache: str | None = None
     threads: int = 2
     prefetch: int = 8
 
@@ -105,61 +113,80 @@ def read_manifests(config: DataConfig) -> list[Manifest]:
     return manifests
 
 
-def train_batches(config: DataConfig, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
-    """Endless training batches: of each global batch, the rows that belong to this process.
+def read_teachers(config: DataConfig) -> list[TeacherManifest]:
+    """The manifest of each source's teacher shards; none where no cached teacher is to teach.
+
+    Raises:
+      FalconError: shards are unfinished, damaged or of other rows, or two sources were written by different teachers or
+        in different ways.
+    """
+    if config.teacher_cache is None:
+        return []
+    folders = [Path(source.path) / config.teacher_cache for source in config.sources]
+    teachers = [
+        read_teacher_manifest(folder, manifest)
+        for folder, manifest in zip(folders, read_manifests(config), strict=True)
+    ]
+    for folder, teacher in zip(folders, teachers, strict=True):
+        for name in ("top_k", "dtype", "temperature", "vocab_size"):
+            if getattr(teacher, name) != getattr(teachers[0], name):
+                raise FalconError(f"{folder} and {folders[0]} differ in {name}: write the cache of all sources alike")
+        if teacher.teacher["weights"] != teachers[0].teacher["weights"]:
+            raise FalconError(f"{folder} and {folders[0]} were written by different teachers")
+    return teachers
+
+
+def train_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
+    """Endless training batches: of each global batch, some rows, all by default.
 
     Every source is gone through in a new random order each epoch, each row once. `get_state()` of the iterator is a
-    small dict that JSON can hold; `set_state` on an iterator of the same config goes on exactly there, on any number of
-    processes.
+    small dict that JSON can hold; `set_state` on an iterator of the same config goes on exactly there, whichever rows
+    it reads: the number of processes may change.
 
     Args:
       config: what to read.
-      process_index: this process; it gets the rows from `process_index * batch_size / process_count` on.
-      process_count: how many share a batch.
+      rows: indices into the global batch, from 0.
 
     Raises:
-      FalconError: the shards do not fit the config, are missing or damaged, or the batch cannot be shared evenly.
+      FalconError: the shards do not fit the config, or are missing or damaged.
     """
-    local = _local_rows(config.batch_size, process_index, process_count)
-    rows = _Rows(config, "train")
-    for source, count in zip(config.sources, rows.counts, strict=True):
+    wanted = _wanted(config, rows)
+    stored = _Rows(config, "train")
+    for source, count in zip(config.sources, stored.counts, strict=True):
         if not count:
             raise FalconError(f"{source.path} holds no training rows")
     orders = [
         # Grain's seed of an epoch is seed + epoch: the seeds of sources and runs must lie far apart.
         _addresses(i, count).shuffle(int(np.random.SeedSequence([config.seed, i]).generate_state(1)[0])).repeat()
-        for i, count in enumerate(rows.counts)
+        for i, count in enumerate(stored.counts)
     ]
     mixture = grain.MapDataset.mix(orders, [source.weight for source in config.sources])
-    return _iterate(mixture.batch(config.batch_size, batch_fn=lambda batch: rows.read(batch[local])), config)
+
+    def read(batch: Sequence[Address]) -> Batch:
+        return stored.read([batch[b] for b in wanted])
+
+    return _iterate(mixture.batch(config.batch_size, batch_fn=read), config)
 
 
-def validation_batches(
-    config: DataConfig, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator[Batch]:
+def validation_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
     """Every validation row of all sources once, in order; the last batch is filled up with empty rows (segment 0).
 
     Args and errors are those of `train_batches`; having no validation rows at all is an error too.
     """
-    local = _local_rows(config.batch_size, process_index, process_count)
-    rows = _Rows(config, "validation")
-    if not any(rows.counts):
+    wanted = _wanted(config, rows)
+    stored = _Rows(config, "validation")
+    if not any(stored.counts):
         raise FalconError("no source holds validation rows: prepare the text with a larger validation_fraction")
-    everything = grain.MapDataset.concatenate([_addresses(i, n) for i, n in enumerate(rows.counts) if n])
+    everything = grain.MapDataset.concatenate([_addresses(i, n) for i, n in enumerate(stored.counts) if n])
 
     def read(batch: Sequence[Address]) -> Batch:
-        return rows.read([*batch, *[None] * (config.batch_size - len(batch))][local])
+        return stored.read([batch[b] if b < len(batch) else None for b in wanted])
 
     return _iterate(everything.batch(config.batch_size, batch_fn=read), config)
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    if not 0 <= process_index < process_count:
-        raise FalconError(f"process {process_index} of {process_count}: the index counts from 0")
-    if batch_size % process_count:
-        raise FalconError(f"batch_size {batch_size} cannot be shared evenly by {process_count} processes")
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
+def _wanted(config: DataConfig, rows: np.ndarray | None) -> Sequence[int]:
+    return range(config.batch_size) if rows is None else rows.tolist()
 
 
 def _addresses(source: int, rows: int) -> grain.MapDataset[Address]:
@@ -194,44 +221,76 @@ class _Rows:
         manifests = read_manifests(config)
         self._seq_len = config.seq_len
         self._vocab_size = manifests[0].vocab_size
+        self._teachers = read_teachers(config)
         self.counts = [manifest.splits[split].rows for manifest in manifests]
         self._names = [str(source.path) for source in config.sources]
         shards = [manifest.splits[split].shards for manifest in manifests]
-        _allow_open_files(sum(map(len, shards)))
+        _allow_open_files((2 if self._teachers else 1) * sum(map(len, shards)))
         self._sources = [
-            grain.sources.ArrayRecordDataSource(
-                [_File(str(Path(source.path) / shard.file), shard.rows) for shard in of_source]
-            )
-            if of_source
-            else ()
-            for source, of_source in zip(config.sources, shards, strict=True)
+            _open(Path(source.path), of_source) for source, of_source in zip(config.sources, shards, strict=True)
+        ]
+        self._said = [
+            _open(Path(source.path) / str(config.teacher_cache), teacher.splits[split])
+            for source, teacher in zip(config.sources, self._teachers, strict=bool(self._teachers))
         ]
 
     def read(self, addresses: Sequence[Address | None]) -> Batch:
         """The rows at `addresses`; None gives an empty row."""
-        shape = (len(addresses), self._seq_len)
-        batch = Batch(
-            tokens_BxT=np.zeros(shape, np.int32),
-            segment_ids_BxT=np.zeros(shape, np.int32),
-            positions_BxT=np.zeros(shape, np.int32),
-        )
+        rows: list[Row | None] = [None] * len(addresses)
+        said = self._teachers[0].targets(len(addresses)) if self._teachers else None
         for b, address in enumerate(addresses):
             if address is not None:
-                tokens_T, runs = self._row(*address)
-                n = int(runs.sum())
-                batch["tokens_BxT"][b] = tokens_T
-                batch["segment_ids_BxT"][b, :n] = np.repeat(np.arange(1, len(runs) + 1), runs)
-                batch["positions_BxT"][b, :n] = np.arange(n) - np.repeat(np.cumsum(runs) - runs, runs)
-        return batch
+                record, rows[b] = self._row(*address)
+                if said is not None:
+                    for name, array in self._targets(*address, record).items():
+                        said[name][b] = array  # type: ignore[literal-required]
+        batch = unpack(rows, self._seq_len)
+        return batch if said is None else Batch(**batch, teacher=said)
 
-    def _row(self, source: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            return decode_row(self._sources[source][row], self._seq_len, self._vocab_size)
-        except (FalconError, ValueError, IndexError, RuntimeError, OSError) as error:
-            raise FalconError(
-                f"cannot read row {row} of {self._names[source]}: {error}; a shard is damaged: copy it again, or "
-                "remove it and run the same `falcon-relu prepare` again"
-            ) from None
+    def _row(self, source: int, row: int) -> tuple[bytes, Row]:
+        with _named(row, self._names[source], "prepare"):
+            record = self._sources[source][row]
+            return record, decode_row(record, self._seq_len, self._vocab_size)
+
+    def _targets(self, source: int, row: int, record: bytes) -> Targets:
+        with _named(row, f"the teacher's shards in {self._names[source]}", "teacher-cache"):
+            return decode_targets(self._said[source][row], self._teachers[source], record)
+
+
+def unpack(rows: Sequence[Row | None], seq_len: int) -> Batch:
+    """Rows of token shards (token ids [T], lengths of the document pieces) as a batch; None gives an empty row."""
+    shape = (len(rows), seq_len)
+    batch = Batch(
+        tokens_BxT=np.zeros(shape, np.int32),
+        segment_ids_BxT=np.zeros(shape, np.int32),
+        positions_BxT=np.zeros(shape, np.int32),
+    )
+    for b, row in enumerate(rows):
+        if row is not None:
+            tokens_T, runs = row
+            n = int(runs.sum())
+            batch["tokens_BxT"][b] = tokens_T
+            batch["segment_ids_BxT"][b, :n] = np.repeat(np.arange(1, len(runs) + 1), runs)
+            batch["positions_BxT"][b, :n] = np.arange(n) - np.repeat(np.cumsum(runs) - runs, runs)
+    return batch
+
+
+def _open(folder: Path, shards: Sequence[Shard]) -> Sequence[bytes]:
+    if not shards:
+        return ()
+    return grain.sources.ArrayRecordDataSource([_File(str(folder / shard.file), shard.rows) for shard in shards])
+
+
+@contextlib.contextmanager
+def _named(row: int, where: str, command: str) -> Iterator[None]:
+    """Says which row could not be read, and what to do."""
+    try:
+        yield
+    except (FalconError, ValueError, IndexError, RuntimeError, OSError) as error:
+        raise FalconError(
+            f"cannot read row {row} of {where}: {error}; a shard is damaged: copy it again, or remove it and run the "
+            f"same `falcon-relu {command}` again"
+        ) from None
 
 
 def _allow_open_files(shards: int) -> None:

@@ -14,6 +14,9 @@ Targets are the next tokens of the same segment, so the last token of a row has 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json, write_aside
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 _RUN_DTYPE = np.dtype("<u4")
 _ONE_ROW_A_GROUP = "group_size:1"  # so that rows can be read in any order
@@ -32,11 +35,12 @@ _ONE_ROW_A_GROUP = "group_size:1"  # so that rows can be read in any order
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file: its name in the folder, how many rows and how many bytes it has."""
+    """One ArrayRecord file: its name in the folder, how many rows and bytes it has, CRC-32 of its records in order."""
 
     file: str
     rows: int
     bytes: int
+    crc32: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,11 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
         return {"format": FORMAT} | dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """A hash of what the folder holds, the same wherever it and the text lie."""
+        content = {name: value for name, value in self.to_json().items() if name not in ("sources", "bad_lines")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_path(folder: Path) -> Path:
@@ -162,18 +171,24 @@ def decode_row(record: bytes, seq_len: int, vocab_size: int) -> tuple[np.ndarray
 
 
 def write_shard(path: Path, rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Shard:
-    """Writes rows (token ids [T], lengths of the document pieces) to an ArrayRecord file, whole or not at all.
+    """Writes rows (token ids [T], lengths of the document pieces) as `write_records` does."""
+    return write_records(path, (encode_row(tokens_T, runs) for tokens_T, runs in rows))
+
+
+def write_records(path: Path, records: Iterable[bytes]) -> Shard:
+    """Writes an ArrayRecord file whose records can be read in any order, whole or not at all.
 
     Raises:
       FalconError: the file could not be written whole.
     """
-    count = 0
+    count = crc = 0
     with write_aside(path, replace=True) as aside:
         try:
             writer = ArrayRecordWriter(str(aside), _ONE_ROW_A_GROUP)
-            for tokens_T, runs in rows:
-                writer.write(encode_row(tokens_T, runs))
+            for record in records:
+                writer.write(record)
                 count += 1
+                crc = zlib.crc32(record, crc)
             writer.close()
             written = _count(aside)
         except (OSError, RuntimeError, ValueError) as error:
@@ -181,7 +196,7 @@ def write_shard(path: Path, rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Sh
         if written != count:
             raise FalconError(f"could not write {path}: {written} of {count} rows can be read back")
         size = aside.stat().st_size
-    return Shard(path.name, count, size)
+    return Shard(path.name, count, size, crc)
 
 
 def _count(path: Path) -> int:

@@ -69,7 +69,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def state_shardings(config: FalconConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The sharding of every leaf of a TrainState: moments like their parameters, counters on every device."""
-    params = param_shardings(config, mesh)
+    params = param_shardings(config, mesh, at_rest=True)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
         optimizer,
@@ -85,10 +85,10 @@ def init_state(
     config: FalconConfig, optimizer: optax.GradientTransformation, params: Params, shardings: TrainState
 ) -> TrainState:
     """The state before the first step, from float32 parameters that it takes over."""
+    params = jax.device_put(params, shardings.params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    zeros = (jax.device_put(jnp.zeros((), jnp.int32), shardings.step) for _ in range(3))
-    step, bad_steps, skipped = zeros
-    return TrainState(step, params, opt_state, bad_steps, skipped)
+    zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings.step)
+    return TrainState(step=zero(), params=params, opt_state=opt_state, bad_steps=zero(), skipped=zero())
 
 
 def abstract_state(config: FalconConfig, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

@@ -44,10 +44,11 @@ from infer.step import MODES
 from infer.weights import Formats, from_params
 from train.config import TrainConfig
 from train.data import DataConfig, train_batches, validation_batches
-from train.loop import train, validate
+from train.loop import train
 from train.memory import keep_freed_memory
 from train.prepare import PrepareConfig, prepare
 from train.shards import read_manifest
+from train.validation import validate
 
 PUBLISHED_RETENTION = 0.973  # average score of ReluFalcon-40B over that of Falcon-40B, six benchmarks
 

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from falcon_relu.cli.configs import config_names, load_config
 from falcon_relu.cli.figures import report
 from train.config import TrainConfig
+from train.distributed import DistributedConfig, joined
 from train.loop import train
 from train.memory import keep_freed_memory
 
@@ -27,6 +29,7 @@ class Args:
     """Train or distil a model as a config says."""
 
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     json: Path | None = None
     """Also write the figures to this file."""
 
@@ -37,8 +40,10 @@ def defaults(config: str | None) -> Args:
 
 
 def run(args: Args) -> None:
-    """Trains, then reports the last validation."""
+    """Trains, then reports the last validation, once for all processes."""
     keep_freed_memory()
     start = time.perf_counter()
-    figures = train(args.run)
-    report({"out": str(args.run.out)} | figures | {"seconds": time.perf_counter() - start}, args.json)
+    with joined(args.distributed):
+        figures = train(args.run)
+        if jax.process_index() == 0:
+            report({"out": str(args.run.out)} | figures | {"seconds": time.perf_counter() - start}, args.json)

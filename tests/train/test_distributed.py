@@ -1,0 +1,105 @@
+"""Two real processes on loopback against one: the same data, the same losses, one decision."""
+
+import dataclasses
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import train.loop
+from falcon_relu.checkpoint import load_model
+from falcon_relu.errors import FalconError
+from falcon_relu.sharding import make_mesh
+from tests.train import processes
+from tests.train.runs import config_of, lose_a_file, make_data, run_until_stopped
+from train.data import DataConfig
+from train.distributed import DistributedConfig, Rows
+from train.watch import read_log
+
+STEPS = 60
+LOSS_TOLERANCE = 1e-4  # relative; sums over devices are added in another order
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DataConfig:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data):
+    """One process with eight devices, from beginning to end."""
+    config = config_of(tmp_path_factory.mktemp("alone") / "run", data, steps=STEPS, checkpoint_every=10)
+    train.loop.train(config)
+    return config
+
+
+def assert_same_run(config, alone):
+    one, other = ([line for line in read_log(run.out / "log.jsonl") if "loss" in line] for run in (alone, config))
+    assert [line["step"] for line in other] == list(range(1, STEPS + 1))
+    # A row that was left out or read twice would change how many positions count.
+    assert [line["count"] for line in other] == [line["count"] for line in one]
+    for name in ("loss", "cross_entropy", "gradient_norm", "zeros"):
+        np.testing.assert_allclose([line[name] for line in other], [line[name] for line in one], rtol=LOSS_TOLERANCE)
+    params = [load_model(run.out / "weights")[1] for run in (alone, config)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *params)
+
+
+def test_two_processes_train_as_one_does_and_outlive_the_death_of_one(tmp_path, data, alone):
+    config, cache = dataclasses.replace(alone, out=tmp_path / "run"), tmp_path / "compiled"
+    pair = processes.start_two(config, cache=cache)
+    processes.wait_until(lambda: max(processes.whole_checkpoints(config.out), default=0) >= 10, pair[0])
+    pair[1].kill()
+    status, output = processes.finish(pair[0], timeout=60)
+    assert status == 1, output
+    assert "process 0 of 2: failed as shown above" in output
+    pair[1].communicate()
+
+    pair = processes.start_two_as_slurm(config, cache=cache)
+    (status, first), (other_status, second) = map(processes.finish, pair)
+    assert (status, other_status) == (0, 0), first + second
+    assert "run: 60/60" in first
+    assert "run: " not in second
+    assert processes.starts(config.out)[-1] >= 10
+    assert_same_run(config, alone)
+
+
+def test_from_one_process_to_two_and_back(tmp_path, data, alone, monkeypatch):
+    config, cache = dataclasses.replace(alone, out=tmp_path / "run", checkpoint_every=5), tmp_path / "compiled"
+    run_until_stopped(monkeypatch, config, 12)
+    lose_a_file(config.out / "checkpoints" / "12")
+    pair = processes.start_two(config, cache=cache)
+    processes.wait_until(lambda: len(processes.starts(config.out)) > 1, pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    ends = [processes.finish(process) for process in pair]
+    assert [status for status, _ in ends] == [130, 130], ends
+    assert "checkpoints/12 is damaged" in ends[0][1]
+    stopped = processes.last_step(config.out)
+    assert 10 < stopped < STEPS
+    assert processes.whole_checkpoints(config.out)[-1] == stopped
+    train.loop.train(config)
+    assert processes.starts(config.out) == [0, 10, stopped]
+    assert_same_run(config, alone)
+
+
+def test_every_row_is_held_whichever_way_the_mesh_lies():
+    for shape in ((1, 8, 1), (2, 2, 2), (1, 1, 8)):
+        mesh = make_mesh(shape)
+        rows = Rows(mesh, 16)
+        batch = {"tokens": np.arange(32).reshape(16, 2)}
+        assert rows.own.tolist() == list(range(16))
+        placed = rows.to_global(batch)["tokens"]
+        np.testing.assert_array_equal(placed, batch["tokens"])
+        assert len(placed.addressable_shards[0].data) == 16 // (shape[0] * shape[1])
+    with pytest.raises(FalconError, match="12 cannot be shared evenly by the 8 devices"):
+        Rows(make_mesh((1, 8, 1)), 12)
+
+
+def test_contradictory_flags_are_refused():
+    for wrong, message in (
+        ({"auto": True, "process_id": 1}, "auto alone"),
+        ({"coordinator": "a:1", "num_processes": 2}, "together"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "host:port"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistributedConfig(**wrong)

@@ -1,0 +1,241 @@
+"""Several processes as one run: joining them, agreeing among them, whose rows of a batch are whose."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from falcon_relu.errors import FalconError
+from falcon_relu.progress import console
+from falcon_relu.sharding import batch_sharding
+from train.data import Batch
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C came to one of the processes, and all have stopped after the same step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How this process finds the others of its run; alone by default.
+
+    Attributes:
+      auto: let JAX find them by the environment: SLURM, GKE, Cloud TPU, Open MPI.
+      coordinator: host:port of process 0, where the environment does not tell.
+      num_processes: how many there are, with `coordinator`.
+      process_id: which one this is, from 0, with `coordinator`.
+
+    Raises:
+      ValueError: the fields contradict each other; the message names them.
+    """
+
+    auto: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self) -> None:
+        explicit = (self.coordinator, self.num_processes, self.process_id)
+        if any(value is not None for value in explicit) and (self.auto or None in explicit):
+            raise ValueError(
+                "distributed: give either auto alone, or coordinator, num_processes and process_id together"
+            )
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
+            raise ValueError(f"distributed.coordinator must be host:port, got {self.coordinator!r}")
+
+
+@contextlib.contextmanager
+def joined(config: DistributedConfig) -> Iterator[None]:
+    """Within, this process is one of those of the run; process 0 alone speaks on the console.
+
+    Must begin before JAX touches a device. When a block fails in one of several processes, that process says why and
+    exits with status 1 at once: leaving in good order would wait for the others, which wait for this one.
+
+    Raises:
+      FalconError: the others could not be found or reached.
+    """
+    if not config.auto and config.coordinator is None:
+        _check_alone()
+        yield
+        return
+    _initialize(config)
+    console.quiet = jax.process_index() != 0
+    try:
+        yield
+        jax.distributed.shutdown()
+    except Stopped:
+        jax.distributed.shutdown()
+        raise
+    except BaseException as error:
+        _say(error)
+        os._exit(1)
+
+
+def _initialize(config: DistributedConfig) -> None:
+    # JAX would take SIGTERM for itself; see StopVote.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        if config.auto:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(
+                config.coordinator, config.num_processes, config.process_id, cluster_detection_method="deactivate"
+            )
+    except (ValueError, RuntimeError) as error:
+        if config.auto:
+            raise FalconError(
+                f"--distributed.auto: no cluster that JAX knows was found or reached ({error}); start one process a "
+                "task (srun, a GKE job), or give --distributed.coordinator, --distributed.num-processes and "
+                "--distributed.process-id"
+            ) from None
+        raise FalconError(
+            f"process {config.process_id} could not join {config.num_processes} at {config.coordinator} ({error}); "
+            "make sure that all were started and that the coordinator's port is free and can be reached"
+        ) from None
+
+
+def _check_alone() -> None:
+    """Stops what would be many runs in one folder: tasks of a cluster that nobody told of each other."""
+    env = os.environ
+    tasks = int(env.get("SLURM_NTASKS", "1")) if "SLURM_STEP_NODELIST" in env else 1
+    workers = len(env.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    if max(tasks, workers) > 1:
+        raise FalconError(
+            f"this is one of {max(tasks, workers)} processes that the cluster started: add --distributed.auto to make "
+            "them one run"
+        )
+
+
+def _say(error: BaseException) -> None:
+    if isinstance(error, FalconError):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted before the others had stopped; the run goes on from its last checkpoint"
+    else:
+        traceback.print_exception(error)
+        text = (
+            "failed as shown above. If another process failed first, that is the cause: see its output. Start all "
+            "processes again, the run goes on from its last checkpoint"
+        )
+    print(f"process {jax.process_index()} of {jax.process_count()}: {text}", file=sys.stderr, flush=True)
+
+
+# --- agreeing ---
+
+
+def all_agree(ok: bool) -> bool:
+    """Whether `ok` is true in every process; every process must ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.array([ok]))))
+
+
+def check_same(value: bytes, what: str) -> None:
+    """Makes sure that every process has the same 4 bytes or more, by their first 4; every process must ask.
+
+    Raises:
+      FalconError: they differ.
+    """
+    number = np.array([int.from_bytes(value[:4], "little")], np.uint32)
+    if len(np.unique(multihost_utils.process_allgather(number))) > 1:
+        raise FalconError(f"the processes of this run were not started with the same {what}")
+
+
+def wait_for_all(where: str) -> None:
+    """Waits until every process has come here."""
+    multihost_utils.sync_global_devices(where)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM or Ctrl-C came; a second Ctrl-C stops at once."""
+    came: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class StopVote:
+    """Whether any process was asked to stop, as all of them see it after the same step.
+
+    The votes of a step are a tiny reduction on the devices that is read one step later, so no process waits for it. A
+    single process needs no vote: it stops after the step under way.
+    """
+
+    def __init__(self, asked: Callable[[], bool], mesh: Mesh):
+        self._asked = asked
+        self._before: jax.Array | None = None
+        self._shape = (mesh.size,)
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self) -> bool:
+        """Whether to stop now; every process calls it once a step, after dispatching the step."""
+        if jax.process_count() == 1:
+            return self._asked()
+        mine = np.array([self._asked()])
+        votes = jax.make_array_from_callback(self._shape, self._sharding, lambda _: mine)
+        before, self._before = self._before, self._any(votes)
+        return before is not None and bool(jax.device_get(before))
+
+
+# --- rows ---
+
+
+class Rows:
+    """Which rows of every global batch the devices of this process hold, and how they become global arrays.
+
+    Attributes:
+      own: the rows, ascending; processes that share a slice of a model have the same ones.
+      parts: how many pieces the devices cut a batch into.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int):
+        """Looks up the rows.
+
+        Raises:
+          FalconError: the batch cannot be shared evenly.
+        """
+        self.parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        if batch_size % self.parts:
+            raise FalconError(
+                f"batch_size {batch_size} cannot be shared evenly by the {self.parts} devices along data and fsdp: "
+                "change --data.batch-size or --mesh"
+            )
+        self._sharding = batch_sharding(mesh)
+        self._batch_size = batch_size
+        held = self._sharding.addressable_devices_indices_map((batch_size,)).values()
+        self.own = np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+    def to_global(self, batch: Batch) -> Batch:
+        """Global arrays [B, ...] over the mesh from this process's rows."""
+
+        def place(rows: np.ndarray) -> jax.Array:
+            def block(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(self._batch_size)
+                first = int(np.searchsorted(self.own, start))
+                return rows[first : first + stop - start]
+
+            return jax.make_array_from_callback((self._batch_size, *rows.shape[1:]), self._sharding, block)
+
+        return jax.tree.map(place, batch)

@@ -1,0 +1,70 @@
+"""Figures on held-out rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from falcon_relu.checkpoint import load_model
+from falcon_relu.config import Activation
+from falcon_relu.model import Falcon, Params
+from falcon_relu.sharding import make_mesh, use_mesh
+from train.data import Batch, DataConfig, validation_batches
+from train.distributed import Rows
+from train.loss import LossConfig
+from train.step import make_validation_step, means
+from train.watch import Figures, to_host
+
+
+def run_validation(
+    validation_fn: Any,
+    student: Falcon,
+    params: Params,
+    teacher_params: Params,
+    batches: Iterable[Batch],
+    rows: Rows,
+) -> Figures:
+    """Means over all rows of `batches`, as `train.step.means` names them."""
+    each = (validation_fn(params, rows.to_global(batch), teacher_params) for batch in batches)
+    sums, active_L = functools.reduce(functools.partial(jax.tree.map, jnp.add), each)
+    return to_host(means(sums, active_L, student.config.d_ff))
+
+
+def validate(
+    source: str | Path,
+    data: DataConfig,
+    *,
+    activation: Activation | None = None,
+    teacher: str | Path | None = None,
+    loss: LossConfig | None = None,
+    mesh: Mesh | None = None,
+) -> Figures:
+    """Held-out figures of a stored model in float32; see `run_validation`.
+
+    Args:
+      source: the model, as for `load_model`.
+      data: its validation rows are read.
+      activation: run it under another activation: the swapped but untuned student.
+      teacher: model to compare with.
+      loss: what "loss" is; cross-entropy alone by default.
+      mesh: devices; all of them along fsdp by default.
+    """
+    loss = loss or LossConfig()
+    mesh = mesh or make_mesh()
+    rows = Rows(mesh, data.batch_size)
+    with use_mesh(mesh):
+        config, params = load_model(source, mesh=mesh)
+        student = Falcon(config if activation is None else config.with_activation(activation))
+        teacher_model, teacher_params = None, None
+        if teacher is not None:
+            teacher_config, teacher_params = load_model(teacher, mesh=mesh)
+            teacher_model = Falcon(teacher_config)
+        step = make_validation_step(loss, student, teacher_model)
+        batches = validation_batches(data, rows.own)
+        return run_validation(step, student, params, teacher_params, batches, rows)
