@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from falcon_relu.config import family
@@ -10,11 +13,13 @@ from falcon_relu.model import Falcon
 from falcon_relu.sharding import make_mesh, param_shardings, use_mesh
 from tests.conftest import random_params
 from train.config import OptimizerConfig
-from train.loss import LossConfig
+from train.loss import LossConfig, next_tokens
 from train.state import init_state, learning_rate_schedule, make_optimizer, state_shardings
-from train.step import make_train_step
+from train.step import loss_and_sums, make_train_step
+from train.teacher_cache import say_top_k
 
 CONFIG = family("tiny-40b").with_activation("relu")
+STUDENT = Falcon(CONFIG)
 TEACHER = family("tiny-40b")
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 LOSS = LossConfig(kd_weight=0.7, temperature=2.0, chunk=4)
@@ -32,20 +37,68 @@ def _batch(rows: int = 8, T: int = 16):
     }
 
 
-def _step(mesh_shape=(1, 1, 1), microbatches=1, batch=None, spoil=False):
-    """Parameters and metrics after one step."""
+def _cached(batch):
+    """The batch with what a cached teacher said of it."""
+    teacher, params = Falcon(TEACHER), random_params(TEACHER, seed=1)
+    tokens, segments = batch["tokens_BxT"], batch["segment_ids_BxT"]
+    hidden = teacher.apply({"params": params}, tokens, batch["positions_BxT"], segments, method="hidden")
+    targets, _ = next_tokens(jnp.asarray(tokens), jnp.asarray(segments))
+    said, _ = say_top_k(hidden, params["embed"]["embedding"], targets, top_k=20, temperature=LOSS.temperature, chunk=16)
+    return batch | {"teacher": {name: np.asarray(array) for name, array in vars(said).items()}}
+
+
+def _step(
+    mesh_shape=(1, 1, 1),
+    microbatches=1,
+    batch=None,
+    spoil=False,
+    optimizer=None,
+    loss=LOSS,
+    student=STUDENT,
+    ramp=(0, 0),
+    step=0,
+):
+    """Parameters and metrics after one step; a batch that has no cached teacher is taught online."""
     mesh = make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = optimizer or make_optimizer(OPTIMIZER, 10)
+    batch = batch or _batch()
     with use_mesh(mesh):
         params = jax.device_put(random_params(CONFIG), param_shardings(CONFIG, mesh))
         if spoil:
             params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(jnp.nan)
         before = jax.device_get(params)
-        teacher = jax.device_put(random_params(TEACHER, seed=1), param_shardings(TEACHER, mesh))
+        teacher, teacher_params = None, None
+        if "teacher" not in batch:
+            teacher = Falcon(TEACHER)
+            teacher_params = jax.device_put(random_params(TEACHER, seed=1), param_shardings(TEACHER, mesh))
         state = init_state(CONFIG, optimizer, params, state_shardings(CONFIG, optimizer, mesh))
-        step = make_train_step(LOSS, Falcon(CONFIG), Falcon(TEACHER), optimizer, mesh, microbatches)
-        state, metrics = step(state, batch or _batch(), teacher)
+        state = dataclasses.replace(state, step=state.step + step)
+        step_fn = make_train_step(loss, student, teacher, optimizer, mesh, microbatches, ramp)
+        state, metrics = step_fn(state, batch, teacher_params)
         return before, jax.device_get(state), jax.device_get(metrics)
+
+
+# Keeps the gradients as they come, and moves nothing.
+RECORDER = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))
+
+
+def _gradients(**changes):
+    """Loss, metrics and gradients of a step, those of stacked layers one by one: {(parameter, layer): array}."""
+    _, state, metrics = _step(optimizer=RECORDER, **changes)
+    gradients = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state[0].trace):
+        layers = leaf if path[0].key == "layers" else [leaf]
+        gradients |= {(jax.tree_util.keystr(path), i): layer for i, layer in enumerate(layers)}
+    return metrics, gradients
+
+
+def _assert_same(found, expected):
+    """Every figure, and every gradient by the norm of its difference, to 1e-5."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found[0], expected[0])
+    assert found[1].keys() == expected[1].keys()
+    for name, theirs in expected[1].items():
+        assert np.linalg.norm(theirs) > 0
+        assert np.linalg.norm(found[1][name] - theirs) <= 1e-5 * np.linalg.norm(theirs), name
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +106,91 @@ def alone():
     return _step()
 
 
+@pytest.fixture(scope="module")
+def taught():
+    """A batch for each kind of teacher, and what one device makes of it."""
+    batches = {"online": _batch(), "cached": _cached(_batch())}
+    return {name: (batch, _gradients(batch=batch)) for name, batch in batches.items()}
+
+
+@pytest.mark.parametrize("kind", ["online", "cached"])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
-def test_a_sharded_step_equals_the_step_on_one_device(shape, alone):
-    """The first moment after one step is 0.1 times the clipped gradient: every gradient is compared by it."""
-    _, expected, metrics = alone
-    _, state, sharded_metrics = _step(shape)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sharded_metrics, metrics)
-    moment = lambda s: s.opt_state[1][0].mu  # noqa: E731
-    for mine, theirs in zip(jax.tree.leaves(moment(state)), jax.tree.leaves(moment(expected)), strict=True):
+def test_loss_and_every_gradient_on_a_mesh_equal_those_on_one_device(shape, kind, taught):
+    batch, expected = taught[kind]
+    _assert_same(_gradients(mesh_shape=shape, batch=batch), expected)
+
+
+def test_the_l1_term_and_the_blend_of_activations_survive_remat_microbatches_and_sharding():
+    changes = {"loss": dataclasses.replace(LOSS, l1_stages=((4, 0.5), (8, 2.0))), "ramp": (4, 12), "step": 6}
+    blended = dataclasses.replace(STUDENT, start_activation="gelu")
+    expected = _gradients(student=blended, **changes)
+    assert expected[0]["l1"] > 0.1
+    remat = dataclasses.replace(blended, remat="full")
+    _assert_same(_gradients(student=remat, mesh_shape=(2, 2, 2), microbatches=2, **changes), expected)
+
+
+def test_the_l1_term_is_the_weighted_mean_activation():
+    batch, params = _batch(), random_params(CONFIG)
+    teacher = Falcon(TEACHER), random_params(TEACHER, seed=1)
+    stages = dataclasses.replace(LOSS, l1_stages=((1, 3.0),))
+
+    def loss(config, params):
+        return loss_and_sums(config, STUDENT, params, batch, *teacher, step=jnp.int32(0))
+
+    def magnitude(params):
+        rows = batch["tokens_BxT"], batch["positions_BxT"], batch["segment_ids_BxT"]
+        _, sown = STUDENT.apply({"params": params}, *rows, method="hidden", mutable=["activations"])
+        _, mask = next_tokens(jnp.asarray(rows[0]), jnp.asarray(rows[2]))
+        return jnp.sum(jnp.abs(sown["activations"]["layers"]["mlp"]["neurons"]).mean((0, 3)) * mask)
+
+    (value, (sums, _)), gradient = jax.value_and_grad(loss, 1, has_aux=True)(stages, params)
+    (plain, _), plain_gradient = jax.value_and_grad(loss, 1, has_aux=True)(LOSS, params)
+    l1, l1_gradient = jax.value_and_grad(magnitude)(params)
+    np.testing.assert_allclose(sums.l1, l1, rtol=1e-5)
+    np.testing.assert_allclose(value, plain + 3.0 * l1, rtol=1e-5)
+    expected = jax.tree.map(lambda a, b: a + 3.0 * b, plain_gradient, l1_gradient)
+    for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
+
+
+def test_activations_blend_from_the_start_to_the_own():
+    batch, params = _batch(), random_params(CONFIG)
+    rows = batch["tokens_BxT"], batch["positions_BxT"], batch["segment_ids_BxT"]
+
+    def run(model, ramp=None):
+        hidden, sown = model.apply(
+            {"params": params}, *rows, activation_ramp=ramp, method="hidden", mutable=["activations"]
+        )
+        return hidden, sown["activations"]["layers"]["mlp"]["neurons"][0]
+
+    blended = dataclasses.replace(STUDENT, start_activation="gelu")
+    gelu, relu, half = run(Falcon(TEACHER)), run(STUDENT), run(blended, jnp.float32(0.5))
+    jax.tree.map(np.testing.assert_array_equal, run(blended, jnp.float32(0.0)), gelu)
+    jax.tree.map(np.testing.assert_array_equal, run(blended, jnp.float32(1.0)), relu)
+    np.testing.assert_allclose(half[1], (gelu[1] + relu[1]) / 2, atol=1e-6)  # the first layer: same inputs in all
+    jax.tree.map(np.testing.assert_array_equal, run(blended), relu)
+
+    def zeros(step):
+        return _step(student=blended, ramp=(3, 6), step=step)[2]["zeros"].mean()
+
+    assert zeros(3) < 1e-3
+    assert zeros(5) < 1e-3
+    assert zeros(6) == pytest.approx(_step()[2]["zeros"].mean())
+
+
+def test_the_l1_term_makes_zeros():
+    def zeros(loss):
+        mesh, optimizer = make_mesh((1, 1, 1), jax.devices()[:1]), make_optimizer(OPTIMIZER, 40)
+        with use_mesh(mesh):
+            state = init_state(CONFIG, optimizer, random_params(CONFIG), state_shardings(CONFIG, optimizer, mesh))
+            step = make_train_step(loss, STUDENT, None, optimizer, mesh)
+            for _ in range(25):
+                state, metrics = step(state, _batch(), None)
+            return float(metrics["zeros"].mean()), float(metrics["cross_entropy"])
+
+    plain, sparse = zeros(LossConfig()), zeros(LossConfig(l1_stages=((5, 0.1), (20, 1.0))))
+    assert sparse[0] > plain[0] + 0.05
+    assert sparse[1] < 6.0  # and still learns
 
 
 def test_microbatches_change_nothing_with_uneven_counts(alone):
