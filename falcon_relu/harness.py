@@ -156,7 +156,7 @@ class HarnessModel(TemplateLM):
         return [self._journal[key] for key in keys]
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
-        """Token ids as lm-eval pairs them: the continuation is what a context without its last spaces does not cover."""
+        """Token ids as lm-eval pairs them: a context gives its last spaces to the continuation."""
         contexts = [context.rstrip() for context, _ in pairs]
         texts = dict.fromkeys([*contexts, *("".join(pair) for pair in pairs)])
         ids = dict(zip(texts, self._tokens.encode_batch(list(texts)), strict=True))

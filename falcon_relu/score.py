@@ -214,7 +214,8 @@ class FlaxEngine:
     def score(self, batch: Sequence[Row]) -> dict[int, Score]:
         """One forward pass."""
         T = _length(batch[0])
-        model = dataclasses.replace(self._model, query_chunk=_QUERY_CHUNK if T % _QUERY_CHUNK == 0 else None)
+        chunk = _QUERY_CHUNK if T % _QUERY_CHUNK == 0 else None
+        model = dataclasses.replace(self._model, query_chunk=chunk, attention="chunked")  # which knows SHARED
         arrays = _lay_out(batch, self._batch_size(T), T)
         count = max(row.n_scored for row in batch)
         if self._mesh is None:

@@ -31,13 +31,17 @@ def questions(seed: int, vocab: int, n: int = 6) -> list[Request]:
     return found
 
 
-def one_by_one(model: Falcon, params, request: Request, context: int) -> tuple[float, bool]:
-    tokens = np.array([[*request.context, *request.continuation]], np.int32)[:, -(context + 1) :]
-    logits = jax.jit(model.apply)({"params": params}, tokens[:, :-1])[0]
-    n = len(request.continuation)
-    log_nxV = np.asarray(jax.nn.log_softmax(logits[-n:]), np.float64)
-    targets = tokens[0, -n:]
-    return log_nxV[np.arange(n), targets].sum(), bool((log_nxV.argmax(-1) == targets).all())
+def one_by_one(model: Falcon, params, requests: list[Request]) -> list[tuple[float, bool]]:
+    context = model.config.max_positions
+    forward = jax.jit(lambda tokens_BxT: jax.nn.log_softmax(model.apply({"params": params}, tokens_BxT)))
+    found = []
+    for request in requests:
+        ids = [*request.context, *request.continuation][-(context + 1) :]
+        n, T = len(request.continuation), len(ids) - 1
+        log_nxV = np.asarray(forward(np.array([ids[:-1] + [0] * (context - T)], np.int32))[0, T - n : T], np.float64)
+        targets = np.array(ids[-n:])
+        found.append((log_nxV[np.arange(n), targets].sum(), bool((log_nxV.argmax(-1) == targets).all())))
+    return found
 
 
 def score(engine: Engine, rows: list[Row]) -> dict[int, Score]:
@@ -46,8 +50,7 @@ def score(engine: Engine, rows: list[Row]) -> dict[int, Score]:
 
 def check(found: dict, requests: list[Request], model: Falcon, params) -> None:
     assert sorted(found) == list(range(len(requests)))
-    for number, request in enumerate(requests):
-        logprob, greedy = one_by_one(model, params, request, model.config.max_positions)
+    for number, (logprob, greedy) in enumerate(one_by_one(model, params, requests)):
         assert found[number].logprob == pytest.approx(logprob, abs=2e-4)
         assert found[number].greedy == greedy
 
@@ -65,10 +68,9 @@ def test_rows_score_as_the_requests_do_alone(tiny_name):
     assert found[len(requests) - 1].greedy
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
-def test_rows_score_alike_on_a_mesh(shape):
+def test_rows_score_alike_on_a_mesh():
     config = family("tiny-40b")
-    model, params, mesh = Falcon(config), random_params(config), make_mesh(shape)
+    model, params, mesh = Falcon(config), random_params(config), make_mesh((2, 2, 2))
     requests = questions(1, config.vocab_size, 2)
     with use_mesh(mesh):
         placed = jax.device_put(params, param_shardings(config, mesh))

@@ -1,0 +1,163 @@
+"""`falcon-relu eval`: benchmarks by lm-eval, for the Flax model and for CPU decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json as jsonlib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from falcon_relu.checkpoint import load_model
+from falcon_relu.cli.figures import report
+from falcon_relu.config import Activation
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json, write_aside, write_json
+from falcon_relu.model import Falcon
+from falcon_relu.score import Engine, FlaxEngine
+from falcon_relu.sharding import make_mesh, use_mesh
+from falcon_relu.tokenizer import Tokenizer
+from infer import kernels
+from infer.formats import Format
+from infer.predictor import load
+from infer.score import DecodeEngine
+from infer.storage import is_decode_weights
+from infer.storage import load as load_packed
+from infer.weights import Formats, from_checkpoint
+
+EngineName = Literal["flax", "dense", "exact", "sparse"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Run benchmarks with EleutherAI's lm-eval: pip install "falcon-relu[eval]".
+
+    Answers are kept in the --out folder as they come. Run the same command again after an interruption and it goes on;
+    run it with other tasks and it asks only what is new.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Native weights, Hugging Face folder, hub id or, for the CPU modes, decode weights of falcon-relu pack."""
+    tokenizer: Path
+    """A tokenizer.json, or a folder with one."""
+    out: Path
+    """Folder of the run: settings, answers.jsonl, results.json and samples/."""
+    suite: Literal["open-llm-v1"] | None = None
+    """ARC-Challenge (25 examples shown), HellaSwag (10), MMLU (5), TruthfulQA mc2 (0), Winogrande (5) and GSM8K (5)."""
+    tasks: tuple[str, ...] = ()
+    """Any tasks or groups of lm-eval, with the examples that they show by default; or some of --suite's."""
+    shots: int | None = None
+    """Examples to show, for --tasks."""
+    data: Path | None = None
+    """Folder of local datasets, see falcon-relu eval-data; the hub is asked for others."""
+    offline: bool = False
+    """Ask the hub for nothing."""
+    limit: int | None = None
+    """Questions of each task, at most (of each subject of MMLU)."""
+    seed: int = 1234
+    """Of the examples shown, and of sampled generation."""
+    engine: EngineName = "flax"
+    """flax: the dense model on any devices; dense, exact or sparse: decoding on this CPU."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of weights and products, for flax."""
+    mesh: tuple[int, int, int] = (1, -1, 1)
+    """Devices along (data, fsdp, tensor), for flax; one -1 takes what is left."""
+    predictor: Path | None = None
+    """Predictor file, for sparse; packed weights may hold one already."""
+    format: Format | None = None
+    """Number format of the weights, for the CPU modes; that of packed weights, else bf16, if not given."""
+    backend: kernels.Backend = "auto"
+    """Kernels, for the CPU modes."""
+    activation: Activation | None = None
+    """MLP activation, where a Hugging Face config does not state it."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Claims the folder, loads, asks, reports."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise FalconError('evaluation needs lm-eval: pip install "falcon-relu[eval]"')
+    if (args.suite is None) == (not args.tasks):
+        raise FalconError("say what to run: --suite open-llm-v1, or --tasks with names of lm-eval")
+    if args.limit is not None and args.limit < 1:
+        raise FalconError(f"--limit must be at least 1, got {args.limit}")
+    # All of these are read when the libraries are imported.
+    os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    if args.offline:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    from falcon_relu.harness import HarnessModel, Journal
+    from falcon_relu.suite import SUITES, Benchmark, evaluate
+
+    tokenizer = Tokenizer(args.tokenizer)
+    settings = _claim(args, tokenizer)
+    benchmarks = SUITES[args.suite] if args.suite else [Benchmark(name, name, args.shots) for name in args.tasks]
+    journal = Journal(args.out / "answers.jsonl", write=jax.process_index() == 0)
+    model = HarnessModel(engine(args), tokenizer, journal, args.seed)
+    found = evaluate(model, benchmarks, data=args.data, limit=args.limit, seed=args.seed)
+    samples = found.pop("samples")
+    results = {"settings": settings, "suite": args.suite, "limit": args.limit, "seed": args.seed, **found}
+    if jax.process_index() == 0:
+        write_json(args.out / "results.json", results)
+        for name, records in samples.items():
+            (args.out / "samples").mkdir(exist_ok=True)
+            with write_aside(args.out / "samples" / f"{name}.jsonl", replace=True) as aside:
+                aside.write_text("".join(jsonlib.dumps(record, default=str) + "\n" for record in records))
+    shown = {name: results[name] for name in ("average", "limit", "seed", "lm_eval")}
+    report({"engine": args.engine, **shown, "benchmarks": found["rows"]}, args.json, also=results)
+
+
+def engine(args: Args) -> Engine:
+    """What the arguments say to run.
+
+    Raises:
+      FalconError: the model cannot be loaded or cannot serve the mode.
+    """
+    if args.engine == "flax":
+        mesh = make_mesh(args.mesh)
+        with use_mesh(mesh):
+            config, params = load_model(args.model, activation=args.activation, dtype=jnp.dtype(args.dtype), mesh=mesh)
+        return FlaxEngine(Falcon(config, jnp.dtype(args.dtype)), params, mesh)
+    kernels.backend(args.backend)
+    if is_decode_weights(Path(args.model)):
+        if args.format is not None or args.activation is not None:
+            raise FalconError(f"{args.model} is packed already: its format and activation cannot be chosen any more")
+        weights = load_packed(Path(args.model))
+    else:
+        weights = from_checkpoint(args.model, Formats.all(args.format or "bf16"), activation=args.activation)
+    if args.predictor is not None:
+        weights = weights.with_predictor(load(args.predictor, weights.config), args.format or "bf16")
+    return DecodeEngine(weights, args.engine, args.backend)
+
+
+def _claim(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Makes the folder, or makes sure that the answers in it are of this model, and says what they are of."""
+    names = ("dtype",) if args.engine == "flax" else ("format", "backend")
+    settings = {"model": str(args.model), "engine": args.engine, "tokenizer": tokenizer.sha256}
+    settings |= {name: getattr(args, name) for name in ("activation", *names)}
+    settings["weights"] = _fingerprint(Path(args.model))
+    settings["predictor"] = None if args.predictor is None else _fingerprint(args.predictor)
+    path = args.out / "settings.json"
+    if path.exists() and (found := read_json(path)) != settings:
+        changed = [name for name in settings if found.get(name) != settings[name]]
+        raise FalconError(
+            f"{args.out} holds answers of another model or way ({', '.join(changed)}); choose another --out"
+        )
+    if jax.process_index() == 0:
+        write_json(path, settings)
+    return settings
+
+
+def _fingerprint(path: Path) -> str | None:
+    """A digest of the names, sizes and times of a file or of a folder's files; None for a hub id."""
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    about = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.blake2b(jsonlib.dumps(about).encode(), digest_size=8).hexdigest()

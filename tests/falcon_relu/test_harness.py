@@ -1,0 +1,154 @@
+"""Our engines and lm-eval's own Hugging Face model on the same exported folder: every answer, every score."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval")
+torch = pytest.importorskip("torch")
+
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from falcon_relu import corpora, eval_data  # noqa: E402
+from falcon_relu.checkpoint import export_hf, load_model  # noqa: E402
+from falcon_relu.config import family  # noqa: E402
+from falcon_relu.errors import FalconError  # noqa: E402
+from falcon_relu.harness import HarnessModel, Journal  # noqa: E402
+from falcon_relu.model import Falcon  # noqa: E402
+from falcon_relu.native import save_params  # noqa: E402
+from falcon_relu.score import Engine, FlaxEngine  # noqa: E402
+from falcon_relu.sharding import init_params  # noqa: E402
+from falcon_relu.suite import SUITES, Benchmark, evaluate  # noqa: E402
+from falcon_relu.tokenizer import Tokenizer, train_bpe  # noqa: E402
+from infer.score import DecodeEngine  # noqa: E402
+from infer.weights import Formats, from_params  # noqa: E402
+from tests.conftest import random_params  # noqa: E402
+
+WORDS = "ash birch cedar elm fir hazel larch maple oak pine rowan spruce willow yew".split()
+
+
+def phrase(rng: np.random.Generator, n: int) -> str:
+    return " ".join(rng.choice(WORDS, n))
+
+
+def write_dataset(folder: Path, config: str, splits: dict[str, list[dict]]) -> None:
+    files = []
+    for split, documents in splits.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+        files.append({"split": split, "path": f"{split}.jsonl"})
+    header = json.dumps([{"config_name": config, "data_files": files}])
+    (folder / "README.md").write_text(f"---\nconfigs: {header}\n---\n")
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> Path:
+    """A few made-up questions in the layout of three of the hub's datasets."""
+    data, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+
+    def arc(i: int) -> dict[str, Any]:
+        choices = [phrase(rng, 1 + j % 3) for j in range(4)]
+        choices[1] = f"{choices[0]} {phrase(rng, 1)}"  # one that begins with another
+        return {
+            "id": str(i),
+            "question": phrase(rng, 5 + i),
+            "choices": {"text": choices, "label": list("ABCD")},
+            "answerKey": "ABCD"[i % 4],
+        }
+
+    def winogrande(i: int) -> dict[str, Any]:
+        a, b = rng.choice(WORDS, 2, replace=False)
+        return {"sentence": f"{phrase(rng, 6)} _ {phrase(rng, 4)}.", "option1": a, "option2": b, "answer": "12"[i % 2]}
+
+    def gsm8k(i: int) -> dict[str, Any]:
+        return {"question": f"{phrase(rng, 8)} {i}?", "answer": f"{phrase(rng, 4)}\n#### {i}"}
+
+    for name, config, make, splits in (
+        ("allenai/ai2_arc", "ARC-Challenge", arc, ("train", "validation", "test")),
+        ("allenai/winogrande", "winogrande_xl", winogrande, ("train", "validation")),
+        ("openai/gsm8k", "main", gsm8k, ("train", "test")),
+    ):
+        write_dataset(data / name, config, {split: [make(i) for i in range(12)] for split in splits})
+    return data
+
+
+SMALL = (
+    Benchmark("ARC-Challenge", "arc_challenge", 3, "acc_norm,none", "arc"),
+    Benchmark("Winogrande", "winogrande", 2, "acc,none", "winogrande"),
+    Benchmark("GSM8K", "gsm8k", 1, "exact_match,strict-match", "gsm8k"),
+)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory) -> Path:
+    """A random ReLU Falcon, exported with a tokenizer of its own."""
+    folder, rng = tmp_path_factory.mktemp("model"), np.random.default_rng(1)
+    tokenizer = train_bpe(
+        [f"Question: {phrase(rng, 20)}\nAnswer: {i} ####" for i in range(200)], 400, folder / "t.json"
+    )
+    config = family("tiny-40b").replace(
+        activation="relu",
+        vocab_size=tokenizer.vocab_size,
+        max_positions=400,
+        bos_token_id=tokenizer.eos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    save_params(folder / "native", config, random_params(config, 5))
+    export_hf(folder / "native", folder / "hf", tokenizer=folder / "t.json")
+    return folder / "hf"
+
+
+def engines(folder: Path) -> dict[str, Engine]:
+    config, params = load_model(folder)
+    weights = from_params(params, config, Formats.all("f32"))
+    return {"flax": FlaxEngine(Falcon(config), params), "exact": DecodeEngine(weights, "exact")}
+
+
+def answers(results: dict[str, Any]) -> dict[str, list]:
+    """Every answer of a run by task, in the order of the questions."""
+    return {
+        name: [[answer for (answer,) in record["resps"]] for record in sorted(records, key=lambda r: r["doc_id"])]
+        for name, records in results["samples"].items()
+    }
+
+
+def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, float]:
+    """Makes sure that all answers and scores agree; how many answers, and the largest difference of log-likelihoods."""
+    count, worst = 0, 0.0
+    found, wanted = answers(mine), answers(theirs)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        for a, b in zip(itertools.chain(*found[name]), itertools.chain(*wanted[name]), strict=True):
+            count += 1
+            if isinstance(b, str):
+                assert a == b, name
+            else:
+                worst = max(worst, abs(float(a[0]) - float(b[0])))
+                assert a[1] == b[1], name
+    assert worst < 1e-3
+    assert mine["rows"] == theirs["rows"]
+    return count, worst
+
+
+def test_answers_and_scores_are_those_of_transformers(small_data, small_model):
+    theirs = evaluate(
+        HFLM(str(small_model), device="cpu", dtype="float32", batch_size=1), SMALL, data=small_data, limit=4
+    )
+    for engine in engines(small_model).values():
+        mine = evaluate(HarnessModel(engine, Tokenizer(small_model)), SMALL, data=small_data, limit=4)
+        count, _ = compare(mine, theirs)
+        assert count == 4 * (4 + 2 + 2)  # GSM8K's texts count twice: it has two filters
