@@ -29,6 +29,8 @@ COMMANDS = {
     "predictor": "fit and calibrate the predictors of which neurons fire",
     "pack": "checkpoint -> decode weights, laid out for a CPU and loaded at disk speed",
     "decode": "continue prompts on a CPU, reading only the neurons that fire",
+    "eval-data": "benchmark questions as local files, for machines without a network",
+    "eval": "benchmarks by lm-eval, for the Flax model and for CPU decoding",
     "bench": "speed of decoding at real widths against the memory bandwidth",
 }
 
