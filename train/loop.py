@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -18,18 +20,17 @@ from falcon_relu.progress import progress
 from falcon_relu.sharding import init_params, make_mesh, use_mesh
 from train.checkpoints import Checkpoints, writing
 from train.config import TrainConfig
-from train.data import Batch, DataConfig, read_manifests, read_teachers, train_batches, validation_batches
+from train.data import Batch, data_digests, read_manifests, read_teachers, train_batches, validation_batches
 from train.distributed import Rows, Stopped, StopVote, stop_signals
 from train.flops import model_flops
 from train.folder import claim, finish, note_start, read_architecture, write_architecture
-from train.shards import Manifest
 from train.state import TrainState, abstract_state, init_state, make_optimizer, state_shardings
 from train.step import Metrics, make_train_step, make_validation_step
 from train.validation import run_validation
 from train.watch import Figures, RunLog, Samples, Trace, Watch
 
 
-def train(config: TrainConfig) -> Figures:
+def train(config: TrainConfig, on_log: Callable[[Figures], None] | None = None) -> Figures:
     """Runs `config` to its end, or goes on with it where an earlier process stopped; a finished run returns at once.
 
     Every process of a run calls it (see `train.distributed.joined`). Leaves in `config.out`:
@@ -45,6 +46,10 @@ def train(config: TrainConfig) -> Figures:
 
     SIGTERM and Ctrl-C to any process save a checkpoint and stop all of them after the same step.
 
+    Args:
+      config: the run.
+      on_log: called in process 0 with every line of the log as it is written, to draw curves, say.
+
     Returns:
       The content of `figures.json`.
 
@@ -56,79 +61,91 @@ def train(config: TrainConfig) -> Figures:
     figures = claim(config)
     if figures is not None:
         return figures
-    manifests = read_manifests(config.data)
     mesh = make_mesh(config.mesh)
-    rows = Rows(mesh, config.data.batch_size)
     with (
         use_mesh(mesh),
         stop_signals() as asked,
         Checkpoints(config.out / "checkpoints", config.keep_checkpoints, config.keep_every) as saved,
     ):
-        teacher, teacher_params = _teacher(config, mesh)
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        batches = train_batches(config.data, rows.own)
-        architecture, state = _begin_or_go_on(config, mesh, optimizer, saved, batches, manifests)
-        _check_vocabularies(architecture, teacher, max(manifest.vocab_size for manifest in manifests))
-        _check_cached_teacher(config, architecture)
-        student = Falcon(
-            architecture,
-            jnp.dtype(config.compute_dtype),
-            config.remat,
-            config.query_chunk,
-            start_activation=config.start_activation,
-            attention=config.attention,
-        )
-        step_fn = make_train_step(
-            config.loss, student, teacher, optimizer, mesh, config.microbatches, config.activation_ramp
-        )
-        validation_fn = make_validation_step(config.loss, student, teacher)
-        has_validation = any(manifest.splits["validation"].rows for manifest in manifests)
-
+        job, state, batches = _set_up(config, mesh, saved)
         first = int(jax.device_get(state.step))
         note_start(config, first, mesh)
-        data = config.data
-        flops = model_flops(architecture, teacher.config if teacher else None, data.batch_size, data.seq_len)
-        with RunLog(config.out, first) as log:
-            watch = Watch(config, log, first, flops)
-            samples = Samples(config.samples, student, log, rows.parts) if config.samples.every else None
-            trace, vote = Trace(config.out, config.profile), StopVote(asked, mesh)
-
-            def validated(step: int) -> Figures:
-                held_out = validation_batches(config.data, rows.own)
-                figures = run_validation(validation_fn, student, state.params, teacher_params, held_out, rows)
-                log.validation(step, figures)
-                return figures
-
-            pending: tuple[int, Metrics] | None = None
-            scale = data.batch_size * data.seq_len
-            with progress(config.out.name, config.steps, "tokens", scale=scale, done=first) as advance:
-                for step in range(first + 1, config.steps + 1):
-                    batch = rows.to_global(next(batches))
-                    trace.before(step - first)
-                    with jax.transfer_guard("disallow"):
-                        state, metrics = step_fn(state, batch, teacher_params)
-                    trace.after(step - first, metrics)
-                    if pending is not None:  # while this step runs, the one before is read
-                        advance(1, watch.read(*pending))
-                    pending = (step, metrics)
-                    stopping, last = vote(), step == config.steps
-                    if stopping or last or _due(step, config.checkpoint_every):
-                        advance(1, watch.read(*pending))
-                        pending = None
-                        saved.save(step, state, _facts(batches, manifests))
-                    saved.check()
-                    if stopping:
-                        raise Stopped
-                    if has_validation and not last and _due(step, config.validate_every):
-                        validated(step)
-                    if samples is not None and _due(step, config.samples.every):
-                        samples.write(step, state.params)
-            trace.stop()
-            figures = validated(config.steps) if has_validation else log.last
+        with RunLog(config.out, first, on_log) as log:
+            state = _run_steps(job, state, batches, saved, log, StopVote(asked, mesh))
+            figures = job.validate(state, config.steps, log) if job.has_validation else log.last
         with writing(f"the weights to {config.out}"):
-            save_params(config.out / "weights", architecture, state.params, replace=True)
+            save_params(config.out / "weights", job.student.config, state.params, replace=True)
             finish(config.out, figures)
     return figures
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What stays the same from step to step."""
+
+    config: TrainConfig
+    rows: Rows
+    data: dict[str, str]  # hashes of what the folders of the data hold
+    has_validation: bool
+    student: Falcon
+    teacher: Falcon | None
+    teacher_params: Params
+    step_fn: Any
+    validation_fn: Any
+
+    def validate(self, state: TrainState, step: int, log: RunLog) -> Figures:
+        """Means over the validation rows, logged."""
+        rows, params = validation_batches(self.config.data, self.rows.own), (state.params, self.teacher_params)
+        figures = run_validation(self.validation_fn, self.student, *params, rows, self.rows)
+        log.validation(step, figures)
+        return figures
+
+    def facts(self, batches: grain.DatasetIterator[Batch]) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state. Nothing is drawn at random on the way: the seeds are settings."""
+        return {"position": batches.get_state(), "data": self.data}
+
+    def flops(self) -> float:
+        """Model FLOPs of a step."""
+        teacher = None if self.teacher is None else self.teacher.config
+        return model_flops(self.student.config, teacher, self.config.data.batch_size, self.config.data.seq_len)
+
+
+def _run_steps(
+    job: _Job,
+    state: TrainState,
+    batches: grain.DatasetIterator[Batch],
+    saved: Checkpoints,
+    log: RunLog,
+    vote: StopVote,
+) -> TrainState:
+    config, first = job.config, int(jax.device_get(state.step))
+    watch, trace = Watch(config, log, job.flops()), Trace(config.out, config.profile)
+    samples = Samples(config.samples, job.student, log, job.rows.parts) if config.samples.every else None
+    pending: tuple[int, Metrics] | None = None
+    tokens = config.data.batch_size * config.data.seq_len
+    with progress(config.out.name, config.steps, "tokens", scale=tokens, done=first) as advance, trace:
+        for step in range(first + 1, config.steps + 1):
+            batch = job.rows.to_global(next(batches))
+            trace.before(step - first)
+            with jax.transfer_guard("disallow"):
+                state, metrics = job.step_fn(state, batch, job.teacher_params)
+            trace.after(step - first, metrics)
+            if pending is not None:  # while this step runs, the one before is read
+                advance(1, watch.read(*pending))
+            pending = (step, metrics)
+            stopping, last = vote(), step == config.steps
+            if stopping or last or _due(step, config.checkpoint_every):
+                advance(1, watch.read(*pending))  # so that the log has every step that a checkpoint holds
+                pending = None
+                saved.save(step, state, job.facts(batches))
+            saved.check()
+            if stopping:
+                raise Stopped
+            if job.has_validation and not last and _due(step, config.validate_every):
+                job.validate(state, step, log)
+            if samples is not None and _due(step, config.samples.every):
+                samples.write(step, state.params)
+    return state
 
 
 def _due(step: int, every: int) -> bool:
@@ -136,6 +153,41 @@ def _due(step: int, every: int) -> bool:
 
 
 # --- where a run starts ---
+
+
+def _set_up(
+    config: TrainConfig, mesh: Mesh, saved: Checkpoints
+) -> tuple[_Job, TrainState, grain.DatasetIterator[Batch]]:
+    manifests, data = read_manifests(config.data), data_digests(config.data)
+    rows = Rows(mesh, config.data.batch_size)
+    batches = train_batches(config.data, rows.own)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    architecture, state = _begin_or_go_on(config, mesh, optimizer, saved, batches, data)
+    teacher, teacher_params = _teacher(config, mesh)
+    _check_vocabularies(architecture, teacher, max(manifest.vocab_size for manifest in manifests))
+    _check_cached_teacher(config, architecture)
+    student = Falcon(
+        architecture,
+        jnp.dtype(config.compute_dtype),
+        config.remat,
+        config.query_chunk,
+        start_activation=config.start_activation,
+        attention=config.attention,
+    )
+    job = _Job(
+        config=config,
+        rows=rows,
+        data=data,
+        has_validation=any(manifest.splits["validation"].rows for manifest in manifests),
+        student=student,
+        teacher=teacher,
+        teacher_params=teacher_params,
+        step_fn=make_train_step(
+            config.loss, student, teacher, optimizer, mesh, config.microbatches, config.activation_ramp
+        ),
+        validation_fn=make_validation_step(config.loss, student, teacher),
+    )
+    return job, state, batches
 
 
 def _teacher(config: TrainConfig, mesh: Mesh) -> tuple[Falcon | None, Params]:
@@ -152,7 +204,7 @@ def _begin_or_go_on(
     optimizer: Any,
     saved: Checkpoints,
     batches: grain.DatasetIterator[Batch],
-    manifests: list[Manifest],
+    data: dict[str, str],
 ) -> tuple[FalconConfig, TrainState]:
     """What the student is, and the state to go on from; moves `batches` to where that state stopped."""
     if not saved.steps():
@@ -163,8 +215,13 @@ def _begin_or_go_on(
     architecture = read_architecture(config.out)
     shardings = state_shardings(architecture, optimizer, mesh)
     state, facts = saved.restore(abstract_state(architecture, optimizer, shardings))
-    _check_same_data(config.data, manifests, facts["manifests"])
-    batches.set_state(facts["data"])
+    changed = [name for name in data | facts["data"] if data.get(name) != facts["data"].get(name)]
+    if changed:
+        raise FalconError(
+            f"{config.out} began with other rows than are there now in: {', '.join(changed)}. They were prepared again "
+            "or exchanged: bring the old ones back, or start a new run under another --out"
+        )
+    batches.set_state(facts["position"])
     return architecture, state
 
 
@@ -178,20 +235,6 @@ def _initial_model(config: TrainConfig, mesh: Mesh) -> tuple[FalconConfig, Param
     if config.activation is not None:
         architecture = architecture.with_activation(config.activation, config.activation_shift)
     return architecture, params
-
-
-def _facts(batches: grain.DatasetIterator[Batch], manifests: list[Manifest]) -> dict[str, Any]:
-    """What a checkpoint keeps beside the state. Nothing is drawn at random on the way: the seeds are settings."""
-    return {"data": batches.get_state(), "manifests": [manifest.digest() for manifest in manifests]}
-
-
-def _check_same_data(data: DataConfig, manifests: list[Manifest], stored: list[str]) -> None:
-    for source, manifest, digest in zip(data.sources, manifests, stored, strict=True):
-        if manifest.digest() != digest:
-            raise FalconError(
-                f"{source.path} does not hold the rows that the run began with: it was prepared again or exchanged. "
-                "Bring the old shards back, or start a new run under another --out"
-            )
 
 
 def _check_vocabularies(student: FalconConfig, teacher: Falcon | None, data: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ class RunLog:
     Args:
       out: folder of the run.
       first: steps that a checkpoint holds; later lines, of work that was lost, are dropped.
+      on_line: called with every line that is written.
     """
 
-    def __init__(self, out: Path, first: int):
+    def __init__(self, out: Path, first: int, on_line: Callable[[Figures], None] | None = None):
+        self._on_line = on_line or (lambda _: None)
         self._path = out / LOG
         self.last: Figures = {}
         self._board: SummaryWriter | None = None
@@ -78,6 +80,7 @@ class RunLog:
         if jax.process_index() == 0:
             with writing(str(self._path)), self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            self._on_line(line)
 
     def _show(self, group: str, step: int, figures: Figures) -> None:
         if self._board is None:
@@ -107,11 +110,10 @@ class Watch:
     Args:
       config: the run.
       log: where the figures go.
-      first: steps done before.
       flops: model FLOPs of a step.
     """
 
-    def __init__(self, config: TrainConfig, log: RunLog, first: int, flops: float):
+    def __init__(self, config: TrainConfig, log: RunLog, flops: float):
         self._config, self._log, self._flops = config, log, flops
         self._tokens = config.data.batch_size * config.data.seq_len
         self._since: tuple[int, float] | None = None
@@ -209,11 +211,15 @@ class Trace:
         """To be called after the `number`-th step was dispatched; the last one of a trace is waited for."""
         if self._on and number >= self._last:
             jax.block_until_ready(metrics)
-            self.stop()
+            self._stop()
 
-    def stop(self) -> None:
-        """Ends a trace that the run's end cuts short."""
-        if self._on:
-            jax.profiler.stop_trace()
-            self._on = False
-            logging.info("trace written to %s", self._folder)
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:  # the run's end cuts it short
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._on = False
