@@ -1,15 +1,17 @@
 """Speed of decoding at real widths, with random weights, against what the memory delivers to the same threads.
 
-Times on a shared machine drift, so every measurement of a kernel or a step stands between two readings of memory, and
-medians are reported. Weights must be far larger than the last-level cache, and active sets change from call to call.
+Times on a shared machine drift, so everything that is compared is measured in turn, again and again, and medians are
+reported. Weights must be far larger than the last-level cache, and active sets change from call to call.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,12 +21,14 @@ import numpy as np
 from falcon_relu.config import FalconConfig
 from infer import kernels
 from infer.formats import DTYPES, Format, Rows, quantise
-from infer.kernels import native
+from infer.generate import read_prompts
 from infer.memory import huge_empty
-from infer.step import DecodeState, Mode, decode_step, step_bytes
+from infer.step import DecodeState, Mode, decode_step, step_bytes, unembed
 from infer.weights import DecodeWeights, Formats, LayerWeights, Norm, PredictorWeights
 
 _PATTERN_ROWS = 2048  # distinct random rows; a matrix repeats them, which memory cannot tell
+_KERNEL_BYTES = 4 << 30  # of the matrices that a kernel is measured on
+_MOST_MATRICES = 16
 
 
 def random_weights(config: FalconConfig, formats: Formats, rank: int, seed: int = 0) -> DecodeWeights:
@@ -98,6 +102,8 @@ class TokenFigures:
 
     Attributes:
       seconds: median time of a step.
+      head_seconds: median time of the vocabulary head alone, which a step includes.
+      choosing_seconds: median time of choosing the neurons of all layers, which a sparse step includes; else 0.
       bytes: of weights read by a step.
       head_bytes: of these, the vocabulary head's, which a model has once.
       bandwidth: bytes a second that memory delivered to plain reading between the steps.
@@ -105,12 +111,21 @@ class TokenFigures:
     """
 
     seconds: float
+    head_seconds: float
+    choosing_seconds: float
     bytes: int
     head_bytes: int
     bandwidth: float
     active: float
 
-    def row(self, name: dict[str, Any], layers: int, full_layers: int, full_bandwidth: float) -> dict[str, Any]:
+    @property
+    def layer_seconds(self) -> float:
+        """Time of a step without the vocabulary head."""
+        return self.seconds - self.head_seconds
+
+    def row(
+        self, name: dict[str, Any], dense: TokenFigures | None, layers: int, full_layers: int, full_bandwidth: float
+    ) -> dict[str, Any]:
         """As a table row, projected to a whole model on a machine of another bandwidth at the same share of it."""
         rate = self.bytes / self.seconds
         full_bytes = self.head_bytes + (self.bytes - self.head_bytes) * full_layers / layers
@@ -123,6 +138,8 @@ class TokenFigures:
             "memory GB/s": self.bandwidth / 1e9,
             "share of memory": share,
             "ideal ms": 1e3 * self.bytes / self.bandwidth,
+            "layers, times dense": dense.layer_seconds / self.layer_seconds if dense else None,
+            "choosing, share of layers": self.choosing_seconds / self.layer_seconds,
             f"tokens/s, {full_layers} layers at {full_bandwidth / 1e9:g} GB/s": full_bandwidth * share / full_bytes,
         }
 
@@ -130,28 +147,70 @@ class TokenFigures:
 def measure_tokens(
     weights: DecodeWeights, mode: Mode, backend: kernels.Backend, context: int, steps: int, batch: int = 1
 ) -> TokenFigures:
-    """Decodes random tokens with half of the context behind them."""
-    rng = np.random.default_rng(0)
-    state = DecodeState.empty(weights.config, batch, context, jnp.float16)
-    state = dataclasses.replace(state, length_B=jnp.full(batch, context // 2, jnp.int32))
-    read = memory_reader([rows for layer in weights.layers for rows in (layer.up, layer.down)])
-    seconds, bandwidths = [], []
-    for step in range(steps + 1):
-        token_B = jnp.asarray(rng.integers(0, weights.config.vocab_size, batch), jnp.int32)
-        start = time.perf_counter()
-        logits, state, reads = decode_step(weights, state, token_B, mode=mode, backend=backend)
-        logits.block_until_ready()
-        if step:  # the first one compiles
-            seconds.append(time.perf_counter() - start)
-        bandwidths.append(read())
+    """One way of decoding; see `measure_ways`."""
+    return measure_ways([(weights, mode)], backend, context, steps, batch)[0]
+
+
+def measure_ways(
+    ways: Sequence[tuple[DecodeWeights, Mode]], backend: kernels.Backend, context: int, steps: int, batch: int = 1
+) -> list[TokenFigures]:
+    """Decodes random tokens with half of the context behind them, one step each way in turn.
+
+    The ways must share their matrices; their predictors' budgets may differ.
+    """
+    weights = ways[0][0]
     c = weights.config
-    return TokenFigures(
-        seconds=float(np.median(seconds)),
-        bytes=step_bytes(weights, reads, mode),
-        head_bytes=weights.head_rows.nbytes,
-        bandwidth=float(np.median(bandwidths)),
-        active=float(reads.down_L.sum()) / (c.d_ff * c.n_layers),
+    rng = np.random.default_rng(0)
+    read = memory_reader([rows for layer in weights.layers for rows in (layer.up, layer.down)])
+    choose = _choosing(c.d_ff, c.n_layers, kernels.backend(backend))
+    hidden_BxD = jnp.ones((batch, c.d_model), jnp.float32)
+    states = [_half_full(c, batch, context) for _ in ways]
+    times = np.zeros((len(ways), steps + 1, 4))  # a step, the head, choosing, reading
+    reads = [None] * len(ways)
+    for step in range(steps + 1):
+        for i, (chosen, mode) in enumerate(ways):
+            token_B = jnp.asarray(rng.integers(0, c.vocab_size, batch), jnp.int32)
+            start = time.perf_counter()
+            logits, states[i], reads[i] = decode_step(chosen, states[i], token_B, mode=mode, backend=backend)
+            logits.block_until_ready()
+            times[i, step, 0] = time.perf_counter() - start
+            times[i, step, 1] = _timed(functools.partial(unembed, backend=backend), weights, hidden_BxD)
+            times[i, step, 2] = choose(chosen.layers[0].predictor.budget) if mode == "sparse" else 0.0
+            times[i, step, 3] = read()
+    seconds = np.median(times[:, 1:], axis=1)  # the first steps compile
+    return [
+        TokenFigures(
+            seconds=float(of[0]),
+            head_seconds=float(of[1]),
+            choosing_seconds=float(of[2]),
+            bytes=step_bytes(weights, read, mode),
+            head_bytes=weights.head_rows.nbytes,
+            bandwidth=float(of[3]),
+            active=float(read.down_L.sum()) / (c.d_ff * c.n_layers),
+        )
+        for of, read, (_, mode) in zip(seconds, reads, ways, strict=True)
+    ]
+
+
+def measure_prefill(weights: DecodeWeights, prompt: int, repeats: int) -> dict[str, Any]:
+    """Reading a prompt of so many tokens, the logits after its last one included, as a table row."""
+    c = weights.config
+    tokens = np.random.default_rng(0).integers(0, c.vocab_size, prompt).tolist()
+
+    def run() -> jax.Array:
+        return read_prompts(weights, DecodeState.empty(c, 1, prompt), [tokens])[0]
+
+    seconds = float(np.median([_timed(run) for _ in range(repeats + 1)][1:]))
+    numbers = sum(
+        w.shape[0] * w.shape[1] for layer in weights.layers for w in (layer.qkv, layer.out, layer.up, layer.down)
     )
+    products = 2 * (prompt * numbers + c.vocab_size * c.d_model)
+    return {
+        "prompt": prompt,
+        "seconds": seconds,
+        "tokens/s": prompt / seconds,
+        "GFLOP/s of the matrices": products / seconds / 1e9,
+    }
 
 
 def memory_reader(matrices: list[Rows]) -> Callable[[], float]:
@@ -160,65 +219,117 @@ def memory_reader(matrices: list[Rows]) -> Callable[[], float]:
 
     def read() -> float:
         rows = matrices[next(order) % len(matrices)]
-        return rows.data.nbytes / _timed(_read, rows)
+        return rows.data.nbytes / _timed(_reader(), [rows], [()], jnp.int32(0))
 
     read()
     return read
+
+
+def memory_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes a second that memory delivers to all threads together, reading `size` bytes of numbers in a stream."""
+    data = huge_empty((size >> 14, 1 << 12), np.float32)
+    data.fill(1.0)  # pages never written would all be the same one
+    read = memory_reader([Rows(jax.device_put(data))])
+    return float(np.median([read() for _ in range(3)]))
+
+
+def _half_full(c: FalconConfig, batch: int, context: int) -> DecodeState:
+    state = DecodeState.empty(c, batch, context, jnp.float16)
+    return dataclasses.replace(state, length_B=jnp.full(batch, context // 2, jnp.int32))
 
 
 # ---- single kernels
 
 
 def measure_kernels(
-    D: int, F: int, format: Format, active: tuple[float, ...], repeats: int
+    D: int, F: int, format: Format, active: tuple[float, ...], repeats: int, backends: Sequence[kernels.Backend]
 ) -> Iterator[dict[str, Any]]:
-    """One table row a kernel and backend: its rate against plain reading of the same rows in the same order."""
+    """One table row a kernel and backend: its rate against plain reading of as many rows in the same order.
+
+    A call goes through all matrices, each product waiting for the one before, as the layers of a model do.
+    """
     rng = np.random.default_rng(0)
-    matrices = [random_rows(rng, F, D, format) for _ in range(2)]  # in turn, so that no call finds the last one's rows
+    size = F * D * DTYPES[format].itemsize
+    matrices = [random_rows(rng, F, D, format) for _ in range(min(_MOST_MATRICES, -(-_KERNEL_BYTES // size)))]
     x_BxD = jnp.asarray(rng.standard_normal((1, D)), jnp.float32)
     h_BxF = jnp.asarray(rng.standard_normal((1, F)), jnp.float32)
-    index = [_random_index(rng, F, share) for share in active for _ in range(repeats)]
-    every = [()] * repeats
-    for k in _backends():
-        dot, gathered, weighted = (jax.jit(f) for f in (k.rows_dot, k.gathered_rows_dot, k.weighted_row_sum))
-        shape = {"backend": kernels.describe(k), "format": format}
-        yield _row(shape | {"kernel": "rows_dot"}, matrices, every, lambda w: dot(w, x_BxD))  # noqa: B023
-        yield _row(shape | {"kernel": "weighted_row_sum"}, matrices, every, lambda w: weighted(w, h_BxF))  # noqa: B023
-        for share in active:
-            some = [one for one in index if int(one[1]) == round(share * F)]
-            named = shape | {"active": share}
-            up = lambda w, i, n: gathered(w, i, n, x_BxD)  # noqa: E731, B023
-            down = lambda w, i, n: weighted(w, h_BxF, i, n)  # noqa: E731, B023
-            yield _row(named | {"kernel": "gathered_rows_dot"}, matrices, some, up)
-            yield _row(named | {"kernel": "weighted_row_sum"}, matrices, some, down)
+    for k in map(kernels.backend, backends):
+        up = _chain(lambda w, i, x, k=k: k.gathered_rows_dot(w, *i, x) if i else k.rows_dot(w, x))
+        down = _chain(lambda w, i, h, k=k: k.weighted_row_sum(w, h, *i, skip_zeros=bool(i)))
+        for share in (None, *active):
+            for name, run, x in (("rows_dot", up, x_BxD), ("weighted_row_sum", down, h_BxF)):
+                name = f"gathered_{name}" if share else name
+                labels = {"kernel": name, "backend": kernels.describe(k), "format": format, "active": share}
+                yield labels | _against_reading(run, x, matrices, share, repeats, rng)
 
 
-def measure_select(F: int, share: float, repeats: int) -> Iterator[dict[str, Any]]:
+def measure_select(F: int, share: float, repeats: int, backends: Sequence[kernels.Backend]) -> list[dict[str, Any]]:
     """Time of choosing that share of F neurons, by threshold and by budget."""
-    score_BxF = jnp.asarray(np.random.default_rng(0).standard_normal((1, F)), jnp.float32)
-    threshold = float(jnp.quantile(score_BxF, 1 - share))
-    for k in _backends():
-        select = jax.jit(k.select)
-        for by, arguments in (("threshold", (threshold, F)), ("budget", (-np.inf, round(share * F)))):
-            seconds = [_timed(select, score_BxF, *arguments) for _ in range(repeats + 1)][1:]
-            yield {"backend": kernels.describe(k), "by": by, "active": share, "ms": 1e3 * float(np.median(seconds))}
+    rows = []
+    highest = (statistics.NormalDist().inv_cdf(1 - share) if share < 1 else -np.inf, F)
+    for k in map(kernels.backend, backends):
+        for by, (threshold, budget) in (("threshold", highest), ("budget", (-np.inf, round(share * F)))):
+            choose = _choosing(F, _MOST_MATRICES, k, threshold)
+            seconds = float(np.median([choose(budget) for _ in range(repeats + 1)][1:])) / _MOST_MATRICES
+            rows.append({"backend": kernels.describe(k), "by": by, "active": share, "ms": 1e3 * seconds})
+    return rows
 
 
-def _row(
-    name: dict[str, Any], matrices: list[Rows], index: list[tuple], kernel: Callable[..., jax.Array]
-) -> dict[str, Any]:
-    w = matrices[0]
+def _against_reading(
+    run: Callable[..., jax.Array],
+    x: jax.Array,
+    matrices: list[Rows],
+    share: float | None,
+    repeats: int,
+    rng: np.random.Generator,
+) -> dict[str, float]:
+    F = matrices[0].shape[0]
+    size = len(matrices) * (F if share is None else round(share * F)) * matrices[0].row_bytes
     rates, memory = [], []
-    for i, one in enumerate([index[0], *index]):
-        count = int(one[1]) if one else w.shape[0]
-        read, compute = matrices[i % 2], matrices[(i + 1) % 2]
-        size = count * w.row_bytes
-        memory.append(size / _timed(_read, read, *one))
-        rates.append(size / _timed(kernel, compute, *one))
+    for _ in range(repeats + 1):
+        for measured, call, start in ((memory, _reader(), jnp.int32(0)), (rates, run, x)):
+            index = [() if share is None else _random_index(rng, F, share) for _ in matrices]
+            measured.append(size / _timed(call, matrices, index, start))
     rate, delivered = float(np.median(rates[1:])), float(np.median(memory[1:]))  # the first calls compile
-    order = ("kernel", "backend", "format", "active")
-    labels = {key: name.get(key) for key in order}
-    return labels | {"GB/s": rate / 1e9, "memory GB/s": delivered / 1e9, "share of memory": rate / delivered}
+    return {"GB/s": rate / 1e9, "memory GB/s": delivered / 1e9, "share of memory": rate / delivered}
+
+
+def _chain(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """kernel(matrix, index, x) for every matrix and its index, in order: none can start before the last one ended."""
+
+    @jax.jit
+    def run(matrices: list[Rows], index: list[tuple], x: jax.Array) -> jax.Array:
+        for w, i in zip(matrices, index, strict=True):
+            x = x + 0.0 * kernel(w, i, x)[:, :1]
+        return x
+
+    return run
+
+
+@functools.cache
+def _reader() -> Callable[..., jax.Array]:
+    k = kernels.backend()
+
+    @jax.jit
+    def run(matrices: list[Rows], index: list[tuple], seen: jax.Array) -> jax.Array:
+        for w, i in zip(matrices, index, strict=True):
+            seen = k.read_rows(w, *i, seen=seen)
+        return seen
+
+    return run
+
+
+def _choosing(F: int, times: int, k: ModuleType, threshold: float = -np.inf) -> Callable[[Any], float]:
+    """A function from a budget to the time of choosing among F random scores so many times."""
+    score_BxF = jnp.asarray(np.random.default_rng(0).standard_normal((1, F)), jnp.float32)
+
+    @jax.jit
+    def run(threshold: jax.Array, budget: jax.Array) -> jax.Array:
+        for _ in range(times):
+            threshold = threshold + 0.0 * k.select(score_BxF, threshold, budget)[1]
+        return threshold
+
+    return lambda budget: _timed(run, jnp.float32(threshold), jnp.int32(budget))
 
 
 def _random_index(rng: np.random.Generator, F: int, share: float) -> tuple[jax.Array, jax.Array]:
@@ -226,19 +337,6 @@ def _random_index(rng: np.random.Generator, F: int, share: float) -> tuple[jax.A
     index = np.full(F, F, np.int32)
     index[:count] = np.sort(rng.choice(F, count, replace=False))
     return jnp.asarray(index), jnp.int32(count)
-
-
-def _backends() -> list[Any]:
-    return [kernels.xla] if native.missing() else [native, kernels.xla]
-
-
-@functools.cache
-def _reader() -> Callable[..., jax.Array]:
-    return jax.jit(kernels.backend().read_rows)
-
-
-def _read(*args: Any) -> jax.Array:
-    return _reader()(*args)
 
 
 def _timed(function: Callable[..., Any], *args: Any) -> float:

@@ -38,6 +38,8 @@ class Args:
     modes: tuple[Literal["dense", "exact", "sparse"], ...] = ("dense", "exact", "sparse")
     backends: tuple[Literal["native", "xla"], ...] | None = None
     """Kernels to measure; both if not given, where both are there."""
+    prompt: int = 200
+    """Tokens of the prompt whose prefill is measured; 0 for none."""
     context: int = 512
     """Positions of the cache, half of them filled."""
     batch: int = 1
@@ -62,11 +64,11 @@ def _kernels(args: Args) -> dict[str, object]:
     c = family(args.model)
     rows: list[dict[str, object]] = []
     with progress("kernels", None, "measurements") as advance:
-        for row in bench.measure_kernels(c.d_model, c.d_ff, args.format, args.active, args.steps):
+        for row in bench.measure_kernels(c.d_model, c.d_ff, args.format, args.active, args.steps, _backends(args)):
             rows.append(row)
             advance()
-        select = list(bench.measure_select(c.d_ff, args.active[0], args.steps))
-    return {"model": args.model, "kernels": rows, "choosing neurons": select}
+    chosen = [row for share in args.active for row in bench.measure_select(c.d_ff, share, args.steps, _backends(args))]
+    return {"model": args.model, "kernels": rows, "choosing neurons": chosen}
 
 
 def _tokens(args: Args) -> dict[str, object]:
@@ -74,23 +76,30 @@ def _tokens(args: Args) -> dict[str, object]:
     config = full.replace(
         n_layers=args.layers, vocab_size=args.vocab_size or full.vocab_size, activation="relu", tied_embeddings=True
     )
-    todo = [
-        (backend, mode, share)
-        for backend in args.backends or (("native", "xla") if native.missing() is None else ("xla",))
-        for mode in args.modes
-        for share in (args.active if mode == "sparse" else (1.0,))
-    ]
-    rows = []
-    with progress("making weights", len(todo) + 1, "measurements") as advance:
+    rows, prompts = [], []
+    with progress("making weights", 1 + len(_backends(args)), "measurements") as advance:
         weights = bench.random_weights(config, Formats.all(args.format), args.rank)
         advance(note=f"{weights.nbytes / 1e9:.1f} GB")
-        for backend, mode, share in todo:
-            chosen = bench.with_active_share(weights, share)
-            figures = bench.measure_tokens(chosen, mode, backend, args.context, args.steps, args.batch)
-            name = {"backend": kernels.describe(kernels.backend(backend)), "mode": mode, "format": args.format}
-            rows.append(figures.row(name, args.layers, full.n_layers, 1e9 * args.bandwidth))
-            advance(note=f"{backend} {mode}")
-    return {"model": args.model, "layers": args.layers, "rank": args.rank, "batch": args.batch, "tokens": rows}
+        ways = [
+            (bench.with_active_share(weights, share), mode)
+            for mode in args.modes
+            for share in (args.active if mode == "sparse" else (1.0,))
+        ]
+        for backend in _backends(args):
+            found = bench.measure_ways(ways, backend, args.context, args.steps, args.batch)
+            dense = next((f for f, (_, mode) in zip(found, ways, strict=True) if mode == "dense"), None)
+            for figures, (_, mode) in zip(found, ways, strict=True):
+                name = {"backend": kernels.describe(kernels.backend(backend)), "mode": mode, "format": args.format}
+                rows.append(figures.row(name, dense, args.layers, full.n_layers, 1e9 * args.bandwidth))
+            advance(note=backend)
+        if args.prompt:
+            prompts.append(bench.measure_prefill(weights, args.prompt, repeats=2))
+    labels = {"model": args.model, "layers": args.layers, "rank": args.rank, "batch": args.batch}
+    return labels | {"tokens": rows, "prefill": prompts}
+
+
+def _backends(args: Args) -> tuple[kernels.Backend, ...]:
+    return args.backends or (("native", "xla") if native.missing() is None else ("xla",))
 
 
 def _check(args: Args) -> None:

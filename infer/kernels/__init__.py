@@ -5,7 +5,7 @@
     weighted_row_sum(w, h_BxA, index_A, count) -> y_BxD   sum of the rows (those named, if there is an index) times h
     select(score_BxF, threshold, budget) -> index_F, count  the neurons worth reading
     attend(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B)     attention over the valid part of a cache
-    read_rows(w, index_A, count)                          reads and forgets: what the memory delivers
+    read_rows(w, index_A, count, seen)                    reads and forgets: what the memory delivers
 
 A batch is a few sequences that share one read of each row. Everything is computed in f32, whatever the rows' format.
 `xla` is pure JAX and runs everywhere; `native` is C++ and runs at the speed of memory.

@@ -115,10 +115,13 @@ def attend(
     return _call("attend", out, q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, bias, softmax_scale=scale)
 
 
-def read_rows(w: Rows, index_A: jax.Array | None = None, count: jax.Array | None = None) -> jax.Array:
+def read_rows(
+    w: Rows, index_A: jax.Array | None = None, count: jax.Array | None = None, seen: jax.Array | int = 0
+) -> jax.Array:
     """See infer.kernels.xla.read_rows."""
+    out = jax.ShapeDtypeStruct((), jnp.int32)
     gathered, index = _index(index_A, count)
-    return _call("read_rows", jax.ShapeDtypeStruct((), jnp.int32), w.data, _scale(w), *index, gathered=gathered)
+    return _call("read_rows", out, w.data, _scale(w), *index, jnp.asarray(seen, jnp.int32), gathered=gathered)
 
 
 def _dot(w: Rows, x_BxD: jax.Array, index_A: jax.Array | None, count: jax.Array | None, outputs: int) -> jax.Array:

@@ -121,14 +121,16 @@ def attend(
     return out / total[..., None]
 
 
-def read_rows(w: Rows, index_A: jax.Array | None = None, count: jax.Array | None = None) -> jax.Array:
-    """Reads the rows and returns a number that depends on all of them: a measure of memory."""
+def read_rows(
+    w: Rows, index_A: jax.Array | None = None, count: jax.Array | None = None, seen: jax.Array | int = 0
+) -> jax.Array:
+    """Reads the rows, after `seen` is known, and returns a number that depends on all of them: a measure of memory."""
     A = w.shape[0] if index_A is None else index_A.shape[0]
 
     def add(seen: jax.Array, start: jax.Array, fresh_R: jax.Array, rows_RxD: jax.Array) -> jax.Array:
         return seen + jnp.sum(rows_RxD)
 
-    return _fold(w, index_A, count, A, jnp.float32(0), add).astype(jnp.int32)
+    return _fold(w, index_A, count, A, jnp.asarray(seen, jnp.float32), add).astype(jnp.int32)
 
 
 # ---- blocks of rows

@@ -40,33 +40,46 @@ std::atomic<const Kernels*>& chosen() {
 // ---- threads
 
 constexpr int64_t kBytesPerThread = 64 << 10;
+constexpr int64_t kShareBytes = 256 << 10, kSumShareBytes = 512 << 10;
 
-// Calls body(i) for 0 <= i < n, on the calling thread and as many of the pool's as are free. The caller takes shares too and
+// Calls body(i) for 0 <= i < n, on the calling thread and as many of the pool's as are free. The shares are dealt out in one run
+// a thread, so that what a thread asks memory for ahead is its own; who has done its run helps with the others'. The caller
 // waits only for shares that somebody has begun, so that a call from inside the pool cannot wait for itself.
 // `bytes` is what all shares read together: little is not worth a thread's waking up.
 template <class Body>
 void parallel_for(ffi::ThreadPool& pool, int64_t n, int64_t bytes, const Body& body) {
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct State {
-    std::atomic<int64_t> next{0};
+    std::vector<Run> runs;
+    std::atomic<int64_t> threads{0};
     int64_t done = 0;
     std::mutex mutex;
     std::condition_variable finished;
+    explicit State(int64_t threads) : runs(threads) {}
   };
-  const int64_t helpers = std::min({pool.num_threads(), n, bytes / kBytesPerThread}) - 1;
-  if (helpers < 1) {
+  const int64_t threads = std::min({pool.num_threads(), n, bytes / kBytesPerThread});
+  if (threads < 2) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
-  auto state = std::make_shared<State>();
-  auto work = [state, n, &body] {  // `body` is touched only after a share was claimed, while the caller waits
+  auto state = std::make_shared<State>(threads);
+  for (int64_t t = 0; t < threads; ++t) state->runs[t].next = t * n / threads, state->runs[t].end = (t + 1) * n / threads;
+  auto work = [state, n, threads, &body] {  // `body` is touched only after a share was claimed, while the caller waits
+    const int64_t me = state->threads++;
     int64_t mine = 0;
-    for (int64_t i = state->next++; i < n; i = state->next++, ++mine) body(i);
+    for (int64_t t = 0; t < threads; ++t) {
+      Run& run = state->runs[(me + t) % threads];
+      for (int64_t i = run.next++; i < run.end; i = run.next++, ++mine) body(i);
+    }
     if (!mine) return;
     std::lock_guard<std::mutex> lock(state->mutex);
     state->done += mine;
     if (state->done == n) state->finished.notify_all();
   };
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule(decltype(work)(work));
   work();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->finished.wait(lock, [&] { return state->done == n; });
@@ -87,14 +100,17 @@ void* scratch(int64_t bytes, int slot) {
   return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(s.memory.get()) + 63) / 64 * 64);
 }
 
-// Rows a share: enough bytes to be worth claiming, few enough that the threads finish together.
+// Rows a share: few enough that the threads finish together.
 int64_t share_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
-  const int64_t by_bytes = (int64_t{1} << 20) / std::max<int64_t>(row_bytes, 1);
+  const int64_t by_bytes = kShareBytes / std::max<int64_t>(row_bytes, 1);
   const int64_t by_threads = rows / (8 * threads);
-  return std::max<int64_t>(4, std::min(by_bytes, by_threads) / 4 * 4);
+  return std::max<int64_t>(8, std::min(by_bytes, by_threads) / 8 * 8);
 }
 
-constexpr int64_t kSharesPerThread = 2;  // of a sum
+// Shares of a sum: each costs a vector of the result.
+int64_t sum_shares(int64_t bytes, int64_t threads) {
+  return threads == 1 ? 1 : std::clamp<int64_t>(bytes / kSumShareBytes, 1, 8 * threads);
+}
 
 // ---- checks
 
@@ -197,38 +213,68 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<
   const Kernels& kernels = *chosen();
   const int format = format_of(w.element_type());
   // A share is a run of whole rows, which memory likes best; the shares' sums are added up in their order.
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), size = batch * m.columns;
-  const int64_t bytes = m.count * m.columns * item_bytes(format);
-  const int64_t shares = std::clamp<int64_t>(bytes / kBytesPerThread, 1, threads == 1 ? 1 : kSharesPerThread * threads);
-  float* out = y->typed_data();
-  std::vector<float> partial((shares - 1) * size);  // the first share's sum goes straight to the result
-  const auto sum_of = [&](int64_t i) { return i == 0 ? out : partial.data() + (i - 1) * size; };
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), stride = padded(m.columns);
+  const int64_t bytes = m.count * m.columns * item_bytes(format), shares = sum_shares(bytes, threads);
+  float* sums = static_cast<float*>(scratch(shares * batch * stride * sizeof(float), 0));
   parallel_for(pool, shares, bytes, [&](int64_t i) {
     const int64_t begin = i * m.count / shares, end = (i + 1) * m.count / shares;
-    void* memory = scratch(kernels.sum_bytes(format, end - begin, m.columns, batch), 1);
-    kernels.sum[format](m.part(begin, end, item_bytes(format)), weights + begin, h_stride, batch, sum_of(i), memory);
+    void* memory = scratch(kernels.sum_bytes(end - begin, batch), 1);
+    kernels.sum[format](m, weights, h_stride, batch, begin, end, sums + i * batch * stride, memory);
   });
-  const int64_t run = (size + threads - 1) / threads;
-  parallel_for(pool, shares > 1 ? threads : 0, shares * size * 4, [&](int64_t t) {
-    for (int64_t i = 1; i < shares; ++i)
-      for (int64_t d = t * run; d < std::min(size, (t + 1) * run); ++d) out[d] += sum_of(i)[d];
+  const int64_t run = padded((m.columns + threads - 1) / threads), runs = (m.columns + run - 1) / run;
+  parallel_for(pool, batch * runs, shares * batch * stride * sizeof(float), [&](int64_t i) {
+    const int64_t b = i / runs, begin = i % runs * run;
+    kernels.unpack[format](sums + b * stride, shares, batch * stride, begin, std::min(m.columns, begin + run),
+                           y->typed_data() + b * m.columns);
   });
   return ffi::Error::Success();
 }
 
 // ---- which neurons
 
+// Above 0, in the order of the floats; both zeros alike.
+uint32_t ordered(float score) {
+  const float folded = score + 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &folded, sizeof(bits));
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+// The lowest key among the `most` highest, and how many of the keys equal to it belong there. Bins of the leading bits leave
+// few keys to compare.
+struct Cut {
+  uint32_t key;
+  int64_t ties;
+};
+
+constexpr int kBins = 4096, kBinShift = 20;
+
+Cut cut_of(const uint32_t* key, int64_t n, const int32_t* bins, int64_t most) {
+  if (most == 0) return {0xffffffffu, 0};
+  int64_t above = 0;
+  uint32_t bin = kBins - 1;
+  while (above + bins[bin] < most) above += bins[bin--];
+  std::vector<uint32_t> inside(bins[bin] + 1);  // one more: every key is written, those of the bin kept
+  int64_t found = 0;
+  for (int64_t i = 0; i < n && found < bins[bin]; ++i) inside[found] = key[i], found += key[i] >> kBinShift == bin;
+  inside.pop_back();
+  const auto nth = inside.begin() + (most - above - 1);
+  std::nth_element(inside.begin(), nth, inside.end(), std::greater<uint32_t>());
+  const uint32_t cut = *nth;
+  return {cut, most - above - std::count_if(inside.begin(), inside.end(), [cut](uint32_t k) { return k > cut; })};
+}
+
 ffi::Error select(ffi::BufferR2<ffi::F32> score, ffi::Buffer<ffi::F32> threshold, ffi::Buffer<ffi::S32> budget,
                   ffi::ResultBufferR1<ffi::S32> index, ffi::Result<ffi::Buffer<ffi::S32>> count) {
   const int64_t batch = score.dimensions()[0], neurons = score.dimensions()[1];
-  if (threshold.element_count() != 1 || budget.element_count() != 1) return invalid("threshold and budget must be one number each");
+  if (threshold.element_count() != 1 || budget.element_count() != 1) return invalid("threshold and budget must be numbers");
   if (static_cast<int64_t>(index->element_count()) != neurons || count->element_count() != 1)
     return invalid("the result has the wrong shape");
   const float least = threshold.typed_data()[0];
   const int64_t most = std::clamp<int64_t>(budget.typed_data()[0], 0, neurons);
-  int32_t* out = index->typed_data();
-  int64_t n = 0;
-  float* best = static_cast<float*>(scratch(2 * neurons * sizeof(float), 0));  // of the neurons found: highest score of the batch
+  uint32_t* key = static_cast<uint32_t*>(scratch(neurons * sizeof(uint32_t), 0));  // 0 where no score reaches the threshold
+  int32_t bins[kBins] = {};
+  int64_t found = 0;
   for (int64_t f = 0; f < neurons; ++f) {
     bool wanted = false;
     float highest = -std::numeric_limits<float>::infinity();
@@ -237,21 +283,18 @@ ffi::Error select(ffi::BufferR2<ffi::F32> score, ffi::Buffer<ffi::F32> threshold
       wanted |= s >= least;
       highest = s > highest ? s : highest;
     }
-    out[n] = static_cast<int32_t>(f), best[n] = highest;
-    n += wanted;
+    key[f] = wanted ? ordered(highest) : 0;
+    ++bins[key[f] >> kBinShift];
+    found += wanted;
   }
-  if (n > most) {
-    float* sorted = best + neurons;
-    std::copy(best, best + n, sorted);
-    int64_t kept = 0;
-    if (most > 0) {
-      std::nth_element(sorted, sorted + (most - 1), sorted + n, std::greater<float>());
-      const float cut = sorted[most - 1];
-      int64_t ties = most - std::count_if(best, best + n, [cut](float s) { return s > cut; });  // the lowest indices stay
-      for (int64_t i = 0; i < n; ++i)
-        if (best[i] > cut || (best[i] == cut && ties-- > 0)) out[kept++] = out[i];
-    }
-    n = kept;
+  Cut cut = found > most ? cut_of(key, neurons, bins, most) : Cut{0, 0};
+  int32_t* out = index->typed_data();
+  int64_t n = 0;
+  for (int64_t f = 0; f < neurons; ++f) {
+    const bool tied = (key[f] == cut.key) & (cut.ties > 0);  // the lowest neurons stay
+    out[n] = static_cast<int32_t>(f);
+    n += (key[f] > cut.key) | tied;
+    cut.ties -= tied;
   }
   std::fill(out + n, out + neurons, static_cast<int32_t>(neurons));
   count->typed_data()[0] = static_cast<int32_t>(n);
@@ -300,13 +343,14 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::AnyBuffe
 // ---- what memory delivers
 
 ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> index,
-                     ffi::Buffer<ffi::S32> count, ffi::Result<ffi::Buffer<ffi::S32>> out, bool gathered) {
+                     ffi::Buffer<ffi::S32> count, ffi::Buffer<ffi::S32> seen, ffi::Result<ffi::Buffer<ffi::S32>> out,
+                     bool gathered) {
   Matrix m;
   if (auto wrong = check_matrix(w, scale, index, count, gathered, &m); !wrong.empty()) return invalid(wrong);
   const Kernels& kernels = *chosen();
   const int64_t row_bytes = m.columns * item_bytes(format_of(w.element_type()));
   const int64_t share = share_rows(m.count, row_bytes, std::max<int64_t>(pool.num_threads(), 1));
-  std::atomic<int64_t> all{0};
+  std::atomic<int64_t> all{seen.typed_data()[0]};
   parallel_for(pool, (m.count + share - 1) / share, m.count * row_bytes, [&](int64_t i) {
     all ^= kernels.read(m, row_bytes, i * share, std::min(m.count, (i + 1) * share));
   });
@@ -353,7 +397,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_attend, falcon::attend,
                                   .Ret<ffi::BufferR4<ffi::F32>>()
                                   .Attr<float>("softmax_scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_read_rows, falcon::read_rows,
-                              ffi::Ffi::Bind().FALCON_MATRIX.Ret<ffi::Buffer<ffi::S32>>().Attr<bool>("gathered"));
+                              ffi::Ffi::Bind()
+                                  .FALCON_MATRIX.Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<bool>("gathered"));
 
 // Names of the instruction sets that this CPU has, best first, separated by commas.
 extern "C" const char* falcon_instruction_sets() {

@@ -21,13 +21,6 @@ struct Matrix {
   int64_t columns;
 
   int64_t row(int64_t position) const { return index ? index[position] : position; }
-
-  // The rows at positions [begin, end).
-  Matrix part(int64_t begin, int64_t end, int64_t item) const {
-    if (index) return Matrix{data, scale, index + begin, end - begin, columns};
-    const char* first = static_cast<const char*>(data) + begin * columns * item;
-    return Matrix{first, scale ? scale + begin : nullptr, nullptr, end - begin, columns};
-  }
 };
 
 // Vectors in the order and number format in which one instruction set multiplies them with rows of one format.
@@ -51,10 +44,14 @@ struct Kernels {
   // y[b * y_stride + i] = <row i, x_b> for begin <= i < end.
   void (*dot[kFormats])(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride);
 
-  // Bytes of scratch that `sum` needs for one call.
-  int64_t (*sum_bytes)(int format, int64_t rows, int64_t columns, int64_t batch);
-  // y[b * w.columns + d] = sum_i h[b * h_stride + i] * row i [d].
-  void (*sum[kFormats])(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, float* y, void* scratch);
+  // Bytes of scratch that `sum` needs for so many rows.
+  int64_t (*sum_bytes)(int64_t rows, int64_t batch);
+  // acc[b * padded(w.columns) + place of d] = sum of h[b * h_stride + i] * row i [d] over begin <= i < end.
+  void (*sum[kFormats])(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end,
+                        float* acc, void* scratch);
+  // Adds up `parts` results of `sum`, `part_stride` apart, and puts columns [begin, end) into their order: one vector of the
+  // batch, begin a multiple of kStripe.
+  void (*unpack[kFormats])(const float* acc, int64_t parts, int64_t part_stride, int64_t begin, int64_t end, float* y);
 
   // Attention of `heads` query heads over one KV head's first `length` positions; see handlers.cc.
   void (*attend[3])(const float* q, int64_t heads, int64_t width, const void* k, const void* v, int64_t stride,

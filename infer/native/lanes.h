@@ -148,12 +148,12 @@ FALCON_INLINE int64_t tile_ahead(int64_t columns) {
   return kRows * (tiles > 1 ? tiles : 1);
 }
 
-// Pointers to the rows of a tile and of the one ahead; past `end` any rows that are there.
+// Pointers to the rows of a tile and of the one ahead, which the same thread most likely takes; past `end` any rows.
 template <class T, int kRows>
 FALCON_INLINE void row_pointers(const Matrix& w, int64_t first, int64_t end, const T** rows, const T** next) {
   const int64_t ahead = tile_ahead<T, kRows>(w.columns);
   for (int r = 0; r < kRows; ++r) {
-    const int64_t here = first + r < end ? first + r : first, then = here + ahead < end ? here + ahead : here;
+    const int64_t here = first + r < end ? first + r : first, then = here + ahead < w.count ? here + ahead : here;
     rows[r] = static_cast<const T*>(w.data) + w.row(here) * w.columns;
     next[r] = static_cast<const T*>(w.data) + w.row(then) * w.columns;
   }
@@ -231,7 +231,7 @@ struct BF16Dot {
 struct I8Dot {
   using T = int8_t;
   using Acc = __m512i;
-  static constexpr int kPlanes = 2, kRows1 = 2;
+  static constexpr int kPlanes = 2, kRows1 = 4;
   const Packed& x;
   int64_t first;
   template <int kRows, int kBatch>
@@ -402,9 +402,7 @@ Packed pack_x(int format, const float* x, int64_t columns, int64_t batch, void* 
 
 // ---- weighted sums of rows
 
-int64_t sum_bytes(int, int64_t rows, int64_t columns, int64_t batch) {
-  return batch * (4 * padded(columns) + 8 * (rows + 8) + 64) + 64;
-}
+int64_t sum_bytes(int64_t rows, int64_t batch) { return batch * (8 * (rows + 8) + 64) + 64; }
 
 template <class Row, int kRows>
 FALCON_INLINE void sum_tile(const Matrix& w, const float* weight, int64_t weight_stride, int64_t batch, int64_t i, float* acc) {
@@ -434,29 +432,40 @@ FALCON_INLINE void sum_tile(const Matrix& w, const float* weight, int64_t weight
 }
 
 template <class Row>
-void sum(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, float* y, void* scratch) {
+void sum(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* acc,
+         void* scratch) {
   constexpr int kRows = kTile;
-  const int64_t stride = padded(w.columns);
-  float* acc = static_cast<float*>(scratch);
-  float* weight = acc + batch * stride;  // of the tile's rows: h times the row's scale
-  std::memset(acc, 0, batch * stride * sizeof(float));
+  float* weight = static_cast<float*>(scratch);  // of the tile's rows: h times the row's scale
+  std::memset(acc, 0, batch * padded(w.columns) * sizeof(float));
   const auto weigh = [&](int64_t i, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       const float scale = w.scale ? w.scale[w.row(i + r)] : 1.0f;
       for (int64_t b = 0; b < batch; ++b) weight[b * kRows + r] = scale * h[b * h_stride + i + r];
     }
   };
-  int64_t i = 0;
-  for (; i + kRows <= w.count; i += kRows) {
+  int64_t i = begin;
+  for (; i + kRows <= end; i += kRows) {
     weigh(i, kRows);
     sum_tile<Row, kRows>(w, weight, kRows, batch, i, acc);
   }
-  for (; i < w.count; ++i) {
+  for (; i < end; ++i) {
     weigh(i, 1);
     sum_tile<Row, 1>(w, weight, kRows, batch, i, acc);
   }
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t d = 0; d < w.columns; ++d) y[b * w.columns + d] = acc[b * stride + place<Row>(d)];
+}
+
+// kPlace(d): where column d of a stripe stands in a sum.
+template <int64_t (*kPlace)(int64_t)>
+void unpack(const float* acc, int64_t parts, int64_t part_stride, int64_t begin, int64_t end, float* y) {
+  for (int64_t d = begin; d < end; d += kStripe) {
+    float stripe[kStripe], columns[kStripe];
+    std::memcpy(stripe, acc + d, sizeof(stripe));
+    for (int64_t i = 1; i < parts; ++i)
+      for (int64_t u = 0; u < kStripe; u += kLanes) store(stripe + u, load(stripe + u) + load(acc + i * part_stride + d + u));
+    FALCON_UNROLL
+    for (int64_t u = 0; u < kStripe; ++u) columns[u] = stripe[kPlace(u)];
+    std::memcpy(y + d, columns, (end - d < kStripe ? end - d : kStripe) * sizeof(float));
+  }
 }
 
 #if defined(FALCON_VNNI)
@@ -472,23 +481,25 @@ FALCON_INLINE void four_rows(const int8_t* const* at, __m512i* out) {
   out[2] = _mm512_unpacklo_epi16(b, d), out[3] = _mm512_unpackhi_epi16(b, d);
 }
 
+FALCON_INLINE int64_t turned_place(int64_t d) { return d / 4 % 4 * 16 + d / 16 * 4 + d % 4; }
+
 // As `sum`, four int8 products a lane and instruction. The weights (h times scale) are rounded to 16 bits, split in two int8
 // planes; see I8Dot. A tile's sum is exact, 128 times its weights taken off at the start; tiles are added up in f32.
-void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, float* y, void* scratch) {
+void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* acc,
+            void* scratch) {
   constexpr int kRows = 8;
-  const int64_t stride = padded(w.columns), whole = w.columns / kStripe * kStripe;
-  const int64_t tiles = (w.count + kRows - 1) / kRows, room = tiles * kRows;
-  float* acc = static_cast<float*>(scratch);  // [batch, stride]
-  float* weight = acc + batch * stride;
+  const int64_t stride = padded(w.columns), whole = w.columns / kStripe * kStripe, rows_here = end - begin;
+  const int64_t tiles = (rows_here + kRows - 1) / kRows, room = tiles * kRows;
+  float* weight = static_cast<float*>(scratch);
   float* unit = weight + room;
-  int32_t* offset = reinterpret_cast<int32_t*>(unit + batch);               // [batch, plane, tiles]
+  int32_t* offset = reinterpret_cast<int32_t*>(unit + batch);             // [batch, plane, tiles]
   int8_t* planes = reinterpret_cast<int8_t*>(offset + 2 * batch * tiles);  // [batch, plane, room]
   std::memset(acc, 0, batch * stride * sizeof(float));
   std::memset(planes, 0, 2 * batch * room);
   for (int64_t b = 0; b < batch; ++b) {
     int32_t total[2];
-    for (int64_t i = 0; i < w.count; ++i) weight[i] = h[b * h_stride + i] * w.scale[w.row(i)];
-    unit[b] = split_i8(weight, w.count, planes + 2 * b * room, planes + (2 * b + 1) * room, total);
+    for (int64_t i = 0; i < rows_here; ++i) weight[i] = h[b * h_stride + begin + i] * w.scale[w.row(begin + i)];
+    unit[b] = split_i8(weight, rows_here, planes + 2 * b * room, planes + (2 * b + 1) * room, total);
   }
   for (int64_t t = 0; t < 2 * batch * tiles; ++t) {
     offset[t] = 0;
@@ -496,7 +507,7 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, fl
   }
   for (int64_t t = 0; t < tiles; ++t) {
     const int8_t *rows[kRows], *next[kRows];
-    row_pointers<int8_t, kRows>(w, t * kRows, w.count, rows, next);  // past the last row stand weights of 0
+    row_pointers<int8_t, kRows>(w, begin + t * kRows, end, rows, next);  // past the last row stand weights of 0
     const auto step = [&](int64_t d, const int8_t* const* at) __attribute__((always_inline)) {
       __m512i turned[kRows];
       four_rows(at, turned), four_rows(at + 4, turned + 4);
@@ -508,24 +519,20 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, fl
           fours[2 * plane] = _mm512_set1_epi32(packed[0]), fours[2 * plane + 1] = _mm512_set1_epi32(packed[1]);
           start[plane] = _mm512_set1_epi32(offset[(2 * b + plane) * tiles + t]);
         }
+        const __m512 value = _mm512_set1_ps(unit[b]);
         float* p = acc + b * stride + d;
         FALCON_UNROLL
         for (int j = 0; j < 4; ++j) {
           const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[0], turned[j], fours[0]), turned[4 + j], fours[1]);
           const __m512i low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[1], turned[j], fours[2]), turned[4 + j], fours[3]);
           const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-          _mm512_storeu_ps(p + 16 * j, _mm512_add_ps(_mm512_loadu_ps(p + 16 * j), sum));
+          _mm512_storeu_ps(p + 16 * j, _mm512_fmadd_ps(value, sum, _mm512_loadu_ps(p + 16 * j)));
         }
       }
     };
     each_stripe<int8_t, kRows>(rows, next, w.columns, step);
     if (whole < w.columns) step(whole, LastStripe<int8_t, kRows>(rows, whole, w.columns).at);
   }
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t d = 0; d < w.columns; ++d) {
-      const int64_t lane = d / 64 * 64 + d / 4 % 4 * 16 + d / 16 % 4 * 4 + d % 4;
-      y[b * w.columns + d] = unit[b] * acc[b * stride + lane];
-    }
 }
 #endif
 
@@ -667,9 +674,11 @@ using UsedBF16Dot = WideDot<BF16Row>;
 #if defined(FALCON_VNNI)
 using UsedI8Dot = I8Dot;
 constexpr auto used_i8_sum = sum_i8;
+constexpr auto used_i8_unpack = unpack<turned_place>;
 #else
 using UsedI8Dot = WideDot<I8Row>;
 constexpr auto used_i8_sum = sum<I8Row>;
+constexpr auto used_i8_unpack = unpack<place<I8Row>>;
 #endif
 
 }  // namespace
@@ -687,7 +696,9 @@ constexpr auto used_i8_sum = sum<I8Row>;
        FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F16Row>>, FALCON_ISA::dot<FALCON_ISA::UsedI8Dot>},  \
       FALCON_ISA::sum_bytes,                                                                        \
       {FALCON_ISA::sum<FALCON_ISA::F32Row>, FALCON_ISA::sum<FALCON_ISA::BF16Row>,                   \
-       FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum},                    \
+       FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum},                               \
+      {FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F32Row>>, FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::BF16Row>>, \
+       FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_unpack},      \
       {FALCON_ISA::attend<FALCON_ISA::F32Row>, FALCON_ISA::attend<FALCON_ISA::BF16Row>, FALCON_ISA::attend<FALCON_ISA::F16Row>}, \
       FALCON_ISA::read,                                                                             \
   };                                                                                                \
