@@ -136,6 +136,13 @@ def read_teachers(config: DataConfig) -> list[TeacherManifest]:
     return teachers
 
 
+def data_digests(config: DataConfig) -> dict[str, str]:
+    """A hash of what each folder of the config holds, wherever the folder lies: what a run must find unchanged."""
+    tokens = {f"source {i}": manifest.digest() for i, manifest in enumerate(read_manifests(config))}
+    taught = {f"source {i}'s teacher": teacher.digest() for i, teacher in enumerate(read_teachers(config))}
+    return tokens | taught
+
+
 def train_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
     """Endless training batches: of each global batch, some rows, all by default.
 

@@ -37,6 +37,7 @@ class DistributedConfig:
       coordinator: host:port of process 0, where the environment does not tell.
       num_processes: how many there are, with `coordinator`.
       process_id: which one this is, from 0, with `coordinator`.
+      heartbeat_seconds: after so long without a sign of life from one process, the others end.
 
     Raises:
       ValueError: the fields contradict each other; the message names them.
@@ -46,6 +47,7 @@ class DistributedConfig:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    heartbeat_seconds: int = 100
 
     def __post_init__(self) -> None:
         explicit = (self.coordinator, self.num_processes, self.process_id)
@@ -53,6 +55,8 @@ class DistributedConfig:
             raise ValueError(
                 "distributed: give either auto alone, or coordinator, num_processes and process_id together"
             )
+        if self.heartbeat_seconds < 1:
+            raise ValueError(f"distributed.heartbeat_seconds must be at least 1, got {self.heartbeat_seconds}")
         if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
             raise ValueError(f"distributed.coordinator must be host:port, got {self.coordinator!r}")
 
@@ -88,12 +92,13 @@ def _initialize(config: DistributedConfig) -> None:
     # JAX would take SIGTERM for itself; see StopVote.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        if config.auto:
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(
-                config.coordinator, config.num_processes, config.process_id, cluster_detection_method="deactivate"
-            )
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            cluster_detection_method=None if config.auto else "deactivate",
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+        )
     except (ValueError, RuntimeError) as error:
         if config.auto:
             raise FalconError(

@@ -19,6 +19,8 @@ exp(l / temperature) / Z, the rest exp(rest) / Z, and Z makes the sum 1.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -73,6 +75,11 @@ class TeacherManifest:
     def to_json(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
         return {"format": FORMAT} | dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """A hash of what the folder holds, the same wherever it and the teacher lie."""
+        content = {name: value for name, value in self.to_json().items() if name != "teacher"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def targets(self, rows: int) -> Targets:
         """Arrays for `rows` rows; what they say is to be filled in, or masked out."""

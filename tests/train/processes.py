@@ -50,6 +50,7 @@ def free_port() -> int:
 def start_two(config: TrainConfig, *arguments: str, cache: Path | None = None) -> list[subprocess.Popen[str]]:
     """Starts two processes of one run with four devices each, told of each other by flags."""
     where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", "2"]
+    where += ["--distributed.heartbeat-seconds", "10"]
     return [
         start(config, *where, "--distributed.process-id", str(i), *arguments, devices=4, cache=cache) for i in range(2)
     ]

@@ -50,9 +50,9 @@ def test_two_processes_train_as_one_does_and_outlive_the_death_of_one(tmp_path, 
     pair = processes.start_two(config, cache=cache)
     processes.wait_until(lambda: max(processes.whole_checkpoints(config.out), default=0) >= 10, pair[0])
     pair[1].kill()
-    status, output = processes.finish(pair[0], timeout=60)
-    assert status == 1, output
-    assert "process 0 of 2: failed as shown above" in output
+    status, output = processes.finish(pair[0])
+    assert status != 0, output
+    assert not (config.out / "figures.json").exists()
     pair[1].communicate()
 
     pair = processes.start_two_as_slurm(config, cache=cache)

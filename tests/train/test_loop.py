@@ -124,7 +124,7 @@ def test_rows_prepared_again_are_noticed(tmp_path, data, monkeypatch):
     )
     prepare(again)
     other = dataclasses.replace(data, sources=(Source(again.out),))
-    with pytest.raises(FalconError, match="again does not hold the rows that the run began with"):
+    with pytest.raises(FalconError, match="began with other rows than are there now in: source 0"):
         train.loop.train(config_of(tmp_path / "run", other))
 
 
