@@ -184,7 +184,7 @@ def _attend_splash(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not nn.get_logical_axis_rules():
         return local(q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH, segments_BxT)
-    batch, heads = nn.logical_to_mesh_axes(("batch", "kv_heads"))
+    batch, heads = nn.logical_to_mesh_axes(("batch", "kv_heads")) or (None, None)
     if heads is not None and k_BxTxKxH.shape[2] % mesh.shape[heads]:
         heads = None
     P = jax.sharding.PartitionSpec
@@ -239,12 +239,13 @@ def attend_chunked(
         # Plain batched products [G C, H] x [H, S], with the sums divided last: twice as fast on a CPU as the einsum.
         q_BxKxGCxH = q_BxCxKxGxH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
         scores = jnp.einsum("bkqh,bksh->bkqs", q_BxKxGCxH, k_BxKxSxH, preferred_element_type=jnp.float32)
-        scores = scores.reshape(B, K, G, C, -1) * (1 / math.sqrt(H)) + bias
+        # Back to the products' shape before exp, whose result the backward pass then keeps once for both.
+        scores = (scores.reshape(B, K, G, C, -1) * (1 / math.sqrt(H)) + bias).reshape(scores.shape)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        total_BxKxGxCx1 = weights.sum(-1, keepdims=True)
-        weights = weights.astype(v_BxSxKxH.dtype).reshape(B, K, G * C, -1)
+        total_BxKxGCx1 = weights.sum(-1, keepdims=True)
+        weights = weights.astype(v_BxSxKxH.dtype)
         y_BxKxGCxH = jnp.einsum("bkqs,bksh->bkqh", weights, v_BxKxSxH, preferred_element_type=jnp.float32)
-        y_BxKxGxCxH = y_BxKxGCxH.reshape(B, K, G, C, H) / total_BxKxGxCx1
+        y_BxKxGxCxH = (y_BxKxGCxH / total_BxKxGCx1).reshape(B, K, G, C, H)
         return y_BxKxGxCxH.astype(q_BxCxKxGxH.dtype).transpose(0, 3, 1, 2, 4)
 
     T = q_BxTxKxGxH.shape[1]

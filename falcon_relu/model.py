@@ -152,10 +152,11 @@ class Attention(nn.Module):
             )
             y_BxTxKxGxH = checkpoint_name(y_BxTxKxGxH, SAVED_ATTENTION)
         else:
-            k_BxSxKxH, v_BxSxKxH = cache = tuple(
+            k_BxSxKxH, v_BxSxKxH = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.slot, axis=1)
                 for old, new in zip(cache, (k_BxTxKxH, v_BxTxKxH), strict=True)
             )
+            cache = (k_BxSxKxH, v_BxSxKxH)
             y_BxTxKxGxH = attend_chunked(
                 q_BxTxKxGxH,
                 k_BxSxKxH.astype(self.dtype),

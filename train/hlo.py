@@ -240,8 +240,9 @@ def _taps(inputs: int, outputs: int, size: int, stride: int, low: int, lhs_dilat
 
 def _splash_flops(i: Instruction, named: Mapping[str, Instruction], products: int) -> float:
     """Tiles of the causal mask that the kernel visits, times the products in each; heads [.., N, T, H]."""
-    of_queries = max((a for o in i.operands for a in named[o].arrays if len(a.shape) >= 3), key=lambda a: a.size).shape
-    block = next(a.shape[0] for a in i.arrays if len(a.shape) == 2)
+    operands = (array for o in i.operands for array in named[o].arrays)
+    of_queries = next(a.shape for a in operands if a.dtype.startswith(("f", "bf")))  # after the mask's tables
+    block = i.arrays[0].shape[-2]  # of a scratch buffer
     T, H = of_queries[-2:]
     tiles = T // block * (T // block + 1) / 2
     return products * 2.0 * math.prod(of_queries[:-2]) * tiles * block * block * H

@@ -1,0 +1,86 @@
+"""`falcon-relu plan`: what a run would take on devices that are not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from falcon_relu.cli.configs import config_names, load_config
+from falcon_relu.cli.figures import report
+from falcon_relu.errors import FalconError
+from falcon_relu.files import write_aside
+from falcon_relu.progress import console
+from train.config import TrainConfig
+from train.plan import A100, Assumptions, Chip, plan, topology_devices, virtual_devices
+
+EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
+
+  falcon-relu plan --config falcon_40b --topology v5p:4x4x4
+  falcon-relu plan --config falcon_40b --devices 40 --mesh 5 8 1 --microbatches 24
+
+A TPU topology needs the extra "tpu" (pip install 'falcon-relu[tpu]'), and no TPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Compile a run's training step with no device present; report memory, FLOPs, traffic, time.
+
+    Where it does not fit into the memory, changes that save some are tried in turn until it does.
+    """
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    topology: str | None = None
+    """TPU topology: v4, v5e, v5p or v6e, and its shape, as in v5p:4x4x4 or v5e:16x16."""
+    devices: int | None = None
+    """Number of other devices, described by the options that begin with --device."""
+    device_memory_gb: float = A100.memory_gb
+    """1e9 bytes of memory of each."""
+    device_tflops: float = A100.tflops
+    """1e12 bf16 FLOPs a second of each, at most."""
+    device_link_gb_s: float = A100.link_gb_s
+    """1e9 bytes a second that each receives from others of its node."""
+    devices_per_node: int = A100.node or 8
+    """Devices in a node."""
+    device_network_gb_s: float = A100.network_gb_s
+    """1e9 bytes a second that each receives from other nodes."""
+    efficiency: float = Assumptions.efficiency
+    """Share of the peak that matrix products are assumed to reach."""
+    tokens: float = Assumptions.tokens
+    """Tokens of the run whose time is predicted."""
+    text: Path | None = None
+    """Also write the compiled program to this file."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def defaults(config: str | None) -> Args:
+    """The arguments that `--config` stands for; those of the published run for `--help` alone."""
+    return Args(run=load_config(config or "falcon_40b", TrainConfig))
+
+
+def run(args: Args) -> None:
+    """Plans, then reports."""
+    if (args.topology is None) == (args.devices is None):
+        raise FalconError("say what to plan for: either --topology, as in v5p:4x4x4, or --devices, as in 40")
+    if args.topology is not None:
+        devices, chip = topology_devices(args.topology)
+    else:
+        assert args.devices is not None
+        chip = Chip(
+            name=f"device with {args.device_memory_gb:g} GB",
+            memory_gb=args.device_memory_gb,
+            tflops=args.device_tflops,
+            link_gb_s=args.device_link_gb_s,
+            node=args.devices_per_node,
+            network_gb_s=args.device_network_gb_s,
+        )
+        devices = virtual_devices(args.devices)
+    assumptions = Assumptions(efficiency=args.efficiency, tokens=args.tokens)
+    figures, program = plan(args.run, devices, chip, assumptions, lambda line: console.print(line, highlight=False))
+    if args.text is not None and program is not None:
+        with write_aside(args.text, replace=True) as aside:
+            aside.write_text(program.text)
+    report(figures, args.json)
