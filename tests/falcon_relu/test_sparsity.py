@@ -37,7 +37,18 @@ def test_statistics_are_those_of_a_plain_count() -> None:
         np.testing.assert_allclose(got["rates_LxF"][i], rates)
         expected = {"zeros": 1 - rates.mean(), "overlap": again / later}
         expected |= {"layer": i, "never": (rates == 0).mean(), "always": (rates == 1).mean()}
+        hottest = np.sort(rates)[::-1]
+        expected["hot"] = next(n for n in range(257) if hottest[:n].sum() >= 0.8 * rates.sum()) / config.d_ff
         assert got["layers"][i].keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(got["layers"][i][name], value)
     np.testing.assert_allclose(got["zeros"], 1 - got["rates_LxF"].mean())
+
+    assert [row["batch"] for row in got["union"]] == [1, 2]  # the batches have two rows
+    np.testing.assert_allclose(got["union"][0]["fires"], 1 - got["zeros"])
+    together = []
+    for batch in batches:
+        seen = observe(*(batch[k] for k in keys))
+        fires = np.asarray(seen["activations"]["layers"]["mlp"]["neurons"]) != 0
+        together.append((fires[:, 0, :13] | fires[:, 1, :13]).mean((1, 2)))  # where both rows have a token
+    np.testing.assert_allclose(got["union"][1]["layers"], np.mean(together, axis=0))

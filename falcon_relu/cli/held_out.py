@@ -1,0 +1,67 @@
+"""`falcon-relu held-out`: perplexity on held-out text, distance from a teacher, and what a predictor's choice costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from falcon_relu.checkpoint import load_model
+from falcon_relu.cli.figures import report
+from falcon_relu.config import Activation
+from falcon_relu.errors import FalconError
+from infer.predictor import load
+from infer.quality import compare
+from train.data import DataConfig, Source, validation_batches
+from train.shards import read_manifest
+from train.validation import validate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Measure a model on the validation rows of token shards, in float32 on all devices.
+
+    KL is KL(teacher || model) in nats a token, at temperature 1; agreement is how often both find the same next token
+    likeliest. With a predictor, the dense model is also compared with itself reading only the neurons chosen.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Native weights, Hugging Face folder or hub id."""
+    data: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of token shards made by falcon-relu prepare."""
+    teacher: str | None = None
+    """Model to compare with."""
+    activation: Activation | None = None
+    """Run the model under this activation: the swapped but untuned student."""
+    predictor: Path | None = None
+    """Predictor file of the model."""
+    batch_size: int = 8
+    """Rows run together."""
+    batches: int = 64
+    """Batches that a predictor is measured on, at most."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Measures and reports."""
+    if not args.data:
+        raise FalconError("name at least one folder of token shards")
+    seq_len = read_manifest(args.data[0]).seq_len
+    data = DataConfig(sources=tuple(map(Source, args.data)), seq_len=seq_len, batch_size=args.batch_size)
+    found = validate(args.model, data, activation=args.activation, teacher=args.teacher)
+    figures: dict[str, Any] = {"model": args.model, "teacher": args.teacher, "activation": args.activation}
+    figures |= {"perplexity": math.exp(found["cross_entropy"]), "cross_entropy": found["cross_entropy"]}
+    figures |= {name: found[name] for name in ("accuracy", "kl", "agreement") if name in found}
+    sparse = None
+    if args.predictor is not None:
+        config, params = load_model(args.model, activation=args.activation)
+        rows = itertools.islice(validation_batches(data), args.batches)
+        sparse = compare(config, params, load(args.predictor, config), rows)
+        names = ("kl", "agreement", "dense_loss", "sparse_loss", "read", "fired")
+        figures["dense against sparse"] = [{name: sparse[name] for name in names}]
+    report(figures, args.json, also={"zeros": found["zeros"], "sparse": sparse})

@@ -1,0 +1,145 @@
+"""`falcon-relu sparsity`: how sparse a model is on real text, and what reading fewer neurons costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from falcon_relu.checkpoint import load_model
+from falcon_relu.cli.figures import report
+from falcon_relu.config import Activation
+from falcon_relu.errors import FalconError
+from falcon_relu.files import write_aside, write_json
+from falcon_relu.progress import progress
+from falcon_relu.sparsity import sparsity
+from infer.calibrate import calibrate
+from infer.predictor import load
+from infer.quality import compare, sensitivity
+from infer.record import open_recording
+from train.data import DataConfig, Source, train_batches, validation_batches
+from train.shards import read_manifest
+
+_WEIGHING_BATCHES = 2
+_FIRST_ENERGY = 0.98  # covered while the layers' sensitivity is measured
+_QUANTILES = 101  # points of the curve of neurons by how often they fire
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Measure zeros, hot and cold neurons, what repeats from token to token, and what a batch fires together.
+
+    With a predictor and the recording that it was fitted to: the budgets that each allowed KL(dense || sparse) gives,
+    and the KL that they have on held-out text. Writes sparsity.json and sparsity.svg.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Native weights, Hugging Face folder or hub id."""
+    data: Annotated[Path, tyro.conf.Positional]
+    """Token shards made by falcon-relu prepare; the validation split is read."""
+    out: Path
+    """Folder for sparsity.json and sparsity.svg."""
+    batch_size: int = 32
+    """Rows run together; also the most sequences whose union is taken."""
+    batches: int = 8
+    """Batches to measure on, at most."""
+    predictor: Path | None = None
+    """Predictor file of the model."""
+    recording: Path | None = None
+    """Recording of the model, see falcon-relu predictor record."""
+    kl: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    """Allowed KL(dense || sparse), nats a token."""
+    activation: Activation | None = None
+    """MLP activation, where a Hugging Face config does not state it."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Measures, draws, reports."""
+    if (args.predictor is None) != (args.recording is None):
+        raise FalconError("the curve of allowed error needs both --predictor and --recording")
+    seq_len = read_manifest(args.data).seq_len
+    data = DataConfig(sources=(Source(args.data),), seq_len=seq_len, batch_size=args.batch_size)
+    config, params = load_model(args.model, activation=args.activation)
+    rows = list(itertools.islice(validation_batches(data), args.batches))
+    with progress("activations", len(rows), "batches") as advance:
+
+        def told() -> Any:
+            for batch in rows:
+                yield batch
+                advance()
+
+        found = sparsity(config, params, told())
+    rates_LxF = found.pop("rates_LxF")
+    found["rates"] = np.quantile(rates_LxF, np.linspace(0, 1, _QUANTILES), axis=1).T.tolist()
+    found["allowed"] = []
+    if args.predictor is not None and args.recording is not None:
+        found["allowed"] = _allowed(args, config, params, data, rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "sparsity.json", found)
+    _draw(args.out / "sparsity.svg", found)
+    shown = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in found["allowed"]]
+    union = [{"batch": row["batch"], "fires": row["fires"]} for row in found["union"]]
+    tables = {"layers": found["layers"], "neurons that fire in any sequence of a batch": union}
+    if shown:
+        tables["budgets for an allowed KL(dense || sparse)"] = shown
+    report({"zeros": found["zeros"], "tokens": found["tokens"], **tables}, args.json, also=found)
+
+
+def _allowed(args: Args, config: Any, params: Any, data: DataConfig, rows: Sequence[Any]) -> list[dict[str, Any]]:
+    assert args.predictor is not None
+    assert args.recording is not None
+    recording = open_recording(args.recording)
+    recording.check(config)
+    fitted = calibrate(load(args.predictor, config), recording, energy=_FIRST_ENERGY)
+    small = dataclasses.replace(data, batch_size=min(args.batch_size, 8))
+    weights = sensitivity(config, params, fitted, list(itertools.islice(train_batches(small), _WEIGHING_BATCHES)))
+    table = []
+    with progress("allowed error", len(args.kl), "budgets") as advance:
+        for allowed in sorted(args.kl):
+            predictor = calibrate(fitted, recording, kl=allowed, sensitivity=weights)
+            measured = compare(config, params, predictor, rows)
+            names = ("kl", "agreement", "read", "fired", "sparse_loss", "dense_loss")
+            table.append(
+                {"allowed kl": allowed}
+                | {name: measured[name] for name in names}
+                | {"budgets": list(predictor.budgets), "thresholds": list(predictor.thresholds)}
+            )
+            advance(note=f"KL {measured['kl']:.3g}")
+    return table
+
+
+def _draw(path: Path, found: dict[str, Any]) -> None:
+    """Five plots, or four without a predictor, in one file."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
+        count = 5 if found["allowed"] else 4
+        figure = Figure(figsize=(4 * count, 3.4), layout="constrained")
+        zeros, neurons, overlap, union, *allowed = figure.subplots(1, count)
+        layers = [row["layer"] for row in found["layers"]]
+        zeros.plot(layers, [row["zeros"] for row in found["layers"]], marker="o")
+        zeros.set(title="Zeros by layer", xlabel="layer", ylabel="share of activations", ylim=(0, 1))
+        for layer, rates in zip(layers, found["rates"], strict=True):
+            neurons.plot(np.linspace(1, 0, len(rates)), rates, alpha=0.7, label=f"layer {layer}")
+        neurons.set(title="Hot and cold neurons", xlabel="share of neurons, hottest first", ylabel="share of tokens")
+        if len(layers) <= 6:
+            neurons.legend()
+        overlap.plot(layers, [row["overlap"] for row in found["layers"]], marker="o")
+        overlap.set(title="Fired at the token before, too", xlabel="layer", ylabel="share of firing", ylim=(0, 1))
+        union.plot([row["batch"] for row in found["union"]], [row["fires"] for row in found["union"]], marker="o")
+        union.set(title="Union over a batch", xlabel="sequences together", ylabel="share of neurons", ylim=(0, 1))
+        for axes in allowed:
+            read = [row["read"] for row in found["allowed"]]
+            axes.plot(read, [max(row["kl"], 1e-9) for row in found["allowed"]], marker="o", label="measured")
+            axes.plot(read, [row["allowed kl"] for row in found["allowed"]], ls="--", marker=".", label="allowed")
+            axes.set(title="Error by neurons read", xlabel="share read", ylabel="KL, nats a token", yscale="log")
+            axes.legend()
+        with write_aside(path, replace=True) as aside:
+            figure.savefig(aside, format="svg")
