@@ -166,7 +166,7 @@ def measure_ways(
     hidden_BxD = jnp.ones((batch, c.d_model), jnp.float32)
     states = [_half_full(c, batch, context) for _ in ways]
     times = np.zeros((len(ways), steps + 1, 4))  # a step, the head, choosing, reading
-    reads = [None] * len(ways)
+    reads: list[Any] = [None] * len(ways)
     for step in range(steps + 1):
         for i, (chosen, mode) in enumerate(ways):
             token_B = jnp.asarray(rng.integers(0, c.vocab_size, batch), jnp.int32)
@@ -285,7 +285,8 @@ def _against_reading(
 ) -> dict[str, float]:
     F = matrices[0].shape[0]
     size = len(matrices) * (F if share is None else round(share * F)) * matrices[0].row_bytes
-    rates, memory = [], []
+    rates: list[float] = []
+    memory: list[float] = []
     for _ in range(repeats + 1):
         for measured, call, start in ((memory, _reader(), jnp.int32(0)), (rates, run, x)):
             index = [() if share is None else _random_index(rng, F, share) for _ in matrices]

@@ -20,7 +20,6 @@ from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from infer import kernels
 from infer.formats import take
-from infer.matmul import rows_matmul, weighted_rows_matmul
 from infer.weights import DecodeWeights, LayerWeights, Norm
 
 Mode = Literal["dense", "exact", "sparse"]
@@ -117,9 +116,14 @@ def decode_step(
     return logits_BxV, DecodeState(tuple(keys), tuple(values), state.length_B + 1), Reads(up, down)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="backend", donate_argnames="state")
 def prefill(
-    weights: DecodeWeights, state: DecodeState, tokens_BxT: jax.Array, valid_B: jax.Array
+    weights: DecodeWeights,
+    state: DecodeState,
+    tokens_BxT: jax.Array,
+    valid_B: jax.Array,
+    *,
+    backend: kernels.Backend = "auto",
 ) -> tuple[jax.Array, DecodeState]:
     """Adds the first `valid` of T tokens to every sequence, through matrix-matrix products and all neurons.
 
@@ -128,10 +132,12 @@ def prefill(
       state: given up; every sequence must have room for its valid tokens.
       tokens_BxT: token ids, padded on the right.
       valid_B: how many of them count, int32, possibly 0.
+      backend: of the products.
 
     Returns:
       The final hidden state [B, D] in f32 after each sequence's last valid token (see `unembed`), and the next state.
     """
+    k = kernels.backend(backend)
     c = weights.config
     B, T = tokens_BxT.shape
     S = state.keys[0].shape[1]
@@ -149,14 +155,14 @@ def prefill(
     x_BxTxD = take(weights.embedding, tokens_BxT.reshape(-1)).reshape(B, T, -1)
     keys, values = [], []
     for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
-        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), position_BxT, rows_matmul)
+        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), position_BxT, k.rows_matmul)
         key = _write(key, slot_BxT, k_new)
         value = _write(value, slot_BxT, v_new)
         y_BxTxKxGxH = seeing(q, key.astype(jnp.float32), value.astype(jnp.float32))
-        attention = _plus(rows_matmul(layer.out, y_BxTxKxGxH.reshape(B, T, -1)), layer.out_bias)
+        attention = _plus(k.rows_matmul(layer.out, y_BxTxKxGxH.reshape(B, T, -1)), layer.out_bias)
         residual, mlp_input = _mlp_input(c, layer, x_BxTxD, attention)
-        h_BxTxF = activation_fn(c)(_plus(rows_matmul(layer.up, mlp_input), layer.up_bias))
-        x_BxTxD = residual + _plus(weighted_rows_matmul(layer.down, h_BxTxF), layer.down_bias)
+        h_BxTxF = activation_fn(c)(_plus(k.rows_matmul(layer.up, mlp_input), layer.up_bias))
+        x_BxTxD = residual + _plus(k.weighted_rows_matmul(layer.down, h_BxTxF), layer.down_bias)
         keys.append(key)
         values.append(value)
     last_B = jnp.maximum(valid_B - 1, 0)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from falcon_relu.errors import FalconError
+from infer import matmul
 from infer.formats import Array, Rows
 
-_TARGETS = ("rows_dot", "weighted_row_sum", "select", "attend", "read_rows")
+_TARGETS = ("rows_dot", "weighted_row_sum", "rows_product", "select", "attend", "read_rows")
 _FORCED = "FALCON_RELU_ISA"  # environment variable that picks the instruction set
 
 
@@ -38,6 +39,7 @@ def _library() -> ctypes.CDLL:
     for name in ("falcon_instruction_sets", "falcon_instruction_set"):
         getattr(library, name).restype = ctypes.c_char_p
     library.falcon_use_instruction_set.restype = ctypes.c_bool
+    library.falcon_has_products.restype = ctypes.c_bool
     for name in _TARGETS:
         jax.ffi.register_ffi_target(
             f"falcon_{name}", jax.ffi.pycapsule(getattr(library, f"falcon_{name}")), platform="cpu"
@@ -95,6 +97,16 @@ def weighted_row_sum(
     return _call("weighted_row_sum", out, w.data, _scale(w), *index, h_BxA, gathered=gathered, skip_zeros=skip_zeros)
 
 
+def rows_matmul(w: Rows, x: jax.Array) -> jax.Array:
+    """See infer.matmul.rows_matmul."""
+    return _product(w, x, transposed=False) if _has_product(w) else matmul.rows_matmul(w, x)
+
+
+def weighted_rows_matmul(w: Rows, h: jax.Array) -> jax.Array:
+    """See infer.matmul.weighted_rows_matmul."""
+    return _product(w, h, transposed=True) if _has_product(w) else matmul.weighted_rows_matmul(w, h)
+
+
 def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
     """See infer.kernels.xla.select."""
     out = (jax.ShapeDtypeStruct((score_BxF.shape[1],), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
@@ -122,6 +134,17 @@ def read_rows(
     out = jax.ShapeDtypeStruct((), jnp.int32)
     gathered, index = _index(index_A, count)
     return _call("read_rows", out, w.data, _scale(w), *index, jnp.asarray(seen, jnp.int32), gathered=gathered)
+
+
+def _has_product(w: Rows) -> bool:
+    M, D = w.shape
+    return w.format in ("bf16", "int8") and M % 2 == 0 and D % 64 == 0 and _library().falcon_has_products()
+
+
+def _product(w: Rows, x: jax.Array, transposed: bool) -> jax.Array:
+    x_NxK = x.reshape(-1, x.shape[-1])
+    out = jax.ShapeDtypeStruct((len(x_NxK), w.shape[1 if transposed else 0]), jnp.float32)
+    return _call("rows_product", out, w.data, _scale(w), x_NxK, transposed=transposed).reshape(*x.shape[:-1], -1)
 
 
 def _dot(w: Rows, x_BxD: jax.Array, index_A: jax.Array | None, count: jax.Array | None, outputs: int) -> jax.Array:

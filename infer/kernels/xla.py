@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from infer.formats import Rows, take
+from infer.matmul import rows_matmul, weighted_rows_matmul  # noqa: F401
 
 _BLOCK_BYTES = 4 << 20  # of a widened block: in the cache
 _KEYS = 256  # cache positions a step of a loop

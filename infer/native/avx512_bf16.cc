@@ -1,4 +1,7 @@
-// The row kernels for AVX-512 with int8 and bf16 dot products.
+// The row kernels for AVX-512 with int8 and bf16 dot products, and matrix products in bf16.
+#include <algorithm>
+#include <vector>
+
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -12,6 +15,7 @@
 #define FALCON_VNNI
 #define FALCON_BF16
 #include "lanes.h"
+#include "products.h"
 
 FALCON_KERNELS(kAvx512Bf16, "avx512_bf16",
                kAvx512Vnni.supported() && __builtin_cpu_supports("avx512bf16"))

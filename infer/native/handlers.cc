@@ -127,8 +127,11 @@ int format_of(ffi::DataType type) {
   }
 }
 
-std::string check_matrix(const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& scale, const ffi::Buffer<ffi::S32>& index,
-                         const ffi::Buffer<ffi::S32>& count, bool gathered, Matrix* out) {
+using Numbers = ffi::Buffer<ffi::S32>;
+
+// `index` and `count`: of a gathered matrix, else null.
+std::string check_matrix(const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& scale, const Numbers* index, const Numbers* count,
+                         Matrix* out) {
   if (format_of(w.element_type()) < 0) return "rows must be f32, bf16, f16 or int8";
   if (w.dimensions().size() != 2) return "rows must be a matrix";
   const int64_t rows = w.dimensions()[0], columns = w.dimensions()[1];
@@ -137,11 +140,11 @@ std::string check_matrix(const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& s
   if (scales != 0 && scales != rows) return std::to_string(scales) + " scales for " + std::to_string(rows) + " rows";
   if (format_of(w.element_type()) == kI8 && scales != rows) return "int8 rows need scales";
   *out = Matrix{w.untyped_data(), scales ? scale.typed_data() : nullptr, nullptr, rows, columns};
-  if (!gathered) return "";
-  if (count.element_count() != 1) return "count must be one number";
-  const int64_t capacity = index.element_count(), n = count.typed_data()[0];
+  if (!index) return "";
+  if (count->element_count() != 1) return "count must be one number";
+  const int64_t capacity = index->element_count(), n = count->typed_data()[0];
   if (n < 0 || n > capacity) return "count " + std::to_string(n) + " of " + std::to_string(capacity) + " indices";
-  const int32_t* ids = index.typed_data();
+  const int32_t* ids = index->typed_data();
   for (int64_t i = 0; i < n; ++i)
     if (ids[i] < 0 || ids[i] >= rows)
       return "index[" + std::to_string(i) + "] is " + std::to_string(ids[i]) + ", the matrix has " + std::to_string(rows) + " rows";
@@ -154,7 +157,7 @@ std::string check_matrix(const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& s
 ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> index,
                     ffi::Buffer<ffi::S32> count, ffi::BufferR2<ffi::F32> x, ffi::ResultBufferR2<ffi::F32> y, bool gathered) {
   Matrix m;
-  if (auto wrong = check_matrix(w, scale, index, count, gathered, &m); !wrong.empty()) return invalid(wrong);
+  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, &m); !wrong.empty()) return invalid(wrong);
   const int64_t batch = x.dimensions()[0], outputs = y->dimensions()[1];
   if (x.dimensions()[1] != m.columns) return invalid("vectors and rows differ in width");
   const int64_t expected = gathered ? static_cast<int64_t>(index.element_count()) : m.count;
@@ -197,7 +200,7 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<
                             ffi::Buffer<ffi::S32> count, ffi::BufferR2<ffi::F32> h, ffi::ResultBufferR2<ffi::F32> y,
                             bool gathered, bool skip_zeros) {
   Matrix m;
-  if (auto wrong = check_matrix(w, scale, index, count, gathered, &m); !wrong.empty()) return invalid(wrong);
+  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, &m); !wrong.empty()) return invalid(wrong);
   const int64_t batch = h.dimensions()[0];
   int64_t h_stride = h.dimensions()[1];
   if (h_stride != (gathered ? static_cast<int64_t>(index.element_count()) : m.count))
@@ -226,6 +229,53 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<
     const int64_t b = i / runs, begin = i % runs * run;
     kernels.unpack[format](sums + b * stride, shares, batch * stride, begin, std::min(m.columns, begin + run),
                            y->typed_data() + b * m.columns);
+  });
+  return ffi::Error::Success();
+}
+
+// ---- matrix products
+
+const Products* products() {
+#if defined(__x86_64__)
+  if (kAvx512Bf16.supported()) return &avx512_bf16::kProducts;
+#endif
+  return nullptr;
+}
+
+ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale, ffi::BufferR2<ffi::F32> x,
+                        ffi::ResultBufferR2<ffi::F32> y, bool transposed) {
+  Matrix m;
+  if (auto wrong = check_matrix(w, scale, nullptr, nullptr, &m); !wrong.empty()) return invalid(wrong);
+  const Products* p = products();
+  const int format = format_of(w.element_type());
+  if (!p || (format != kBF16 && format != kI8)) return invalid("no matrix products for this CPU or format");
+  const int64_t batch = x.dimensions()[0], inputs = transposed ? m.count : m.columns, outputs = transposed ? m.columns : m.count;
+  if (x.dimensions()[1] != inputs || y->dimensions()[0] != batch || y->dimensions()[1] != outputs)
+    return invalid("the product has the wrong shape");
+  if (m.columns % 64 || m.count % 2) return invalid("matrix products need columns in sixty-fours and rows in twos");
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), bytes = m.count * m.columns * item_bytes(format);
+  if (transposed) {
+    std::vector<uint16_t> h(batch * m.count);
+    parallel_for(pool, batch, 4 * batch * m.count, [&](int64_t t) {
+      p->round(x.typed_data() + t * m.count, m.scale, m.count, h.data() + t * m.count);
+    });
+    constexpr int64_t share = 256;  // columns
+    parallel_for(pool, (m.columns + share - 1) / share, bytes, [&](int64_t i) {
+      p->sum(m, format, h.data(), batch, i * share, std::min(m.columns, (i + 1) * share), y->typed_data(),
+             scratch(p->scratch_bytes(batch), 1));
+    });
+    return ffi::Error::Success();
+  }
+  const int64_t tokens = (batch + 15) / 16 * 16;
+  std::vector<uint32_t> panels(tokens * m.columns / 2);
+  parallel_for(pool, (tokens + 63) / 64, 4 * batch * m.columns, [&](int64_t i) {
+    p->pack_panel(x.typed_data(), m.columns, batch, 64 * i, std::min<int64_t>(4, tokens / 16 - 4 * i),
+                  panels.data() + 32 * i * m.columns);
+  });
+  const int64_t share = std::max<int64_t>(48, std::min<int64_t>(480, m.count / (8 * threads)) / 48 * 48);
+  parallel_for(pool, (m.count + share - 1) / share, bytes, [&](int64_t i) {
+    p->dot(m, format, panels.data(), batch, i * share, std::min(m.count, (i + 1) * share), y->typed_data(), m.count,
+           scratch(p->scratch_bytes(batch), 1));
   });
   return ffi::Error::Success();
 }
@@ -346,7 +396,7 @@ ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F3
                      ffi::Buffer<ffi::S32> count, ffi::Buffer<ffi::S32> seen, ffi::Result<ffi::Buffer<ffi::S32>> out,
                      bool gathered) {
   Matrix m;
-  if (auto wrong = check_matrix(w, scale, index, count, gathered, &m); !wrong.empty()) return invalid(wrong);
+  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, &m); !wrong.empty()) return invalid(wrong);
   const Kernels& kernels = *chosen();
   const int64_t row_bytes = m.columns * item_bytes(format_of(w.element_type()));
   const int64_t share = share_rows(m.count, row_bytes, std::max<int64_t>(pool.num_threads(), 1));
@@ -379,6 +429,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_weighted_row_sum, falcon::weighted_row_sum,
                                   .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Attr<bool>("gathered")
                                   .Attr<bool>("skip_zeros"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_rows_product, falcon::rows_product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<bool>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_select, falcon::select,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
@@ -413,6 +471,9 @@ extern "C" const char* falcon_instruction_sets() {
 }
 
 extern "C" const char* falcon_instruction_set() { return falcon::chosen().load()->name; }
+
+// Whether this CPU has matrix products in bf16.
+extern "C" bool falcon_has_products() { return falcon::products() != nullptr; }
 
 // Uses the named instruction set from now on; false if this CPU lacks it.
 extern "C" bool falcon_use_instruction_set(const char* name) {

@@ -61,12 +61,25 @@ struct Kernels {
   int64_t (*read)(const Matrix& w, int64_t row_bytes, int64_t begin, int64_t end);
 };
 
+// Matrix products in bf16, for many vectors at once; bf16 and int8 rows, an even number of columns and of rows. See products.h.
+struct Products {
+  void (*pack_panel)(const float* x, int64_t columns, int64_t batch, int64_t first, int64_t vectors, uint32_t* panel);
+  void (*dot)(const Matrix& w, int format, const uint32_t* panels, int64_t batch, int64_t begin, int64_t end, float* y,
+              int64_t y_stride, void* scratch);
+  void (*round)(const float* in, const float* scale, int64_t n, uint16_t* out);
+  void (*sum)(const Matrix& w, int format, const uint16_t* h, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch);
+  int64_t (*scratch_bytes)(int64_t batch);
+};
+
 extern const Kernels kPlain;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Vnni;
 extern const Kernels kAvx512Bf16;
+namespace avx512_bf16 {
+extern const Products kProducts;
+}
 #endif
 
 }  // namespace falcon

@@ -81,6 +81,16 @@ def test_rows_match_plain_arithmetic(format, M, D, B, seed, share):
         close(skipped, np.maximum(h_active, 0) @ active, np.abs(h_active) @ np.abs(active), format)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("M", "D", "T"), [(98, 192, 7), (550, 2112, 83), (2, 64, 1), (37, 131, 20)])
+def test_products_with_many_vectors_match_plain_arithmetic(format, M, D, T):
+    w, dense, _, _, x, h = draw_case(0, format, M, D, T, 1.0)
+    for k in (xla, native)[: len(BACKENDS)]:
+        for y, a, b in ((k.rows_matmul(w, x), x, dense.T), (k.weighted_rows_matmul(w, h), h, dense)):
+            rounding = 2**-9 if format in ("bf16", "int8") else 4e-5  # of the vectors to bf16
+            np.testing.assert_array_less(np.abs(y - a @ b), rounding * (np.abs(a) @ np.abs(b)) + 1e-6)
+
+
 @pytest.mark.parametrize("name", BACKENDS[:2])
 @settings(max_examples=50, deadline=None)
 @given(

@@ -176,7 +176,8 @@ def test_nothing_the_size_of_a_weight_is_copied_converted_or_sliced(format, back
     assert (
         memory.alias_size_in_bytes >= 2 * 2 * 16 * config.n_kv_heads * config.head_dim * 4
     )  # both caches of both layers
-    block = prefill.lower(weights, state, jnp.zeros((1, 4), jnp.int32), jnp.ones(1, jnp.int32)).compile()
+    tokens_BxT, valid_B = jnp.zeros((1, 4), jnp.int32), jnp.ones(1, jnp.int32)
+    block = prefill.lower(weights, state, tokens_BxT, valid_B, backend=backend).compile()
     assert not large_results(block.as_text(), 200_000)
 
 
