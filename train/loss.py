@@ -262,8 +262,8 @@ class _Taught(NamedTuple):
     scores_BxCxV: jax.Array
     cached: CachedTeacher | None = None
 
-    def log_probs(self, temperature: float, log_q_BxCxV: jax.Array) -> jax.Array:
-        """Log-probabilities [B, C, V] at a temperature, against those of the student, `log_q_BxCxV`.
+    def probs(self, temperature: float, log_q_BxCxV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Probabilities and their logs [B, C, V] at a temperature, against the student's `log_q_BxCxV`.
 
         A cached teacher's mass outside the top k is spread as the student spreads its own there. This gives value and
         gradient of the divergence over the k tokens and the rest bucket: with p_r and q_r the mass of the bucket,
@@ -271,14 +271,15 @@ class _Taught(NamedTuple):
         """
         scaled_BxCxV = self.scores_BxCxV / temperature
         if self.cached is None:
-            return _log_softmax(scaled_BxCxV)
+            return _softmax(scaled_BxCxV)
         log_rest_BxC = jnp.maximum(self.cached.log_rest_BxTx2[..., 0 if temperature == 1 else 1], _NEVER)
         top_BxC = _logsumexp(self.cached.log_probs_BxTxk.astype(jnp.float32) / temperature)
         total_BxC = jnp.logaddexp(top_BxC, log_rest_BxC)
         is_top_BxCxV = self.scores_BxCxV != _NEVER
         log_q_rest_BxC = _logsumexp(jnp.where(is_top_BxCxV, _NEVER, log_q_BxCxV))
         spread_BxCxV = log_q_BxCxV + (log_rest_BxC - total_BxC - log_q_rest_BxC)[..., None]
-        return jnp.where(is_top_BxCxV, scaled_BxCxV - total_BxC[..., None], spread_BxCxV)
+        log_p_BxCxV = jnp.where(is_top_BxCxV, scaled_BxCxV - total_BxC[..., None], spread_BxCxV)
+        return jnp.exp(log_p_BxCxV), log_p_BxCxV
 
 
 def _spread(cached: CachedTeacher, vocab_size: int) -> jax.Array:
@@ -312,7 +313,7 @@ def _chunk_loss(
         return jnp.take_along_axis(x_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
 
     # Best entries are compared by value: an argmax is many times slower than a max on a CPU.
-    s_max_BxC, s_target_BxC, log_q_BxCxV = s_BxCxV.max(-1), of_target(s_BxCxV), _log_softmax(s_BxCxV)
+    s_max_BxC, s_target_BxC, (q_BxCxV, log_q_BxCxV) = s_BxCxV.max(-1), of_target(s_BxCxV), _softmax(s_BxCxV)
     ce_BxC = -of_target(log_q_BxCxV)
     loss_BxC = config.lm_weight * ce_BxC
     sums = LossSums(
@@ -322,11 +323,11 @@ def _chunk_loss(
         count=mask.sum(),
     )
     if taught is not None:
-        t_BxCxV, log_p_BxCxV = taught.scores_BxCxV, taught.log_probs(1, log_q_BxCxV)
+        t_BxCxV, (p_BxCxV, log_p_BxCxV) = taught.scores_BxCxV, taught.probs(1, log_q_BxCxV)
         t_max_BxC = t_BxCxV.max(-1)
         both_best_BxCxV = (s_BxCxV == s_max_BxC[..., None]) & (t_BxCxV == t_max_BxC[..., None])
         log_next_BxC = of_target(log_p_BxCxV) if taught.cached is None else taught.cached.log_next_BxT
-        kl_BxC = _kl(log_p_BxCxV, log_q_BxCxV)
+        kl_BxC = _kl(p_BxCxV, log_p_BxCxV, log_q_BxCxV)
         sums = dataclasses.replace(
             sums,
             kl=total(kl_BxC),
@@ -337,32 +338,45 @@ def _chunk_loss(
     if config.kd_weight:
         assert taught is not None
         if T == 1:
-            hot_q_BxCxV, hot_p_BxCxV, hot_kl_BxC = log_q_BxCxV, log_p_BxCxV, kl_BxC
+            hot_q_BxCxV, hot_p_BxCxV, hot_kl_BxC = q_BxCxV, p_BxCxV, kl_BxC
         else:
-            hot_q_BxCxV = _log_softmax(s_BxCxV / T)
-            hot_p_BxCxV = taught.log_probs(T, hot_q_BxCxV)
-            hot_kl_BxC = _kl(hot_p_BxCxV, hot_q_BxCxV)
+            hot_q_BxCxV, hot_log_q_BxCxV = _softmax(s_BxCxV / T)
+            hot_p_BxCxV, hot_log_p_BxCxV = taught.probs(T, hot_log_q_BxCxV)
+            hot_kl_BxC = _kl(hot_p_BxCxV, hot_log_p_BxCxV, hot_log_q_BxCxV)
         loss_BxC = loss_BxC + config.kd_weight * T**2 * hot_kl_BxC
         sums = dataclasses.replace(sums, loss=total(loss_BxC))
     if not with_gradient:
         return sums, None
     # d CE = softmax(s) - onehot; d (T^2 KL_T) = T (softmax(s / T) - p_T).
     onehot = targets_BxC[..., None] == jnp.arange(s_BxCxV.shape[-1])[None, None]
-    d_BxCxV = config.lm_weight * (jnp.exp(log_q_BxCxV) - onehot)
+    d_BxCxV = config.lm_weight * (q_BxCxV - onehot)
     if config.kd_weight:
-        d_BxCxV = d_BxCxV + config.kd_weight * T * (jnp.exp(hot_q_BxCxV) - jnp.exp(hot_p_BxCxV))
+        d_BxCxV = d_BxCxV + config.kd_weight * T * (hot_q_BxCxV - hot_p_BxCxV)
     return sums, d_BxCxV * mask[..., None]
+
+
+def _softmax(logits_BxCxV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Probabilities and their logs [B, C, V]; the exponential is taken once."""
+    above_BxCxV = logits_BxCxV - logits_BxCxV.max(-1, keepdims=True)
+    exp_BxCxV = jnp.exp(above_BxCxV)
+    total_BxCx1 = _row_sum(exp_BxCxV)[..., None]
+    return exp_BxCxV / total_BxCx1, above_BxCxV - jnp.log(total_BxCx1)
 
 
 def _logsumexp(x: jax.Array) -> jax.Array:
     top = x.max(-1, keepdims=True)
-    return jnp.log(jnp.exp(x - top).sum(-1)) + top[..., 0]
+    return jnp.log(_row_sum(jnp.exp(x - top))) + top[..., 0]
 
 
-def _log_softmax(logits_BxCxV: jax.Array) -> jax.Array:
-    return logits_BxCxV - _logsumexp(logits_BxCxV)[..., None]
-
-
-def _kl(log_p_BxCxV: jax.Array, log_q_BxCxV: jax.Array) -> jax.Array:
+def _kl(p_BxCxV: jax.Array, log_p_BxCxV: jax.Array, log_q_BxCxV: jax.Array) -> jax.Array:
     """KL(p || q) [B, C] in nats."""
-    return jnp.sum(jnp.exp(log_p_BxCxV) * (log_p_BxCxV - log_q_BxCxV), axis=-1)
+    return _row_sum(p_BxCxV * (log_p_BxCxV - log_q_BxCxV))
+
+
+def _row_sum(x: jax.Array) -> jax.Array:
+    """The sum over the last axis, as a product with ones.
+
+    XLA:CPU would compute `x` within a sum one number at a time; before a product it computes it in vectors. Elsewhere
+    XLA makes a sum of it again.
+    """
+    return jnp.einsum("...v,v->...", x, jnp.ones(x.shape[-1], x.dtype), precision=jax.lax.Precision.HIGHEST)
