@@ -17,6 +17,7 @@ CONFIG: TrainConfig = dataclasses.replace(
     loss=dataclasses.replace(_PUBLISHED.loss, chunk=8),
     optimizer=dataclasses.replace(_PUBLISHED.optimizer, learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=1),
     steps=6,
+    mesh=(1, -1, 1),
     microbatches=2,
     query_chunk=8,
     checkpoint_every=3,

@@ -132,6 +132,7 @@ def topology_devices(topology: str) -> tuple[list[jax.Device], Chip]:
     if kind not in TPUS:
         raise FalconError(f"no figures of the chip in topology {topology!r}; known: {', '.join(TPUS)}, as in v5p:4x4x4")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no metadata server what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside another plan, or a run on a TPU that is here
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     from jax.experimental import topologies

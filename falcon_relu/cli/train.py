@@ -16,6 +16,7 @@ from train.config import TrainConfig
 from train.distributed import DistributedConfig, joined
 from train.loop import train
 from train.memory import keep_freed_memory
+from train.xla_flags import platform_here, recommend
 
 EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
 
@@ -42,6 +43,7 @@ def defaults(config: str | None) -> Args:
 def run(args: Args) -> None:
     """Trains, then reports the last validation, once for all processes."""
     keep_freed_memory()
+    recommend(platform_here())
     start = time.perf_counter()
     with joined(args.distributed):
         figures = train(args.run)

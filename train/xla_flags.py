@@ -1,0 +1,54 @@
+"""XLA flags that let collectives run beside products; set once, before JAX looks for devices."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+# Platform -> (environment variable, flags). What each does: docs/plan.md.
+RECOMMENDED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "tpu": (
+        "LIBTPU_INIT_ARGS",
+        (
+            "--xla_tpu_enable_async_collective_fusion=true",
+            "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+            "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+            "--xla_tpu_overlap_compute_collective_tc=true",
+            "--xla_enable_async_all_gather=true",
+        ),
+    ),
+    "gpu": (
+        "XLA_FLAGS",
+        (
+            "--xla_gpu_enable_latency_hiding_scheduler=true",
+            "--xla_gpu_enable_highest_priority_async_stream=true",
+            "--xla_gpu_enable_pipelined_all_gather=true",
+            "--xla_gpu_enable_pipelined_reduce_scatter=true",
+            "--xla_gpu_enable_pipelined_all_reduce=true",
+            "--xla_gpu_enable_while_loop_double_buffering=true",
+            "--xla_gpu_all_gather_combine_threshold_bytes=1073741824",
+            "--xla_gpu_reduce_scatter_combine_threshold_bytes=1073741824",
+            "--xla_gpu_all_reduce_combine_threshold_bytes=1073741824",
+        ),
+    ),
+}
+
+
+def platform_here() -> str:
+    """One of "tpu", "gpu", "cpu": what JAX will find on this machine, told without starting it."""
+    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if wanted:
+        return {"cuda": "gpu"}.get(wanted, wanted)
+    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    if chips and importlib.util.find_spec("libtpu"):
+        return "tpu"
+    return "gpu" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def recommend(platform: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets the flags of a platform, unless the user has set that variable: then it stays as it is."""
+    if platform in RECOMMENDED:
+        variable, flags = RECOMMENDED[platform]
+        environment.setdefault(variable, " ".join(flags))
