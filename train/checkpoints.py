@@ -154,6 +154,7 @@ def writing(what: str) -> Iterator[None]:
     except FalconError:
         raise
     except Exception as problem:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's other tasks would each say the same
         raise FalconError(
             f"could not write {what} (disk full?): {_first_line(problem)}. What was finished before is as it was: make "
             "room, then run the same command again"

@@ -65,7 +65,7 @@ def start_two_as_slurm(config: TrainConfig, cache: Path | None = None) -> list[s
     ]
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
     """Exit status and output."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -76,7 +76,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, s
     return process.returncode, output
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 300) -> None:
     """Polls; the process must not end before."""
     end = time.monotonic() + timeout
     while not condition():
