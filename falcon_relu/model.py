@@ -64,8 +64,9 @@ class KVCache:
     def empty(cls, config: FalconConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
         """A cache for `batch` sequences of up to `slots` tokens, padding included."""
         shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
-        tokens = jnp.zeros((batch, slots), jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), tokens, tokens, jnp.zeros((), jnp.int32))
+        # Buffers of their own each, so that a cache can be donated.
+        per_head, per_token = (shape, dtype), ((batch, slots), jnp.int32)
+        return cls(*(jnp.zeros(*one) for one in (per_head, per_head, per_token, per_token, ((), jnp.int32))))
 
 
 def _parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> jax.Array:

@@ -86,9 +86,11 @@ def calibrate(
     recording: Recording,
     *,
     energy: float | None = None,
+    recall: float | None = None,
     neurons: float | None = None,
     kl: float | None = None,
     sensitivity: Sequence[float] | None = None,
+    curves: Sequence[Curve] | None = None,
 ) -> Predictor:
     """Sets thresholds, budgets and measured figures, from held-out tokens.
 
@@ -96,28 +98,31 @@ def calibrate(
       predictor: as fitted.
       recording: of its model and of its input.
       energy: the share of the energy to cover, a mean over layers; with the fewest neurons read. Or:
+      recall: the share of the neurons that fire in all layers together to cover; with the fewest neurons read. Or:
       neurons: the neurons to read for a token in all layers together; with the most energy covered. Or:
       kl: KL(dense || sparse) to expect, nats a token; with the fewest neurons read; needs the sensitivity.
       sensitivity: weight of each layer's share of lost energy, nats (see `quality.sensitivity`); equal if None.
+      curves: what `measure` says of every layer, if that is known already.
 
     Raises:
       FalconError: the recording is of another input or model, or not exactly one target is given.
     """
-    if sum(target is not None for target in (energy, neurons, kl)) != 1 or (kl is not None and sensitivity is None):
-        raise FalconError("calibrate to one of: energy, neurons, kl (which needs the layers' sensitivity)")
+    targets = (energy, recall, neurons, kl)
+    if sum(target is not None for target in targets) != 1 or (kl is not None and sensitivity is None):
+        raise FalconError("calibrate to one of: energy, recall, neurons, kl (which needs the layers' sensitivity)")
     if recording.input != predictor.input:
         raise FalconError(f"the recording is of {recording.input}, the predictor reads {predictor.input}")
     if recording.n_layers != len(predictor.layers):
         raise FalconError(f"the recording is of {recording.n_layers} layers, the predictor of {len(predictor.layers)}")
-    weight_L = np.ones(len(predictor.layers)) if sensitivity is None else np.asarray(sensitivity, np.float64)
-    max_loss = kl if energy is None else (1 - energy) * float(weight_L.sum())
-    curves = [measure(layer, recording, i) for i, layer in enumerate(predictor.layers)]
-    points = allocate(
-        [curve.read_P for curve in curves],
-        [weight * (1 - curve.energy_P) for weight, curve in zip(weight_L, curves, strict=True)],
-        max_cost=neurons,
-        max_loss=max_loss,
-    )
+    curves = curves or [measure(layer, recording, i) for i, layer in enumerate(predictor.layers)]
+    if recall is None:
+        weight_L = np.ones(len(curves)) if sensitivity is None else np.asarray(sensitivity, np.float64)
+        losses = [weight * (1 - curve.energy_P) for weight, curve in zip(weight_L, curves, strict=True)]
+        max_loss = kl if energy is None else (1 - energy) * float(weight_L.sum())
+    else:
+        losses = [curve.fired * (1 - curve.recall_P) for curve in curves]
+        max_loss = (1 - recall) * sum(curve.fired for curve in curves)
+    points = allocate([curve.read_P for curve in curves], losses, max_cost=neurons, max_loss=max_loss)
     thresholds = tuple(float(curve.threshold_P[p]) for curve, p in zip(curves, points, strict=True))
     budgets = tuple(
         _budget(layer, recording, i, threshold)

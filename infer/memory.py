@@ -36,16 +36,33 @@ def need_memory(size: int, what: str) -> None:
     Raises:
       FalconError: `what` needs more than is available.
     """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return
+    free = min(_system_free(), _container_free())
     if size > free:
         raise FalconError(
-            f"{what} need {size / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use a smaller number format "
+            f"{what} need {size / 1e9:,.1f} GB of memory and {free / 1e9:.1f} GB are free; use a smaller number format "
             "or a machine with more memory"
         )
+
+
+def _system_free() -> float:
+    try:
+        return _number(Path("/proc/meminfo"), "MemAvailable:") << 10
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def _container_free() -> float:
+    """What the limit of a container (cgroup v2) leaves; files in the page cache make room when asked to."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - _number(folder / "memory.stat", "anon")
+    except (OSError, StopIteration, ValueError):  # not in such a container, or no limit: "max"
+        return math.inf
+
+
+def _number(file: Path, name: str) -> int:
+    """The number after `name` in a file of a name and a number a line."""
+    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name])
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, size: int) -> np.ndarray:

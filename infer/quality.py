@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ from flax import struct
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.model import Falcon, Params, Select
+from infer.calibrate import calibrate, measure
 from infer.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, select, stack
-from infer.record import BATCH_KEYS, Batch
+from infer.record import BATCH_KEYS, Batch, Recording
 
 
 @struct.dataclass
@@ -121,6 +122,36 @@ def sensitivity(
         compare(config, params, alone(i), batches, dtype=dtype)["kl"] / max(1 - figures["energy"], 1e-6)
         for i, figures in enumerate(predictor.measured)
     ]
+
+
+def reading_curve(
+    config: FalconConfig,
+    params: Params,
+    predictor: Predictor,
+    recording: Recording,
+    batches: Sequence[Batch],
+    reads: Sequence[float],
+    *,
+    sensitivity: Sequence[float] | None = None,
+    dtype: Any = jnp.float32,
+) -> Iterator[tuple[Predictor, dict[str, Any]]]:
+    """The curve of quality against neurons read: for each of `reads`, calibrated to it, and what `compare` says.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      predictor: as fitted.
+      recording: of the model and of the predictor's input; its held-out tokens calibrate.
+      batches: text to compare on.
+      reads: neurons to read in all layers together, over the neurons that fire.
+      sensitivity: see `calibrate`.
+      dtype: compute dtype.
+    """
+    curves = [measure(layer, recording, i) for i, layer in enumerate(predictor.layers)]
+    firing = sum(curve.fired for curve in curves)
+    for read in reads:
+        point = calibrate(predictor, recording, neurons=read * firing, sensitivity=sensitivity, curves=curves)
+        yield point, {"read_over_firing": read} | compare(config, params, point, batches, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

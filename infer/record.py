@@ -16,7 +16,7 @@ import numpy as np
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json, write_aside, write_json
-from falcon_relu.model import Falcon, Params
+from falcon_relu.model import Falcon, KVCache, Params
 from falcon_relu.progress import progress
 from infer.predictor import PredictorInput
 
@@ -27,6 +27,7 @@ INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
 
 _VERSION = 1
+_PIECE_BYTES = 512 << 20  # of all layers' neurons that are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,23 +142,43 @@ def open_recording(folder: Path) -> Recording:
 def _observed(
     config: FalconConfig, params: Params, batches: Iterable[Batch], input: PredictorInput, dtype: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs [L, N, D] and contributions [L, N, F] for the real tokens of each batch."""
-    observe = jax.jit(functools.partial(_observe, Falcon(config, dtype), input))
+    """Inputs [L, N, D] and contributions [L, N, F] for the real tokens of each batch, some positions at a time.
+
+    What all layers' neurons do at all positions does not fit into memory at 40B; a cache carries the context from one
+    piece of a batch to the next.
+    """
+    observe = jax.jit(functools.partial(_observe, Falcon(config, dtype), input), donate_argnums=2)
+    lengths_LxF = jax.jit(_row_lengths)(params["layers"]["mlp"]["down"])
     for batch in batches:
-        real_BxT = np.asarray(batch["segment_ids_BxT"]) != 0
-        arrays = observe(params, *(batch[k] for k in BATCH_KEYS))
-        yield tuple(np.asarray(a)[:, real_BxT] for a in arrays)  # type: ignore[misc]
+        arrays_BxT = [np.asarray(batch[k]) for k in BATCH_KEYS]
+        B, T = arrays_BxT[0].shape
+        C = max(min(T, _PIECE_BYTES // (4 * config.n_layers * B * config.d_ff)), 1)
+        cache = KVCache.empty(config, B, -(-T // C) * C, dtype)
+        for start in range(0, T, C):
+            piece = [_padded(a_BxT[:, start : start + C], C) for a_BxT in arrays_BxT]
+            seen, cache = observe(params, lengths_LxF, cache, *piece)
+            yield tuple(np.asarray(a)[:, piece[-1] != 0] for a in seen)  # type: ignore[misc]
 
 
-def _observe(model: Falcon, input: PredictorInput, params: Params, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _, variables = model.apply({"params": params}, *batch, method="hidden", mutable=["activations"])
+def _padded(a_BxN: np.ndarray, C: int) -> np.ndarray:
+    """Filled up with zeros, which are padding, to C positions."""
+    return np.pad(a_BxN, ((0, 0), (0, C - a_BxN.shape[1])))
+
+
+def _observe(
+    model: Falcon, input: PredictorInput, params: Params, lengths_LxF: jax.Array, cache: KVCache, *piece: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
+    (_, cache), variables = model.apply({"params": params}, *piece, cache, method="hidden", mutable=["activations"])
     seen = variables["activations"]["layers"]
-    lengths_LxF = jnp.linalg.norm(params["layers"]["mlp"]["down"].astype(jnp.float32), axis=-1)
-    h_LxBxTxF = jnp.abs(seen["mlp"]["neurons"].astype(jnp.float32))
+    h_LxBxCxF = jnp.abs(seen["mlp"]["neurons"].astype(jnp.float32))
     finite = jnp.finfo(CONTRIBUTION_DTYPE)
-    c_LxBxTxF = jnp.clip(h_LxBxTxF * lengths_LxF[:, None, None], float(finite.smallest_subnormal), float(finite.max))
-    c_LxBxTxF = jnp.where(h_LxBxTxF > 0, c_LxBxTxF, 0).astype(CONTRIBUTION_DTYPE)
-    return seen[input].astype(INPUT_DTYPE), c_LxBxTxF
+    c_LxBxCxF = jnp.clip(h_LxBxCxF * lengths_LxF[:, None, None], float(finite.smallest_subnormal), float(finite.max))
+    c_LxBxCxF = jnp.where(h_LxBxCxF > 0, c_LxBxCxF, 0).astype(CONTRIBUTION_DTYPE)
+    return (seen[input].astype(INPUT_DTYPE), c_LxBxCxF), cache
+
+
+def _row_lengths(w_LxFxD: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(w_LxFxD.astype(jnp.float32), axis=-1)
 
 
 def _inputs(folder: Path, i: int) -> Path:

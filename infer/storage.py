@@ -66,22 +66,23 @@ def save(weights: DecodeWeights, path: Path, *, replace: bool = False) -> None:
         write_json(aside / _MANIFEST, manifest | {"crc32": checksums})
 
 
+def outline(path: Path) -> DecodeWeights:
+    """Shapes and dtypes of stored decode weights, from their manifest.
+
+    Raises:
+      FalconError: `path` is no such folder, or of another version.
+    """
+    return _manifest(path)[0]
+
+
 def load(path: Path) -> DecodeWeights:
     """Reads decode weights.
 
     Raises:
       FalconError: `path` is no such folder, of another version, not whole or damaged, or there is too little memory.
     """
-    manifest = read_json(Path(path) / _MANIFEST)
-    try:
-        version = manifest["version"]
-        if version != _VERSION:
-            raise FalconError(f"{path} is of version {version}; this program reads {_VERSION}: make it again")
-        config = FalconConfig(**manifest["config"])
-        wanted = skeleton(config, Formats(**manifest["formats"]), manifest["ranks"], manifest["predictor_input"])
-        leaves, checksums = dict(_named(wanted)), dict(manifest["crc32"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FalconError(f"{path}/{_MANIFEST} is no valid manifest: {error}") from None
+    wanted, checksums = _manifest(path)
+    leaves = dict(_named(wanted))
     need_memory(wanted.nbytes, f"the weights in {path}")
     places = _check(Path(path), leaves)
     arrays = {name: huge_empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
@@ -97,6 +98,20 @@ def load(path: Path) -> DecodeWeights:
             pass
     treedef = jax.tree.structure(wanted)
     return jax.tree.unflatten(treedef, [jax.device_put(array) for array in arrays.values()])
+
+
+def _manifest(path: Path) -> tuple[DecodeWeights, dict[str, int]]:
+    """Shapes of the weights and the checksum of every tensor."""
+    manifest = read_json(Path(path) / _MANIFEST)
+    try:
+        version = manifest["version"]
+        if version != _VERSION:
+            raise FalconError(f"{path} is of version {version}; this program reads {_VERSION}: pack the model again")
+        config = FalconConfig(**manifest["config"])
+        wanted = skeleton(config, Formats(**manifest["formats"]), manifest["ranks"], manifest["predictor_input"])
+        return wanted, dict(manifest["crc32"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise FalconError(f"{path}/{_MANIFEST} is no valid manifest: {error}") from None
 
 
 def _named(weights: DecodeWeights) -> Iterator[tuple[str, Any]]:

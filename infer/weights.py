@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,16 @@ from falcon_relu.sharding import Leaf
 from infer.formats import DTYPES, Array, Format, Rows, quantise
 from infer.memory import need_memory
 from infer.predictor import Predictor, PredictorInput
+
+Kind = Literal["attention", "mlp", "predictor", "head"]
+
+# Fields of LayerWeights and DecodeWeights that hold the matrices of each kind.
+KINDS: dict[Kind, tuple[str, ...]] = {
+    "attention": ("qkv", "out"),
+    "mlp": ("up", "down"),
+    "predictor": ("predictor",),
+    "head": ("embedding", "head"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,28 @@ class Formats:
     def all(cls, format: Format) -> Formats:
         """The same format for everything."""
         return cls(attention=format, mlp=format, predictor=format, head=format)
+
+    @classmethod
+    def parse(cls, text: str) -> Formats:
+        """Reads "int8" (everything) or "int8,head=bf16,predictor=bf16" (all but some).
+
+        Raises:
+          FalconError: a format or a kind is unknown.
+        """
+        first, *others = text.split(",")
+        named = [tuple(other.split("=")) for other in others]
+        for pair in [("attention", first), *named]:
+            if len(pair) != 2 or pair[0] not in KINDS or pair[1] not in get_args(Format):
+                raise FalconError(
+                    f"number format {text!r} is not valid: give one of {', '.join(get_args(Format))}, then exceptions "
+                    f"such as head=bf16 after commas; kinds: {', '.join(KINDS)}"
+                )
+        return dataclasses.replace(cls.all(first), **dict(named))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        exceptions = (f"{kind}={getattr(self, kind)}" for kind in KINDS if getattr(self, kind) != self.mlp)
+        return ",".join([self.mlp, *exceptions])
 
 
 @jax.tree_util.register_dataclass

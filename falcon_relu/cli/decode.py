@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from falcon_relu.cli.figures import report
-from falcon_relu.config import Activation
+from falcon_relu.checkpoint import load_config
+from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.generate import Sampling
+from falcon_relu.files import write_json
+from falcon_relu.generate import Sampling, check_prompts
+from falcon_relu.progress import console
 from falcon_relu.tokenizer import Tokenizer
 from infer import kernels
-from infer.formats import Format
-from infer.generate import Figures, stream
-from infer.predictor import load
-from infer.step import Mode, check_mode
-from infer.storage import is_decode_weights
+from infer.bench import memory_bandwidth
+from infer.generate import Conversation, Figures, stream
+from infer.memory import need_memory
+from infer.predictor import Predictor, load
+from infer.step import DecodeState, Mode, check_mode
+from infer.storage import is_decode_weights, outline
 from infer.storage import load as load_packed
 from infer.threads import limit_threads
-from infer.weights import DecodeWeights, Formats, from_checkpoint
+from infer.weights import DecodeWeights, Formats, from_checkpoint, skeleton
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +51,11 @@ class Args:
     sparse reads the neurons that the predictor chooses. The sparsest that the model can serve, if not given."""
     predictor: Path | None = None
     """Predictor file, for sparse; see falcon-relu predictor. Packed weights may hold one already."""
-    format: Format | None = None
-    """Number format of the weights in memory; that of packed weights, else bf16, if not given."""
-    batch: bool = False
-    """Continue all prompts together, sharing every read, instead of one after the other."""
+    format: str | None = None
+    """Number format of the weights in memory: f32, bf16, f16 or int8, also with exceptions: "int8,head=bf16" (kinds:
+    attention, mlp, predictor, head). That of packed weights, else bf16, if not given."""
+    batch: int = 1
+    """Continue so many prompts at a time, sharing every read; they are printed when they are complete."""
     backend: kernels.Backend = "auto"
     """Kernels: native (C++), xla, or native where it was built."""
     threads: int | None = None
@@ -62,42 +68,76 @@ class Args:
 
 
 def run(args: Args) -> None:
-    """Loads, continues each prompt as it streams, then reports one line of figures a run."""
+    """Refuses what cannot be done, loads, continues the prompts as they stream, then says in one line what it took."""
     if args.threads is not None:
         limit_threads(args.threads)
-    kernels.backend(args.backend)  # refuses a backend that is not there before anything is loaded
+    if args.batch < 1:
+        raise FalconError(f"--batch must be at least 1, got {args.batch}")
+    kernels.backend(args.backend)
     tokenizer = Tokenizer(args.tokenizer)
     prompts = [*args.prompts, *_lines(args.file)]
-    weights = _weights(args)
-    tokenizer.check_fits(weights.config.vocab_size)
-    mode: Mode = args.mode or _sparsest(weights)
-    check_mode(weights, mode)
+    encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    sampling = dataclasses.replace(args.sampling, stop_tokens=(*args.sampling.stop_tokens, tokenizer.eos_id))
+
+    outline, predictor = _outline(args)
+    c = outline.config
+    tokenizer.check_fits(c.vocab_size)
+    mode: Mode = args.mode or _sparsest(outline)
+    check_mode(outline, mode)
+    if encoded:
+        check_prompts(encoded, c.vocab_size, c.max_positions, sampling.max_new_tokens)
+        longest = max(map(len, encoded)) + sampling.max_new_tokens
+    else:
+        longest = c.max_positions
+    cache = DecodeState.nbytes(c, args.batch, longest)
+    need_memory(outline.nbytes + cache, f"the weights of {args.model} and the cache of {args.batch} x {longest} tokens")
+
+    weights = _weights(args, predictor)
+    figures = Figures()
     if not prompts:
-        _chat(args, weights, tokenizer, mode)
+        _chat(args, weights, tokenizer, mode, sampling, figures)
         return
-    groups = [prompts] if args.batch else [[prompt] for prompt in prompts]
-    rows, texts = [], []
-    for group in groups:
-        figures = Figures()
-        texts += _continue(args, weights, tokenizer, mode, group, figures)
-        rows.append(_row(figures, len(group)))
-    report(
-        {"mode": mode, "kernels": kernels.describe(kernels.backend(args.backend)), "runs": rows},
-        args.json,
-        also={"prompts": prompts, "texts": texts},
-    )
+    texts: list[str] = []
+    for start in range(0, len(prompts), args.batch):
+        group = slice(start, start + args.batch)
+        steps = stream(weights, encoded[group], sampling, mode=mode, backend=args.backend, figures=figures)
+        texts += _show(tokenizer, prompts[group], steps)
+    bandwidth = memory_bandwidth()
+    console.print(_line(figures, bandwidth), markup=False, highlight=False, soft_wrap=True)
+    if args.json is not None:
+        about = {"mode": mode, "kernels": kernels.describe(kernels.backend(args.backend))}
+        write_json(args.json, about | _row(figures, bandwidth) | {"prompts": prompts, "texts": texts})
 
 
-def _weights(args: Args) -> DecodeWeights:
+def _outline(args: Args) -> tuple[DecodeWeights, Predictor | None]:
+    """Shapes of the weights that will be read, and the predictor file, checked against them."""
     if is_decode_weights(Path(args.model)):
         if args.format is not None or args.activation is not None:
             raise FalconError(f"{args.model} is packed already: its format and activation cannot be chosen any more")
-        weights = load_packed(Path(args.model))
-    else:
-        weights = from_checkpoint(args.model, Formats.all(args.format or "bf16"), activation=args.activation)
-    if args.predictor is None:
-        return weights
-    return weights.with_predictor(load(args.predictor, weights.config), args.format or weights.formats.predictor)
+        packed = outline(Path(args.model))
+        predictor = _predictor(args, packed.config)
+        if predictor is None:
+            return packed, None
+        return skeleton(packed.config, packed.formats, predictor.ranks, predictor.input), predictor
+    config = load_config(args.model, activation=args.activation)
+    predictor = _predictor(args, config)
+    ranks, input = (predictor.ranks, predictor.input) if predictor else ((), None)
+    return skeleton(config, _formats(args), ranks, input), predictor
+
+
+def _predictor(args: Args, config: FalconConfig) -> Predictor | None:
+    return None if args.predictor is None else load(args.predictor, config)
+
+
+def _weights(args: Args, predictor: Predictor | None) -> DecodeWeights:
+    if not is_decode_weights(Path(args.model)):
+        return from_checkpoint(args.model, _formats(args), predictor, activation=args.activation)
+    weights = load_packed(Path(args.model))
+    return weights if predictor is None else weights.with_predictor(predictor, weights.formats.predictor)
+
+
+def _formats(args: Args) -> Formats:
+    return Formats.parse(args.format or "bf16")
 
 
 def _sparsest(weights: DecodeWeights) -> Mode:
@@ -106,18 +146,14 @@ def _sparsest(weights: DecodeWeights) -> Mode:
     return "exact" if weights.predictor_input is None else "sparse"
 
 
-def _continue(
-    args: Args, weights: DecodeWeights, tokenizer: Tokenizer, mode: Mode, prompts: Sequence[str], figures: Figures
-) -> list[str]:
-    """Continues prompts together; a single one is printed as it comes, several when they are complete."""
-    encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-    sampling = dataclasses.replace(args.sampling, stop_tokens=(*args.sampling.stop_tokens, tokenizer.eos_id))
+def _show(tokenizer: Tokenizer, prompts: Sequence[str], steps: Iterable[Sequence[int | None]]) -> list[str]:
+    """Prints each prompt and what follows: a single one as it comes, several when they are complete."""
     live = len(prompts) == 1
     streams = [tokenizer.stream() for _ in prompts]
     texts = ["" for _ in prompts]
     if live:
         print(prompts[0], end="", flush=True)
-    for tokens in stream(weights, encoded, sampling, mode=mode, backend=args.backend, figures=figures):
+    for tokens in steps:
         for i, token in enumerate(tokens):
             piece = "" if token is None else streams[i].push(token)
             texts[i] += piece
@@ -130,31 +166,50 @@ def _continue(
     return texts
 
 
-def _chat(args: Args, weights: DecodeWeights, tokenizer: Tokenizer, mode: Mode) -> None:
-    """Continues what is typed, line after line, until the input ends."""
-    said = ""
-    while True:
+def _chat(
+    args: Args, weights: DecodeWeights, tokenizer: Tokenizer, mode: Mode, sampling: Sampling, figures: Figures
+) -> None:
+    """Continues what is typed, line after line, until the input ends; errors end a turn, not the loop."""
+    begin = functools.partial(Conversation, weights, mode=mode, backend=args.backend)
+    conversation, bandwidth = begin(), memory_bandwidth()
+    for turn in itertools.count():
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
-            return
+            break
         if not line.strip():
-            said = ""
+            conversation = begin()
             continue
-        figures = Figures()
-        said += line
-        said += _continue(args, weights, tokenizer, mode, [said], figures)[0] + "\n"
-        print(", ".join(f"{name} {value}" for name, value in _row(figures, 1).items()), file=sys.stderr)
+        drawn = dataclasses.replace(sampling, seed=sampling.seed + turn)
+        taken = Figures()
+        try:
+            steps = conversation.say(tokenizer.encode(line), drawn, taken)
+            _show(tokenizer, [""], ([token] for token in steps))
+        except FalconError as error:
+            console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            continue
+        console.print(_line(taken, bandwidth), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def _row(figures: Figures, sequences: int) -> dict[str, Any]:
+def _line(figures: Figures, bandwidth: float) -> str:
+    return (
+        f"prompt {figures.prompt_tokens:,} tokens, {figures.prompt_tokens_per_second:,.4g} tokens/s; "
+        f"generation {figures.tokens:,} tokens, {figures.tokens_per_second:,.4g} tokens/s; "
+        f"{figures.step_bytes / 1e6:,.4g} MB a step; {figures.neurons_read:.1%} of the neurons read; "
+        f"{figures.bytes_per_second / 1e9:.3g} of {bandwidth / 1e9:.3g} GB/s"
+    )
+
+
+def _row(figures: Figures, bandwidth: float) -> dict[str, float]:
     return {
-        "sequences": sequences,
-        "prompt tokens/s": figures.prompt_tokens / max(figures.prompt_seconds, 1e-9),
-        "tokens/s": figures.steps_per_second * sequences,
+        "prompt tokens": figures.prompt_tokens,
+        "prompt tokens/s": figures.prompt_tokens_per_second,
+        "tokens": figures.tokens,
+        "tokens/s": figures.tokens_per_second,
         "MB a step": figures.step_bytes / 1e6,
         "neurons read": figures.neurons_read,
         "GB/s": figures.bytes_per_second / 1e9,
+        "memory GB/s": bandwidth / 1e9,
     }
 
 

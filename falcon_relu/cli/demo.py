@@ -32,13 +32,12 @@ from falcon_relu.native import read_config
 from falcon_relu.progress import console, progress
 from falcon_relu.tokenizer import Tokenizer, train_bpe
 from infer.bench import measure_tokens, random_weights, with_active_share
-from infer.calibrate import calibrate
 from infer.fit import fit
 from infer.generate import Figures as Decoded
 from infer.generate import generate as decode
 from infer.kernels import Backend, native
 from infer.predictor import Predictor, load, save
-from infer.quality import compare, sensitivity
+from infer.quality import reading_curve, sensitivity
 from infer.record import open_recording, record
 from infer.step import MODES
 from infer.weights import Formats, from_params
@@ -92,18 +91,19 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Runs every stage that is not finished; returns all figures, as `demo_report.render` wants them."""
+        figures: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
         stages: list[tuple[str, Callable[[], Any]]] = [
             ("text", self._text),
             ("tokens", self._tokens),
             ("teacher", lambda: train(self._placed(self.recipe.teacher))),
             ("lm_only", lambda: train(self._placed(self.recipe.lm_only))),
             ("lm_kl", lambda: train(self._placed(self.recipe.lm_kl))),
-            ("quality", self._quality),
+            ("quality", lambda: self._quality(figures)),
             ("predictor", self._predictor),
             ("decode", self._decode),
             ("widths", self._widths),
         ]
-        figures, seconds = {}, {}
         for number, (name, stage) in enumerate(stages, 1):
             done = self.root / "figures" / f"{name}.json"
             if not done.exists():
@@ -152,13 +152,14 @@ class Demo:
             counts[name] = sum(split.tokens for split in read_manifest(folder).splits.values())
         return counts
 
-    def _quality(self) -> list[dict[str, Any]]:
-        teacher, data = self.root / "teacher" / "weights", self._data
+    def _quality(self, figures: dict[str, Any]) -> list[dict[str, Any]]:
+        """All models on the held-out rows; those that were trained have been validated at the end of it."""
+        teacher = self.root / "teacher" / "weights"
         measured = [
-            ("teacher (GELU)", validate(teacher, data)),
-            ("swapped, not tuned", validate(teacher, data, activation="relu", teacher=teacher)),
-            ("tuned on text alone (LM)", validate(self.root / "lm_only" / "weights", data, teacher=teacher)),
-            ("tuned with LM + KL", validate(self.root / "lm_kl" / "weights", data, teacher=teacher)),
+            ("teacher (GELU)", figures["teacher"]),
+            ("swapped, not tuned", validate(teacher, self._data, activation="relu", teacher=teacher)),
+            ("tuned on text alone (LM)", figures["lm_only"]),
+            ("tuned with LM + KL", figures["lm_kl"]),
         ]
         return [
             {
@@ -186,15 +187,14 @@ class Demo:
         fitted = fit(recording, config, params, [recipe.rank] * config.n_layers, recipe.fit)
         weighing = list(itertools.islice(train_batches(self._data), _WEIGHING_BATCHES))
         weights = sensitivity(config, params, fitted, weighing)
-        firing = sum(found["fired"] for found in fitted.measured)
+        rows = list(itertools.islice(validation_batches(self._data), recipe.quality_batches))
         points, best = [], None
         with progress("quality against neurons read", len(recipe.reads), "points") as advance:
-            for reads in recipe.reads:
-                predictor = calibrate(fitted, recording, neurons=reads * firing, sensitivity=weights)
-                rows = itertools.islice(validation_batches(self._data), recipe.quality_batches)
-                found = compare(config, params, predictor, rows)
-                points.append({"read_over_firing": reads, "cross_entropy": found["sparse_loss"]} | found)
-                if reads == recipe.read:
+            for predictor, found in reading_curve(
+                config, params, fitted, recording, rows, recipe.reads, sensitivity=weights
+            ):
+                points.append(found | {"cross_entropy": found["sparse_loss"]})
+                if found["read_over_firing"] == recipe.read:
                     best = (predictor, points[-1])
                 advance()
         assert best is not None  # Recipe checks that `read` is among `reads`

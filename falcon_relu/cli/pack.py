@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 
+from falcon_relu.checkpoint import load_config
 from falcon_relu.cli.figures import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
-from infer.formats import Format
 from infer.predictor import load
 from infer.storage import save
 from infer.weights import Formats, from_checkpoint
@@ -28,8 +28,9 @@ class Args:
     """Native weights, Hugging Face folder or hub id."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to make."""
-    format: Format = "bf16"
-    """Number format of all matrices."""
+    format: str = "bf16"
+    """Number format of the matrices: f32, bf16, f16 or int8, also with exceptions: "int8,head=bf16" (kinds: attention,
+    mlp, predictor, head)."""
     predictor: Path | None = None
     """Predictor file to pack with it, for sparse decoding."""
     activation: Activation | None = None
@@ -42,14 +43,16 @@ def run(args: Args) -> None:
     """Packs, then reports."""
     if args.out.exists():
         raise FalconError(f"{args.out} exists already; choose another path or remove it first")
-    weights = from_checkpoint(args.model, Formats.all(args.format), activation=args.activation)
+    formats = Formats.parse(args.format)
+    predictor = None
     if args.predictor is not None:
-        weights = weights.with_predictor(load(args.predictor, weights.config), args.format)
+        predictor = load(args.predictor, load_config(args.model, activation=args.activation))
+    weights = from_checkpoint(args.model, formats, predictor, activation=args.activation)
     save(weights, args.out)
     report(
         {
             "GB": weights.nbytes / 1e9,
-            "format": args.format,
+            "format": str(formats),
             "activation": weights.config.activation,
             "predictor": weights.predictor_input or "none",
         },

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from falcon_relu.checkpoint import load_model
+from falcon_relu.checkpoint import load_config, load_model
 from falcon_relu.cli.figures import report
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json
-from falcon_relu.hf_config import config_from_hf
-from falcon_relu.hf_files import locate
 from falcon_relu.model import Params
-from falcon_relu.native import is_native, read_config
 from falcon_relu.progress import progress
-from falcon_relu.sparsity import sparsity
 from infer.calibrate import calibrate, neurons_for_bytes
 from infer.fit import FitConfig, choose_rank, fit, up_rows
 from infer.predictor import Predictor, PredictorInput, export_powerinfer, import_powerinfer, load, save
-from infer.quality import compare, sensitivity
-from infer.record import Batch, Recording, open_recording, record
+from infer.quality import compare, reading_curve, sensitivity
+from infer.record import Recording, open_recording, record
 from train.data import DataConfig, Source, train_batches, validation_batches
 from train.shards import read_manifest
 
 _WEIGHING_BATCHES = 2  # batches on which the layers' sensitivity is measured
+_SHOWN_TOKENS = 10_000  # of a recording, in the table of what fires
 _FIRST_ENERGY = 0.98  # covered while the sensitivity of an imported predictor's layers is measured
 
 
@@ -78,7 +73,7 @@ class Fit(_Step):
 class Calibrate(_Step):
     """Choose all layers' thresholds and budgets for one target, and measure the quality on held-out text.
 
-    Give one of --kl, --energy, --neurons and --megabytes.
+    Give one of --kl, --energy, --recall, --neurons and --megabytes.
     """
 
     recording: Annotated[Path, tyro.conf.Positional]
@@ -93,6 +88,8 @@ class Calibrate(_Step):
     """KL(dense || sparse) to expect, nats a token."""
     energy: float | None = None
     """Share of the squared contributions to cover."""
+    recall: float | None = None
+    """Share of the neurons that fire to cover, all layers together."""
     neurons: float | None = None
     """Neurons to read for a token in all layers together."""
     megabytes: float | None = None
@@ -103,6 +100,8 @@ class Calibrate(_Step):
     """Sequences run together."""
     batches: int = 16
     """Validation batches to measure on, at most."""
+    curve: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    """Points of the curve of quality against neurons read, in reads over neurons that fire."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,60 +145,85 @@ def run(args: Args) -> None:
         case Calibrate():
             figures = _calibrate(step)
         case Import():
-            config = _config(step)
+            config = load_config(step.model, activation=step.activation)
             predictor = import_powerinfer(step.source, config)
             save(predictor, step.out)
             figures = _sizes(predictor, config)
         case Export():
-            config = _config(step)
+            config = load_config(step.model, activation=step.activation)
             predictor = load(step.source, config)
             export_powerinfer(predictor, step.out)
             figures = _sizes(predictor, config)
     report(figures, step.json)
 
 
-def _config(step: _Step) -> FalconConfig:
-    if is_native(Path(step.model)):
-        return read_config(Path(step.model))
-    return config_from_hf(read_json(locate(step.model) / "config.json"), step.activation)
-
-
 def _record(step: Record) -> dict[str, Any]:
-    config, params = load_model(step.model, activation=step.activation)
-    data = _data(step.data, step.batch_size)
-    recording = record(config, params, train_batches(data), step.out, tokens=step.tokens, input=step.input)
-    zeros = sparsity(config, params, itertools.islice(train_batches(data), _WEIGHING_BATCHES))
+    config, params = load_model(step.model, activation=step.activation, dtype=None)
+    batches = train_batches(_data(step.data, step.batch_size))
+    recording = record(config, params, batches, step.out, tokens=step.tokens, input=step.input)
     size = sum(file.stat().st_size for file in recording.folder.iterdir())
-    return {"tokens": recording.tokens, "GB": size / 1e9, "zeros": zeros["zeros"], "layers": zeros["layers"]}
+    return {
+        "tokens": recording.tokens,
+        "GB": size / 1e9,
+        "layers": [_firing(recording, i) for i in range(config.n_layers)],
+    }
+
+
+def _firing(recording: Recording, i: int) -> dict[str, Any]:
+    """How much of a layer fires, on its first tokens."""
+    rates_F = (recording.layer(i)[1][:_SHOWN_TOKENS] != 0).mean(0)
+    return {
+        "layer": i,
+        "fires": float(rates_F.mean()),
+        "never": float((rates_F == 0).mean()),
+        "always": float((rates_F == 1).mean()),
+    }
 
 
 def _fit(step: Fit) -> dict[str, Any]:
     recording = open_recording(step.recording)
-    config, params = load_model(step.model, activation=step.activation)
+    config, params = load_model(step.model, activation=step.activation, dtype=None)
     recording.check(config)
-    ranks = _cheapest_ranks(step, recording, config, params) if step.rank is None else [step.rank] * config.n_layers
+    tried: list[dict[str, Any]] = []
+    if step.rank is None:
+        tried = _sweep(step, recording, config, params)
+    ranks = [
+        step.rank or next(row["rank"] for row in tried if row["layer"] == i and row["chosen"])
+        for i in range(config.n_layers)
+    ]
     predictor = fit(recording, config, params, ranks, step.how)
     save(predictor, step.out)
-    columns = ("layer", "rank", "fired", "recall", "start_recall", "energy", "start_energy")
-    rows = [{name: row[name] for name in columns} for row in _rows(predictor)]
-    return _sizes(predictor, config) | {"held out, as many read as fire": rows}
+    tables = {"ranks tried": tried, "held out, as many read as fire": _rows(predictor, config)}
+    return _sizes(predictor, config) | {name: table for name, table in tables.items() if table}
 
 
-def _cheapest_ranks(step: Fit, recording: Recording, config: FalconConfig, params: Params) -> list[int]:
+def _sweep(step: Fit, recording: Recording, config: FalconConfig, params: Params) -> list[dict[str, Any]]:
+    """A row a layer and rank: D / 16 to D / 2, and what a token would read."""
     candidates = sorted({max(config.d_model // part // 2 * 2, 2) for part in (16, 8, 4, 2)})
-    ranks = []
+    rows = []
     with progress("choose ranks", config.n_layers, "layers") as advance:
         for i in range(config.n_layers):
             up_FxD = up_rows(config, params, i, recording.input)
-            rank, _ = choose_rank(recording, i, up_FxD, candidates, energy=step.rank_energy, how=step.how)
-            ranks.append(rank)
+            rank, tried = choose_rank(recording, i, up_FxD, candidates, energy=step.rank_energy, how=step.how)
+            rows += [
+                {
+                    "layer": i,
+                    "rank": row["rank"],
+                    "reads": row["read"] / config.d_ff,
+                    "weights a token": row["weights"],
+                    "chosen": row["rank"] == rank,
+                }
+                for row in tried
+            ]
             advance(note=f"layer {i}: {rank}")
-    return ranks
+    return rows
 
 
 def _calibrate(step: Calibrate) -> dict[str, Any]:
+    if sum(t is not None for t in (step.kl, step.energy, step.recall, step.neurons, step.megabytes)) != 1:
+        raise FalconError("give one target: --kl, --energy, --recall, --neurons or --megabytes")
     recording = open_recording(step.recording)
-    config, params = load_model(step.model, activation=step.activation)
+    config, params = load_model(step.model, activation=step.activation, dtype=None)
     recording.check(config)
     predictor = load(step.predictor, config)
     if not predictor.measured:
@@ -210,11 +234,26 @@ def _calibrate(step: Calibrate) -> dict[str, Any]:
         neurons = neurons_for_bytes(predictor, step.megabytes * 1e6, step.weight_bytes)
     weighing = list(itertools.islice(train_batches(data), _WEIGHING_BATCHES))
     weights = sensitivity(config, params, predictor, weighing)
-    predictor = calibrate(predictor, recording, energy=step.energy, neurons=neurons, kl=step.kl, sensitivity=weights)
-    quality = compare(config, params, predictor, _first(validation_batches(data), step.batches))
-    save(predictor, step.out)
-    quality = {name: value for name, value in quality.items() if not isinstance(value, list)}
-    return _sizes(predictor, config) | quality | {"held out": _rows(predictor)}
+    calibrated = calibrate(
+        predictor,
+        recording,
+        energy=step.energy,
+        recall=step.recall,
+        neurons=neurons,
+        kl=step.kl,
+        sensitivity=weights,
+    )
+    rows = list(itertools.islice(validation_batches(data), step.batches))
+    quality = compare(config, params, calibrated, rows)
+    save(calibrated, step.out)
+    curve = []
+    with progress("quality against neurons read", len(step.curve), "points") as advance:
+        for _, found in reading_curve(config, params, predictor, recording, rows, step.curve, sensitivity=weights):
+            curve.append({name: value for name, value in found.items() if not isinstance(value, list)})
+            advance()
+    scalars = {name: value for name, value in quality.items() if not isinstance(value, list)}
+    tables = {"held out": _rows(calibrated, config), "quality against neurons read": curve}
+    return _sizes(calibrated, config) | scalars | tables
 
 
 def _sizes(predictor: Predictor, config: FalconConfig) -> dict[str, Any]:
@@ -226,20 +265,18 @@ def _sizes(predictor: Predictor, config: FalconConfig) -> dict[str, Any]:
     }
 
 
-def _rows(predictor: Predictor) -> list[dict[str, Any]]:
+def _rows(predictor: Predictor, config: FalconConfig) -> list[dict[str, Any]]:
+    """A row a layer: shares of the neurons that fire and are read; recall, energy, and those of the untrained SVD."""
     columns = zip(predictor.ranks, predictor.thresholds, predictor.budgets, predictor.measured, strict=True)
+    names = {"recall": "recall", "precision": "precision", "energy": "energy"}
+    names |= {"start_recall": "SVD recall", "start_energy": "SVD energy"}
     return [
-        {"layer": i, "rank": rank, "threshold": threshold, "budget": budget, **measured}
-        for i, (rank, threshold, budget, measured) in enumerate(columns)
+        {"layer": i, "rank": rank, "threshold": threshold, "budget": budget}
+        | {"fires": found["fired"] / config.d_ff, "reads": found["read"] / config.d_ff}
+        | {name: found[key] for key, name in names.items() if key in found}
+        for i, (rank, threshold, budget, found) in enumerate(columns)
     ]
 
 
 def _data(folder: Path, batch_size: int) -> DataConfig:
     return DataConfig(sources=(Source(folder),), seq_len=read_manifest(folder).seq_len, batch_size=batch_size)
-
-
-def _first(batches: Iterator[Batch], n: int) -> Iterator[Batch]:
-    with progress("measure", n, "batches") as advance:
-        for batch in itertools.islice(batches, n):
-            yield batch
-            advance()

@@ -7,7 +7,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.generate import Sampling
 from falcon_relu.generate import generate as flax_generate
 from falcon_relu.model import Falcon
-from infer.generate import Figures, generate, stream
+from infer.generate import Conversation, Figures, generate, stream
 from infer.weights import Formats, from_params
 from tests.infer.test_step import BACKENDS, covering_predictor, relu_model
 
@@ -59,3 +59,32 @@ def test_unusable_prompts_are_refused_before_anything_runs(model):
         stream(weights, [[1] * 250], Sampling(max_new_tokens=8))
     with pytest.raises(FalconError, match="prompt 1 is empty"):
         stream(weights, [[1], []], Sampling(max_new_tokens=8))
+
+
+def test_a_conversation_says_what_its_whole_text_would_bring(model):
+    """Turn by turn from the cache as from the start; past the end of the context the older half is forgotten."""
+    config, _, weights = model
+    first, second, _ = prompts(config)
+    sampling = Sampling(max_new_tokens=6)
+    conversation, figures = Conversation(weights, mode="exact"), Figures()
+    text: list[int] = []
+    for ids in (first, second):
+        text += ids
+        expected = generate(weights, [text], sampling, mode="exact")[0]
+        assert list(conversation.say(ids, sampling, figures)) == expected
+        text += expected
+    assert figures.prompt_tokens == len(first) + 1 + len(second)
+
+    stop = Sampling(max_new_tokens=6, stop_tokens=(expected[2],))
+    again = Conversation(weights, mode="exact")
+    list(again.say(text[: -len(expected)], stop))
+    kept = text[: -len(expected)] + expected[: expected.index(expected[2])]
+    assert list(again.say(first, sampling)) == generate(weights, [kept + first], sampling, mode="exact")[0]
+
+    while len(text) + len(second) + 6 <= config.max_positions:
+        text += [*second, *conversation.say(second, sampling)]
+    text += second
+    kept = text[-(config.max_positions - 6) // 2 :]
+    assert list(conversation.say(second, sampling)) == generate(weights, [kept], sampling, mode="exact")[0]
+    with pytest.raises(FalconError, match="context of 256"):
+        next(conversation.say([1] * 251, sampling))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import infer.record
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon
@@ -74,3 +75,19 @@ def test_bf16_models_can_be_recorded(tmp_path: Path) -> None:
     params, batch = random_params(CONFIG), random_batch(0, CONFIG.vocab_size)
     made = record(CONFIG, params, [batch], tmp_path / "r", tokens=50, input="mlp_input", dtype=jnp.bfloat16)
     assert made.layer(0)[0].shape == (50, CONFIG.d_model)
+
+
+def test_pieces_see_the_context_before_them_and_are_no_larger_than_allowed(tmp_path: Path, monkeypatch) -> None:
+    params = random_params(CONFIG)
+    batches = [random_batch(seed, CONFIG.vocab_size, B=1) for seed in range(2)]
+    at_once = record(CONFIG, params, batches, tmp_path / "whole", tokens=50, input="mlp_input")
+    monkeypatch.setattr(infer.record, "_PIECE_BYTES", 5 * 4 * CONFIG.n_layers * CONFIG.d_ff)  # 5 positions, T is 32
+    pieces = [
+        c_LxNxF.shape[1] for _, c_LxNxF in infer.record._observed(CONFIG, params, batches, "mlp_input", jnp.float32)
+    ]
+    assert max(pieces) == 5
+    in_pieces = record(CONFIG, params, batches, tmp_path / "pieces", tokens=50, input="mlp_input")
+    for i in range(CONFIG.n_layers):
+        for a, b in zip(at_once.layer(i), in_pieces.layer(i), strict=True):
+            np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=0.3, atol=1e-3)
+        assert ((at_once.layer(i)[1] != 0) == (in_pieces.layer(i)[1] != 0)).mean() > 0.9999

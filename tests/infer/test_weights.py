@@ -72,10 +72,23 @@ def test_what_is_missing_or_of_another_version_is_refused(saved, tmp_path):
         storage.load(path)
 
 
-def test_too_little_memory_is_said_before_reading(saved, monkeypatch):
-    monkeypatch.setattr(memory.Path, "read_text", lambda self: "MemAvailable: 10 kB\n")
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"meminfo": "MemTotal: 99 kB\nMemAvailable: 10 kB\n"},
+        {"memory.max": "2000000\n", "memory.stat": "anon 1990000\nfile 500000\n"},
+    ],
+)
+def test_too_little_memory_is_said_before_reading(files, monkeypatch):
+    def read_text(path):
+        if path.name not in files:
+            raise FileNotFoundError
+        return files[path.name]
+
+    monkeypatch.setattr(memory.Path, "read_text", read_text)
     with pytest.raises(FalconError, match="smaller number format"):
-        memory.need_memory(1 << 20, "the weights")
+        memory.need_memory(20_000, "the weights")
+    memory.need_memory(9_000, "the weights")
 
 
 def test_huge_memory_is_taken_over_by_the_device_without_a_copy():

@@ -1,0 +1,113 @@
+"""`falcon-relu quality`: what number formats and modes of decoding cost, on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from falcon_relu.checkpoint import load_config
+from falcon_relu.cli.figures import report
+from falcon_relu.config import Activation
+from falcon_relu.errors import FalconError
+from falcon_relu.progress import progress
+from infer import kernels
+from infer.decode_quality import Way, decode_quality, one_kind
+from infer.predictor import load
+from infer.step import Mode
+from infer.weights import KINDS, DecodeWeights, Formats, from_checkpoint
+from train.data import DataConfig, Source, validation_batches
+from train.shards import read_manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Decode held-out text in every mode and format; measure how far each is from dense decoding in a reference format.
+
+    KL is KL(reference || way) in nats a token; agreement, how often both find the same token likeliest. Every kind of
+    matrix is also put into the smaller format alone. Holds the model in both formats.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Native weights, Hugging Face folder or hub id."""
+    data: Annotated[Path, tyro.conf.Positional]
+    """Token shards made by falcon-relu prepare; the validation split is read."""
+    predictor: Path | None = None
+    """Predictor file, for sparse decoding."""
+    format: str = "int8"
+    """Number format to be measured."""
+    reference: str = "bf16"
+    """Number format that it is measured against."""
+    tokens: int = 4096
+    """Tokens to decode, in whole rows of the data."""
+    batch: int = 1
+    """Rows decoded together; with more than one, sparse decoding reads what any of them needs."""
+    backend: kernels.Backend = "auto"
+    """Kernels: native (C++), xla, or native where it was built."""
+    activation: Activation | None = None
+    """MLP activation, where a Hugging Face config does not state it."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Loads the model in both formats, decodes, then reports."""
+    formats, reference_formats = Formats.parse(args.format), Formats.parse(args.reference)
+    kernels.backend(args.backend)
+    rows = list(_rows(args))
+    config = load_config(args.model, activation=args.activation)
+    predictor = None if args.predictor is None else load(args.predictor, config)
+    reference, small = (
+        from_checkpoint(args.model, f, predictor, activation=args.activation) for f in (reference_formats, formats)
+    )
+    ways = _ways(reference, small, str(reference_formats), str(formats))
+    with progress("decode", len(rows), "batches") as advance:
+
+        def told() -> Iterator[np.ndarray]:
+            for row in rows:
+                yield row
+                advance()
+
+        found = decode_quality(reference, ways, told(), backend=args.backend)
+    about = {"tokens": sum(row.size for row in rows), "reference": f"{reference_formats}, dense"}
+    table = [
+        {"weights": weights, "mode": mode}
+        | {("MB a step" if name == "bytes" else name): value / (1e6 if name == "bytes" else 1) for name, value in one}
+        for (weights, mode), one in ((way, figures.items()) for way, figures in found.items())
+    ]
+    report(about | {"quality": table}, args.json)
+
+
+def _ways(
+    reference: DecodeWeights, small: DecodeWeights, reference_name: str, small_name: str
+) -> dict[tuple[str, Mode], Way]:
+    """By weights and mode: both formats in every mode that the model can serve, and the small one kind by kind."""
+    modes: list[Mode] = ["dense"]
+    if reference.config.activation != "gelu":
+        modes += ["exact"] if reference.predictor_input is None else ["exact", "sparse"]
+    ways = {
+        (name, mode): Way(w, mode) for name, w in ((reference_name, reference), (small_name, small)) for mode in modes
+    }
+    for kind in KINDS:
+        if kind != "predictor":
+            ways[f"{small_name} in {kind} alone", "dense"] = Way(one_kind(reference, small, kind))
+        elif "sparse" in modes:
+            ways[f"{small_name} in {kind} alone", "sparse"] = Way(one_kind(reference, small, kind), "sparse")
+    return ways
+
+
+def _rows(args: Args) -> Iterator[np.ndarray]:
+    """Held-out rows [B, T], only those that are full."""
+    seq_len = read_manifest(args.data).seq_len
+    wanted = -(-args.tokens // (seq_len * args.batch))
+    data = DataConfig(sources=(Source(args.data),), seq_len=seq_len, batch_size=args.batch)
+    full = (batch["tokens_BxT"] for batch in validation_batches(data) if (batch["segment_ids_BxT"] != 0).all())
+    rows = list(itertools.islice(full, wanted))
+    if not rows:
+        raise FalconError(f"{args.data} has no batch of {args.batch} full validation rows; prepare more text")
+    yield from rows

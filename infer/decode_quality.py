@@ -1,0 +1,103 @@
+"""What number formats and modes of decoding cost: the decode step itself on given text, against a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infer import kernels
+from infer.step import DecodeState, Mode, check_mode, decode_step, step_bytes
+from infer.weights import KINDS, DecodeWeights, Kind
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Way(NamedTuple):
+    """One way of decoding a model: with these weights, in this mode."""
+
+    weights: DecodeWeights
+    mode: Mode = "dense"
+
+
+def decode_quality(
+    reference: DecodeWeights,
+    ways: Mapping[K, Way],
+    batches: Iterable[np.ndarray],
+    *,
+    backend: kernels.Backend = "auto",
+) -> dict[K, dict[str, float]]:
+    """How far each way of decoding is from the reference's dense decoding, token by token on the same text.
+
+    Args:
+      reference: the model in the format to be held against.
+      ways: by name.
+      batches: token ids [B, T], int32, each sequence read from its start; the sequences of a batch share their reads,
+        as when they are decoded together, so that "sparse" reads the union of their choices.
+      backend: of the kernels.
+
+    Returns:
+      For each way: kl, KL(reference || way) in nats a token; agreement, the share of tokens with the same likeliest
+      next token; loss, nats a next token; read, the share of the up-projections' rows read; fired, that of the
+      down-projections'; bytes, of weights read for a step.
+
+    Raises:
+      FalconError: the weights cannot serve a mode.
+    """
+    for way in ways.values():
+        check_mode(*way)
+    totals: dict[K, np.ndarray] = {name: np.zeros(6) for name in ways}
+    tokens = targets = steps = 0
+    for tokens_BxT in batches:
+        B, T = tokens_BxT.shape
+        expected, _ = teacher_forced(reference, tokens_BxT, backend=backend)
+        for name, way in ways.items():
+            logits, reads = teacher_forced(way.weights, tokens_BxT, mode=way.mode, backend=backend)
+            totals[name] += np.concatenate([np.asarray(_sums(expected, logits, tokens_BxT), np.float64), reads])
+        tokens, targets, steps = tokens + B * T, targets + B * (T - 1), steps + T
+    counts = dict(kl=tokens, agreement=tokens, loss=targets, read=steps, fired=steps, bytes=steps)
+    return {
+        name: {figure: float(sum_ / n) for (figure, n), sum_ in zip(counts.items(), sums, strict=True)}
+        for name, sums in totals.items()
+    }
+
+
+def one_kind(weights: DecodeWeights, other: DecodeWeights, kind: Kind) -> DecodeWeights:
+    """The same model with the matrices of one kind taken from `other`; nothing is copied."""
+
+    def taken(part: Any, source: Any) -> Any:
+        names = [name for name in KINDS[kind] if hasattr(part, name)]
+        return dataclasses.replace(part, **{name: getattr(source, name) for name in names})
+
+    layers = tuple(taken(*pair) for pair in zip(weights.layers, other.layers, strict=True))
+    return dataclasses.replace(taken(weights, other), layers=layers)
+
+
+def teacher_forced(
+    weights: DecodeWeights, tokens_BxT: np.ndarray, *, mode: Mode = "dense", backend: kernels.Backend = "auto"
+) -> tuple[jax.Array, np.ndarray]:
+    """Logits [B, T, V] after each of the given tokens, and sums over the steps: shares read up and down, bytes."""
+    B, T = tokens_BxT.shape
+    c = weights.config
+    state = DecodeState.empty(c, B, T)
+    logits, sums = [], np.zeros(3)
+    for token_B in jnp.asarray(tokens_BxT, jnp.int32).T:
+        logits_BxV, state, reads = decode_step(weights, state, token_B, mode=mode, backend=backend)
+        logits.append(logits_BxV)
+        shares = [float(rows_L.sum()) / (c.d_ff * c.n_layers) for rows_L in (reads.up_L, reads.down_L)]
+        sums += [*shares, step_bytes(weights, reads, mode)]
+    return jnp.stack(logits, axis=1), sums
+
+
+@jax.jit
+def _sums(p_BxTxV: jax.Array, q_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """Sums over tokens: KL(p || q), the same likeliest token or not, -log q of the next token."""
+    p, q = (jax.nn.log_softmax(logits) for logits in (p_BxTxV, q_BxTxV))
+    kl = jnp.sum(jnp.exp(p) * (p - q))
+    same = jnp.sum(p.argmax(-1) == q.argmax(-1))
+    loss = -jnp.sum(jnp.take_along_axis(q[:, :-1], tokens_BxT[:, 1:, None], axis=-1))
+    return jnp.stack([kl, same, loss])
