@@ -33,6 +33,9 @@ COMMANDS = {
     "quality": "what number formats and modes of decoding cost, on held-out text",
     "eval-data": "benchmark questions as local files, for machines without a network",
     "eval": "benchmarks by lm-eval, for the Flax model and for CPU decoding",
+    "held-out": "perplexity on held-out text, distance from a teacher, cost of a predictor's choice",
+    "sparsity": "zeros, hot neurons, unions over batches, and what reading fewer neurons costs",
+    "card": "a model card from measured figures alone",
     "bench": "speed of decoding at real widths against the memory bandwidth",
 }
 

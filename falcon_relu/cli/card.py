@@ -1,0 +1,72 @@
+"""`falcon-relu card`: a model card from measured JSON files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from falcon_relu.card import LICENCES, MISSING, render
+from falcon_relu.cli.figures import report
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json, write_aside
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Write a Markdown model card from what other commands measured.
+
+    Every number in it comes from one of the files below; what they lack is shown as not measured.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """The Markdown file to write; README.md in a folder for the hub."""
+    name: str
+    """The model's name."""
+    base: str | None = None
+    """The model that it was made from, on the hub; it decides the licence."""
+    run: Path | None = None
+    """Folder of the training run, for its config.json."""
+    data: tuple[Path, ...] = ()
+    """Folders of token shards, for their manifest.json."""
+    relu: Path | None = None
+    """results.json of falcon-relu eval for the model."""
+    original: Path | None = None
+    """The same for the original."""
+    sparse: Path | None = None
+    """The same for the model's sparse decoding."""
+    held_out: Path | None = None
+    """JSON of falcon-relu held-out."""
+    sparsity: Path | None = None
+    """sparsity.json of falcon-relu sparsity."""
+    speeds: tuple[Path, ...] = ()
+    """JSON of falcon-relu bench or decode."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def run(args: Args) -> None:
+    """Reads, writes the card, says what is missing."""
+    if args.base is not None and args.base not in LICENCES:
+        raise FalconError(f"the licence of {args.base} is not known here; known: {', '.join(LICENCES)}")
+    facts: dict[str, Any] = {"name": args.name, "base": args.base}
+    facts["training"] = _read(args.run and args.run / "config.json")
+    facts["data"] = {folder.name: _read(folder / "manifest.json") for folder in args.data}
+    facts |= {name: _read(getattr(args, name)) for name in ("relu", "original", "sparse", "held_out", "sparsity")}
+    facts["speeds"] = [_read(path) for path in args.speeds]
+    card = render(facts)
+    with write_aside(args.out, replace=True) as aside:
+        aside.write_text(card)
+    given = [name for name, value in facts.items() if value and name not in ("name", "base")]
+    report({"card": str(args.out), "from": ", ".join(given) or "nothing", "missing": card.count(MISSING)}, args.json)
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise FalconError(f"{path} is not what a command of this project writes: it holds no object")
+    return found
