@@ -56,7 +56,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # on a full disk: what stopped the run says more
+                self._board.close()
 
     def steps(self, step: int, figures: Figures) -> None:
         """Logs the figures of a training step."""
