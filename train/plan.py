@@ -309,10 +309,12 @@ def summarise(program: Program, assumptions: Assumptions) -> Figures:
     }
 
 
-def lighter(config: TrainConfig, devices: int) -> list[tuple[str, TrainConfig]]:
-    """Changes that save memory, each on top of those before, in the order of what they cost in time."""
-    data, fsdp, tensor = (size if size > 0 else 0 for size in config.mesh)
-    fsdp = fsdp or devices // (data * tensor)
+def lighter(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
+    """Changes that save memory, each on top of those before, in the order of what they cost in time.
+
+    The config's mesh must name every size.
+    """
+    data, fsdp, tensor = config.mesh
     ladder, now = [], config
 
     def add(change: str, **fields: Any) -> None:
@@ -356,11 +358,12 @@ def plan(
       The figures of the first attempt that fits, or of the last one, with "tried" listing all; and its program, None if
       the compiler gave none.
     """
+    config = dataclasses.replace(config, mesh=tuple(make_mesh(config.mesh, devices).shape.values()))
     tried: list[Figures] = []
     figures: Figures = {"fits": False}
     program = None
     changes = ""
-    for change, attempt in [("", config), *lighter(config, len(devices))]:
+    for change, attempt in [("", config), *lighter(config)]:
         changes = f"{changes} {change}".strip()
         note(f"compiling {changes or 'as configured'}")
         try:
