@@ -220,8 +220,11 @@ class _Folder:
         path, settings = self.path / "settings.json", self._manifest.to_json()
         if path.exists():
             found = read_json(path)
-            found["teacher"]["source"] = teacher["source"]  # the same weights may have moved
-            changed = [name for name in settings if found.get(name) != settings[name]]
+            known = found if isinstance(found, dict) else {}
+            before = known.get("teacher")
+            if isinstance(before, dict):
+                before["source"] = teacher["source"]  # the same weights may have moved
+            changed = [name for name in settings if known.get(name) != settings[name]]
             if changed:
                 raise FalconError(
                     f"{self.path} was begun with other settings ({', '.join(changed)}): choose another --name, or "
