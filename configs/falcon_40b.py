@@ -38,8 +38,8 @@ CONFIG = TrainConfig(
     ),
     steps=1272,  # 5.0e9 tokens at 1920 x 2048 a step
     mesh=(-1, 8, 1),  # our choice: parameters split within nodes of 8, optimizer state over all 40
-    microbatches=24,  # our choice: 2 rows a device at a time; what fits 80 GB, see docs/plan.md
-    remat="mlp",  # our choice: the least that fits
+    microbatches=48,  # our choice: 1 row a device at a time, so that little has to be computed twice, see docs/plan.md
+    remat="dots",  # our choice: the least that fits 80 GB
     query_chunk=256,  # our choice; only where attention is not one of the field's kernels
     validate_every=100,
     checkpoint_every=50,
