@@ -20,6 +20,7 @@ from falcon_relu.sparsity import sparsity
 from falcon_relu.tokenizer import Tokenizer, train_bpe
 
 if TYPE_CHECKING:  # as _LATER has them; tests/falcon_relu/test_public.py compares the two
+    from infer.bench import measure_widths, memory_bandwidth
     from infer.calibrate import calibrate as calibrate_predictor
     from infer.fit import FitConfig
     from infer.fit import fit as fit_predictor
@@ -67,6 +68,8 @@ _LATER = {
     "load_predictor": "infer.predictor:load",
     "make_optimizer": "train.state:make_optimizer",
     "make_train_step": "train.step:make_train_step",
+    "measure_widths": "infer.bench:measure_widths",
+    "memory_bandwidth": "infer.bench:memory_bandwidth",
     "prepare": "train.prepare:prepare",
     "record": "infer.record:record",
     "save_decode_weights": "infer.storage:save",
@@ -115,6 +118,8 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_train_step",
+    "measure_widths",
+    "memory_bandwidth",
     "prepare",
     "record",
     "save_decode_weights",

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from falcon_relu.config import FalconConfig
+from falcon_relu.config import FalconConfig, family
 from infer import kernels
 from infer.formats import DTYPES, Format, Rows, quantise
 from infer.generate import read_prompts
-from infer.memory import huge_empty
-from infer.step import DecodeState, Mode, decode_step, step_bytes, unembed
+from infer.memory import free_memory, huge_empty
+from infer.step import MODES, DecodeState, Mode, decode_step, step_bytes, unembed
 from infer.weights import DecodeWeights, Formats, LayerWeights, Norm, PredictorWeights
 
 _PATTERN_ROWS = 2048  # distinct random rows; a matrix repeats them, which memory cannot tell
@@ -192,6 +192,33 @@ def measure_ways(
     ]
 
 
+def measure_widths(
+    model: str, *, layers: int = 1, active: float = 0.1, steps: int = 10, backend: kernels.Backend = "auto"
+) -> list[dict[str, Any]]:
+    """Decoding at the widths of a member of the family, with random weights in bf16: dense, exact, sparse in turn.
+
+    Args:
+      model: member of the family.
+      layers: of it; each takes as much memory as one of the real model's.
+      active: share of the neurons that the predictors, of rank D / 8, choose.
+      steps: tokens that are timed.
+      backend: of the kernels.
+
+    Returns:
+      For each mode: name (the mode), bytes (read for a token), seconds (median), bandwidth (bytes a second that memory
+      gave to plain reading between the steps), active (share of the down-projections' rows that were read).
+    """
+    config = family(model).replace(n_layers=layers, activation="relu", tied_embeddings=True)
+    every = random_weights(config, Formats(), rank=config.d_model // 8)
+    ways: list[tuple[DecodeWeights, Mode]] = [
+        (with_active_share(every, active if m == "sparse" else 1), m) for m in MODES
+    ]
+    return [
+        {"name": mode, **{key: getattr(found, key) for key in ("bytes", "seconds", "bandwidth", "active")}}
+        for found, (_, mode) in zip(measure_ways(ways, backend, context=256, steps=steps), ways, strict=True)
+    ]
+
+
 def measure_prefill(weights: DecodeWeights, prompt: int, repeats: int) -> dict[str, Any]:
     """Reading a prompt of so many tokens, the logits after its last one included, as a table row."""
     c = weights.config
@@ -226,8 +253,11 @@ def memory_reader(matrices: list[Rows]) -> Callable[[], float]:
 
 
 def memory_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes a second that memory delivers to all threads together, reading `size` bytes of numbers in a stream."""
-    data = huge_empty((size >> 14, 1 << 12), np.float32)
+    """Bytes a second that memory delivers to all threads together, reading `size` bytes of numbers in a stream.
+
+    Fewer where less memory is free.
+    """
+    data = huge_empty((int(min(size, free_memory() / 4)) >> 14, 1 << 12), np.float32)
     data.fill(1.0)  # pages never written would all be the same one
     read = memory_reader([Rows(jax.device_put(data))])
     return float(np.median([read() for _ in range(3)]))

@@ -20,6 +20,7 @@ import numpy as np
 from configs.recipe import Recipe
 from falcon_relu.checkpoint import load_model
 from falcon_relu.cli.configs import load_config
+from falcon_relu.cli.demo_eval import benchmarks
 from falcon_relu.cli.demo_report import write_report
 from falcon_relu.cli.figures import report
 from falcon_relu.config import family
@@ -31,7 +32,7 @@ from falcon_relu.model import Falcon
 from falcon_relu.native import read_config
 from falcon_relu.progress import console, progress
 from falcon_relu.tokenizer import Tokenizer, train_bpe
-from infer.bench import measure_tokens, random_weights, with_active_share
+from infer.bench import measure_widths
 from infer.fit import fit
 from infer.generate import Figures as Decoded
 from infer.generate import generate as decode
@@ -40,7 +41,7 @@ from infer.predictor import Predictor, load, save
 from infer.quality import reading_curve, sensitivity
 from infer.record import open_recording, record
 from infer.step import MODES
-from infer.weights import Formats, from_params
+from infer.weights import from_params
 from train.config import TrainConfig
 from train.data import DataConfig, train_batches, validation_batches
 from train.loop import train
@@ -103,6 +104,7 @@ class Demo:
             ("predictor", self._predictor),
             ("decode", self._decode),
             ("widths", self._widths),
+            ("benchmarks", lambda: benchmarks(self.root, self.root / "questions", self.recipe.questions)),
         ]
         for number, (name, stage) in enumerate(stages, 1):
             done = self.root / "figures" / f"{name}.json"
@@ -237,31 +239,31 @@ class Demo:
         return {"rows": rows, "samples": samples}
 
     def _widths(self) -> list[dict[str, Any]]:
-        recipe = self.recipe
-        whole = family(recipe.widths)
-        config = whole.replace(n_layers=recipe.widths_layers, activation="relu", tied_embeddings=True)
-        every = random_weights(config, Formats(), rank=whole.d_model // 8)
-        some = with_active_share(every, recipe.widths_active)
+        recipe, backends = self.recipe, _backends()
         rows = []
-        ways = [(mode, backend) for backend in _backends() for mode in MODES]
-        with progress(f"decode at the widths of {recipe.widths}", len(ways), "ways") as advance:
-            for mode, backend in ways:
-                weights = some if mode == "sparse" else every
-                found = measure_tokens(weights, mode, backend, context=256, steps=recipe.widths_steps)
-                rate = found.bytes / found.seconds
-                rows.append(
-                    {
-                        "mode": mode,
-                        "backend": backend,
-                        "milliseconds": 1e3 * found.seconds,
-                        "megabytes": found.bytes / 1e6,
-                        "gb_s": rate / 1e9,
-                        "memory_gb_s": found.bandwidth / 1e9,
-                        "share_of_memory": rate / found.bandwidth,
-                        "active": found.active,
-                    }
-                )
-                advance(note=f"{mode}, {backend}")
+        with progress(f"decode at the widths of {recipe.widths}", len(backends), "backends") as advance:
+            for backend in backends:
+                for found in measure_widths(
+                    recipe.widths,
+                    layers=recipe.widths_layers,
+                    active=recipe.widths_active,
+                    steps=recipe.widths_steps,
+                    backend=backend,
+                ):
+                    rate = found["bytes"] / found["seconds"]
+                    rows.append(
+                        {
+                            "mode": found["name"],
+                            "backend": backend,
+                            "milliseconds": 1e3 * found["seconds"],
+                            "megabytes": found["bytes"] / 1e6,
+                            "gb_s": rate / 1e9,
+                            "memory_gb_s": found["bandwidth"] / 1e9,
+                            "share_of_memory": rate / found["bandwidth"],
+                            "active": found["active"],
+                        }
+                    )
+                advance(note=backend)
         return rows
 
     # ---- the rest
@@ -327,6 +329,8 @@ class Demo:
                 "rank": family(recipe.widths).d_model // 8,
             },
             "samples": figures["decode"]["samples"],
+            "benchmarks": figures["benchmarks"]["rows"],
+            "benchmarks_missing": figures["benchmarks"]["missing"],
         }
 
     @property

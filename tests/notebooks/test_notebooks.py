@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 SMALLER = {  # of the cell tagged "parameters", so that all of it takes two minutes
-    "1_relufication": "DOCUMENTS, STEPS = 40, 60",
+    "1_relufication": "DOCUMENTS, STEPS = 80, 60",
     "2_sparse_decoding": "TOKENS, RANK = 8_000, 32",
 }
 
