@@ -36,12 +36,17 @@ def need_memory(size: int, what: str) -> None:
     Raises:
       FalconError: `what` needs more than is available.
     """
-    free = min(_system_free(), _container_free())
+    free = free_memory()
     if size > free:
         raise FalconError(
             f"{what} need {size / 1e9:,.1f} GB of memory and {free / 1e9:.1f} GB are free; use a smaller number format "
             "or a machine with more memory"
         )
+
+
+def free_memory() -> float:
+    """Bytes that this process may still take, as far as the system tells; infinite where it does not."""
+    return min(_system_free(), _container_free())
 
 
 def _system_free() -> float:
