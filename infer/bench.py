@@ -175,7 +175,8 @@ def measure_ways(
             logits.block_until_ready()
             times[i, step, 0] = time.perf_counter() - start
             times[i, step, 1] = _timed(functools.partial(unembed, backend=backend), weights, hidden_BxD)
-            times[i, step, 2] = choose(chosen.layers[0].predictor.budget) if mode == "sparse" else 0.0
+            predictor = chosen.layers[0].predictor
+            times[i, step, 2] = choose(predictor.budget) if predictor and mode == "sparse" else 0.0
             times[i, step, 3] = read()
     seconds = np.median(times[:, 1:], axis=1)  # the first steps compile
     return [
