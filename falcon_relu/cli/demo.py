@@ -86,7 +86,10 @@ class Demo:
     def __init__(self, recipe: Recipe, root: Path):
         self.recipe, self.root = recipe, root
         described = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
-        if (root / "recipe.json").exists() and read_json(root / "recipe.json") != described:
+        found = read_json(root / "recipe.json") if (root / "recipe.json").exists() else {}
+        if any(
+            found.get(name, value) != value for name, value in described.items()
+        ):  # a run may be older than a setting
             raise FalconError(f"{root} holds a run of another recipe; choose another --out, or remove it")
         write_json(root / "recipe.json", described)
 

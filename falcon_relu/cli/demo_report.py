@@ -141,6 +141,20 @@ _TABLES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {  # caption, then 
             "share_of_memory": ("share of what memory delivers", ".0%"),
         },
     ),
+    "benchmarks": (
+        "A few questions of the published suite, by lm-eval. With so few, and models this small, scores near chance are "
+        "what to expect.",
+        {
+            "benchmark": ("benchmark", ""),
+            "shots": ("examples shown", ".0f"),
+            "questions": ("questions", ",.0f"),
+            "original": ("original (GELU)", ".1%"),
+            "relu": ("ReLU, dense", ".1%"),
+            "sparse": ("ReLU, sparse decoding", ".1%"),
+            "error": ("standard error", ".1%"),
+            "chance": ("chance", ".0%"),
+        },
+    ),
     "corpora": (
         "What the models were trained and measured on.",
         {
@@ -486,6 +500,10 @@ them.</p>
 <p class="verdict">Of the teacher's next-token accuracy, tuning with LM + KL keeps {retained.lm_kl:.2%} and tuning on
 text alone {retained.lm_only:.2%}. The published ReluFalcon-40B keeps {retained.published:.2%} of its benchmark
 average, which is the mark set for this run: {verdict}</p>
+
+<h2>Benchmarks</h2>
+{tables.benchmarks}
+<p>Missing: {benchmarks_missing}.</p>
 
 <h2>Training, and the zeros it leaves</h2>
 <p>Right after the swap, before tuning, cross-entropy is {derived.swapped.cross_entropy:.3f} nats a token; the

@@ -51,9 +51,9 @@ class Args:
     suite: Literal["open-llm-v1"] | None = None
     """ARC-Challenge (25 examples shown), HellaSwag (10), MMLU (5), TruthfulQA mc2 (0), Winogrande (5) and GSM8K (5)."""
     tasks: tuple[str, ...] = ()
-    """Any tasks or groups of lm-eval, with the examples that they show by default; or some of --suite's."""
+    """Any tasks or groups of lm-eval; those of the suite as they are in it."""
     shots: int | None = None
-    """Examples to show, for --tasks."""
+    """Examples to show; the suite's or task's own number if not given."""
     data: Path | None = None
     """Folder of local datasets, see falcon-relu eval-data; the hub is asked for others."""
     offline: bool = False
@@ -97,7 +97,10 @@ def run(args: Args) -> None:
 
     tokenizer = Tokenizer(args.tokenizer)
     settings = _claim(args, tokenizer)
-    benchmarks = SUITES[args.suite] if args.suite else [Benchmark(name, name, args.shots) for name in args.tasks]
+    known = {benchmark.task: benchmark for benchmark in SUITES["open-llm-v1"]}
+    benchmarks = [known.get(name, Benchmark(name, name)) for name in args.tasks] or SUITES[str(args.suite)]
+    if args.shots is not None:
+        benchmarks = [benchmark._replace(shots=args.shots) for benchmark in benchmarks]
     journal = Journal(args.out / "answers.jsonl", write=jax.process_index() == 0)
     model = HarnessModel(engine(args), tokenizer, journal, args.seed)
     found = evaluate(model, benchmarks, data=args.data, limit=args.limit, seed=args.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -42,7 +41,22 @@ from train.data import DataConfig, Source  # noqa: E402
 from train.loop import train  # noqa: E402
 from train.prepare import PrepareConfig, prepare  # noqa: E402
 
-WORDS = "ash birch cedar elm fir hazel larch maple oak pine rowan spruce willow yew".split()
+WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "willow", "yew"]
+    "ash",
+    "birch",
+    "cedar",
+    "elm",
+    "fir",
+    "hazel",
+    "larch",
+    "maple",
+    "oak",
+    "pine",
+    "rowan",
+    "spruce",
+    "willow",
+    "yew",
+]
 
 
 def phrase(rng: np.random.Generator, n: int) -> str:
@@ -156,6 +170,51 @@ def test_answers_and_scores_are_those_of_transformers(small_data, small_model):
         mine = evaluate(HarnessModel(engine, Tokenizer(small_model)), SMALL, data=small_data, limit=4)
         count, _ = compare(mine, theirs)
         assert count == 4 * (4 + 2 + 2)  # GSM8K's texts count twice: it has two filters
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_table(small_data, small_model, tmp_path):
+    command = [sys.executable, "-m", "falcon_relu", "eval", small_model, "--tokenizer", small_model]
+    command += ["--out", tmp_path / "run", "--data", small_data, "--offline", "--engine", "exact", "--format", "f32"]
+    command = list(map(str, [*command, "--tasks", "arc_challenge", "gsm8k", "--shots", 2]))
+    kept = tmp_path / "run" / "answers.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and (not kept.exists() or kept.read_bytes().count(b"\n") < 9):
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "results.json").exists()
+    with kept.open("ab") as file:
+        file.write(b'["half a li')
+    before = kept.read_bytes().splitlines()[:9]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert kept.read_bytes().splitlines()[:9] == before
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    benchmarks = [b._replace(shots=2) for b in SUITES["open-llm-v1"] if b.task in ("arc_challenge", "gsm8k")]
+    whole = evaluate(HarnessModel(engines(small_model)["exact"], Tokenizer(small_model)), benchmarks, data=small_data)
+    assert results["rows"] == whole["rows"]
+    for name, records in whole["samples"].items():
+        lines = (tmp_path / "run" / "samples" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["resps"] for line in lines] == json.loads(json.dumps([r["resps"] for r in records]))
+
+    other = subprocess.run([*command, "--activation", "relu"], capture_output=True, text=True, timeout=300, check=False)
+    assert other.returncode == 1
+    assert "another model or way (activation)" in other.stderr
+
+
+def test_windows_of_long_texts_are_those_of_transformers(small_model):
+    rng = np.random.default_rng(3)
+    texts = [Instance("loglikelihood_rolling", {}, (phrase(rng, n),), 0) for n in (3, 900)]
+    wanted = HFLM(str(small_model), device="cpu", dtype="float32", batch_size=1).loglikelihood_rolling(texts)
+    for engine in engines(small_model).values():
+        found = HarnessModel(engine, Tokenizer(small_model)).loglikelihood_rolling(texts)
+        np.testing.assert_allclose(found, wanted, atol=1e-2, rtol=1e-5)
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    (tmp_path / "a").write_text('["key", [1.0, true]]\nnonsense\n')
+    with pytest.raises(FalconError, match="line 2"):
+        Journal(tmp_path / "a")
 
 
 # ---- the same on real questions
