@@ -118,7 +118,7 @@ def _training(run: Facts | None) -> str:
     tokens = None
     sizes = [run.get("steps"), _get(run, "data.batch_size"), _get(run, "data.seq_len")]
     if None not in sizes:
-        tokens = sizes[0] * sizes[1] * sizes[2]  # type: ignore[operator]
+        tokens = sizes[0] * sizes[1] * sizes[2]
     weights = [f"{what} {_number(_get(run, path), 'g')}" for what, path in _LOSS.items()]
     rows = [
         ["tokens", _number(tokens, ",.0f")],

@@ -142,8 +142,8 @@ _TABLES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {  # caption, then 
         },
     ),
     "benchmarks": (
-        "A few questions of the published suite, by lm-eval. With so few, and models this small, scores near chance are "
-        "what to expect.",
+        "A few questions of the published suite, by lm-eval. With so few, and models this small, scores near chance "
+        "are what to expect.",
         {
             "benchmark": ("benchmark", ""),
             "shots": ("examples shown", ".0f"),

@@ -142,7 +142,7 @@ def engine(args: Args) -> Engine:
 def _claim(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
     """Makes the folder, or makes sure that the answers in it are of this model, and says what they are of."""
     names = ("dtype",) if args.engine == "flax" else ("format", "backend")
-    settings = {"model": str(args.model), "engine": args.engine, "tokenizer": tokenizer.sha256}
+    settings: dict[str, Any] = {"model": str(args.model), "engine": args.engine, "tokenizer": tokenizer.sha256}
     settings |= {name: getattr(args, name) for name in ("activation", *names)}
     settings["weights"] = _fingerprint(Path(args.model))
     settings["predictor"] = None if args.predictor is None else _fingerprint(args.predictor)

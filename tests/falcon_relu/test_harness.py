@@ -42,21 +42,6 @@ from train.loop import train  # noqa: E402
 from train.prepare import PrepareConfig, prepare  # noqa: E402
 
 WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "willow", "yew"]
-    "ash",
-    "birch",
-    "cedar",
-    "elm",
-    "fir",
-    "hazel",
-    "larch",
-    "maple",
-    "oak",
-    "pine",
-    "rowan",
-    "spruce",
-    "willow",
-    "yew",
-]
 
 
 def phrase(rng: np.random.Generator, n: int) -> str:
