@@ -49,7 +49,7 @@ def test_the_published_run_fits_on_40_devices_of_80_gb(tmp_path):
     assert figures["GB a device"] <= 80
     assert figures["hardware / model FLOPs"] <= 1.10
     assert "hardware / model FLOPs" in printed
-    # By hand: 8 N a token, and attention five times over the whole square (teacher, student, once more, gradients twice).
+    # By hand: 8 N a token; attention over the whole square for teacher, student, once more, and twice for gradients.
     model, tokens = family("falcon-40b"), 1920 * T
     attention = 2 * 2 * model.n_layers * D * T
     hand = tokens * (8 * model.n_params + 5 * attention) / 40
