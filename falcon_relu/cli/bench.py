@@ -9,6 +9,7 @@ from typing import Literal
 from falcon_relu.cli.figures import report
 from falcon_relu.config import FAMILY, family
 from falcon_relu.errors import FalconError
+from falcon_relu.machine import machine
 from falcon_relu.progress import progress
 from infer import bench, kernels
 from infer.formats import Format
@@ -57,7 +58,7 @@ class Args:
 def run(args: Args) -> None:
     """Measures and reports."""
     _check(args)
-    report(_kernels(args) if args.micro else _tokens(args), args.json)
+    report(_kernels(args) if args.micro else _tokens(args), args.json, also={"machine": machine()})
 
 
 def _kernels(args: Args) -> dict[str, object]:

@@ -6,15 +6,12 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from configs.recipe import Recipe
@@ -28,6 +25,7 @@ from falcon_relu.corpora import CORPORA, documents
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json, write_aside, write_json
 from falcon_relu.generate import generate
+from falcon_relu.machine import machine
 from falcon_relu.model import Falcon
 from falcon_relu.native import read_config
 from falcon_relu.progress import console, progress
@@ -293,7 +291,7 @@ class Demo:
         accuracy = [row["accuracy"] for row in quality]
         retained = accuracy[3] / accuracy[0]
         return {
-            "machine": _machine()
+            "machine": machine()
             | {"read_bandwidth_gb_s": statistics.median(row["memory_gb_s"] for row in figures["widths"])},
             "seconds": seconds,
             "model": {
@@ -412,23 +410,6 @@ def _predictor_rows(predictor: Predictor, n_neurons: int) -> list[dict[str, Any]
 
 def _backends() -> tuple[Backend, ...]:
     return ("xla",) if native.missing() else ("native", "xla")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
-        "platform": platform.platform(),
-        "jax": jax.__version__,
-    }
 
 
 def _summary(results: dict[str, Any]) -> dict[str, Any]:
