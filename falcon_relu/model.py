@@ -88,7 +88,8 @@ def _gathered(w: jax.Array, dtype: Any, stored: tuple[str, ...], used: tuple[str
         return nn.with_logical_constraint(w, used)
 
     def scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-        return (nn.with_logical_constraint(gradient, stored),)
+        # First as the product is split, or every device along tensor would compute all of it.
+        return (nn.with_logical_constraint(nn.with_logical_constraint(gradient, used), stored),)
 
     gather.defvjp(lambda w: (gather(w), None), scatter)
     return gather(nn.with_logical_constraint(w.astype(dtype), stored))
