@@ -65,5 +65,5 @@ CONFIG = Recipe(
     widths_layers=1,
     widths_active=0.1,
     widths_steps=10,
-    questions=6,
+    questions=4,
 )
