@@ -40,7 +40,10 @@ if TYPE_CHECKING:  # as _LATER has them; tests/falcon_relu/test_public.py compar
     from train.data import DataConfig, Source, train_batches, validation_batches
     from train.loop import train
     from train.loss import LossConfig
+    from train.plan import Assumptions, Chip, topology_devices, virtual_devices
+    from train.plan import plan as plan_run
     from train.prepare import PrepareConfig, prepare
+    from train.sharding_table import sharding_table
     from train.state import init_state, make_optimizer
     from train.step import make_train_step
     from train.validation import validate
@@ -70,6 +73,12 @@ _LATER = {
     "make_train_step": "train.step:make_train_step",
     "measure_widths": "infer.bench:measure_widths",
     "memory_bandwidth": "infer.bench:memory_bandwidth",
+    "Assumptions": "train.plan:Assumptions",
+    "Chip": "train.plan:Chip",
+    "plan_run": "train.plan:plan",
+    "sharding_table": "train.sharding_table:sharding_table",
+    "topology_devices": "train.plan:topology_devices",
+    "virtual_devices": "train.plan:virtual_devices",
     "prepare": "train.prepare:prepare",
     "record": "infer.record:record",
     "save_decode_weights": "infer.storage:save",
@@ -82,6 +91,8 @@ _LATER = {
 
 __all__ = [
     "FAMILY",
+    "Assumptions",
+    "Chip",
     "DataConfig",
     "DecodeFigures",
     "DecodeWeights",
@@ -120,18 +131,22 @@ __all__ = [
     "make_train_step",
     "measure_widths",
     "memory_bandwidth",
+    "plan_run",
     "prepare",
     "record",
     "save_decode_weights",
     "save_params",
     "save_predictor",
+    "sharding_table",
     "sparsity",
+    "topology_devices",
     "train",
     "train_batches",
     "train_bpe",
     "use_mesh",
     "validate",
     "validation_batches",
+    "virtual_devices",
     "write_texts",
 ]
 

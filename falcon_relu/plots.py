@@ -135,6 +135,28 @@ def roofline(rows: Rows) -> Figure:
     return figure
 
 
+def sharding(rows: Rows, largest: int = 14) -> Figure:
+    """How much of each array a device holds, and along which axes of the mesh it is cut.
+
+    Args:
+      rows: of `train.sharding_table.sharding_table`.
+      largest: how many arrays to draw, the largest first.
+    """
+    rows = sorted(rows, key=lambda row: -row["bytes a device"])[:largest]
+    figure = Figure(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")
+    axis = figure.add_subplot()
+    cuts = list(dict.fromkeys(row["PartitionSpec"] for row in rows))
+    for i, cut in enumerate(cuts):
+        held = [(place, row) for place, row in enumerate(rows) if row["PartitionSpec"] == cut]
+        axis.barh([p for p, _ in held], [row["bytes a device"] / 1e9 for _, row in held], color=f"C{i}", label=cut)
+    axis.set(xlabel="GB a device", title="Largest arrays and how they are cut", yticks=range(len(rows)))
+    axis.set_yticklabels([f"{row['array']}  {row['shape']} {row['dtype']}" for row in rows], fontsize="x-small")
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(title="cut along", frameon=False, fontsize="x-small", loc="lower right")
+    return figure
+
+
 def memory_by_mesh(parts: Mapping[str, Mapping[str, float]], capacity: float) -> Figure:
     """Memory of a chip under several plans.
 

@@ -12,6 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 SMALLER = {  # of the cell tagged "parameters", so that all of it takes two minutes
     "1_relufication": "DOCUMENTS, STEPS = 80, 60",
     "2_sparse_decoding": "TOKENS, RANK = 8_000, 32",
+    "3_planning": "RUN, DEVICES, MESHES = falcon_7b.CONFIG, 8, [(1, 8, 1)]",
 }
 
 
@@ -32,5 +33,5 @@ def test_notebook_runs(path, folder):
             cell.source = SMALLER[path.stem]
     NotebookClient(notebook, timeout=400, resources={"metadata": {"path": folder}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
-    assert sum("image/png" in output.data for output in shown) >= 2
+    assert sum("image/png" in output.data for output in shown) >= 1
     nbformat.write(notebook, folder / path.name)  # for a look at the plots
