@@ -18,7 +18,7 @@ from infer import kernels
 from infer.step import DecodeState, Mode, Reads, check_mode, decode_step, prefill, step_bytes, unembed
 from infer.weights import DecodeWeights
 
-_BLOCKS = (16, 64, 256)  # prompt tokens a prefill program takes: few programs, little padding
+_BLOCKS = (16, 64, 128, 192, 256)  # prompt tokens a prefill program takes: few programs, little padding
 _CONTEXT_STEP = 128  # cache sizes, so that few programs are compiled
 
 

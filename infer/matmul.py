@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from infer.formats import Rows
+from infer.formats import Array, Rows
 
 _BLOCK_BYTES = 16 << 20  # of the widened block
 
 
-def rows_matmul(w: Rows, x: jax.Array) -> jax.Array:
-    """y[..., m] = <row m, x[...]>: [..., M] f32 from [..., D] f32."""
+def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
+    """y[..., m] = <row m, x[...]>: [..., M] f32 from [..., D] f32.
+
+    Only the first `count` vectors (of all, flattened) are of use to the caller; what is computed for the others is finite.
+    Here they are all multiplied: the shapes of XLA's products are fixed.
+    """
     M, D = w.shape
     x_NxD = x.reshape(-1, D)
 
@@ -30,8 +34,8 @@ def rows_matmul(w: Rows, x: jax.Array) -> jax.Array:
     return _over_blocks(w, jnp.zeros((len(x_NxD), M), jnp.float32), add).reshape(*x.shape[:-1], M)
 
 
-def weighted_rows_matmul(w: Rows, h: jax.Array) -> jax.Array:
-    """y[...] = sum over m of h[..., m] * row m: [..., D] f32 from [..., M] f32."""
+def weighted_rows_matmul(w: Rows, h: jax.Array, count: Array | None = None) -> jax.Array:
+    """y[...] = sum over m of h[..., m] * row m: [..., D] f32 from [..., M] f32; `count` as in `rows_matmul`."""
     M, D = w.shape
     h_NxM = h.reshape(-1, M)
 

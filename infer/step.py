@@ -153,16 +153,18 @@ def prefill(
         use_alibi=c.position == "alibi",
     )
     x_BxTxD = take(weights.embedding, tokens_BxT.reshape(-1)).reshape(B, T, -1)
+    used = jnp.max(jnp.where(valid_B > 0, jnp.arange(B) * T + valid_B, 0))  # of the B * T tokens; the rest is padding
+    multiply, weigh = (functools.partial(product, count=used) for product in (k.rows_matmul, k.weighted_rows_matmul))
     keys, values = [], []
     for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
-        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), position_BxT, k.rows_matmul)
+        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), position_BxT, multiply)
         key = _write(key, slot_BxT, k_new)
         value = _write(value, slot_BxT, v_new)
         y_BxTxKxGxH = seeing(q, key.astype(jnp.float32), value.astype(jnp.float32))
-        attention = _plus(k.rows_matmul(layer.out, y_BxTxKxGxH.reshape(B, T, -1)), layer.out_bias)
+        attention = _plus(multiply(layer.out, y_BxTxKxGxH.reshape(B, T, -1)), layer.out_bias)
         residual, mlp_input = _mlp_input(c, layer, x_BxTxD, attention)
-        h_BxTxF = activation_fn(c)(_plus(k.rows_matmul(layer.up, mlp_input), layer.up_bias))
-        x_BxTxD = residual + _plus(k.weighted_rows_matmul(layer.down, h_BxTxF), layer.down_bias)
+        h_BxTxF = activation_fn(c)(_plus(multiply(layer.up, mlp_input), layer.up_bias))
+        x_BxTxD = residual + _plus(weigh(layer.down, h_BxTxF), layer.down_bias)
         keys.append(key)
         values.append(value)
     last_B = jnp.maximum(valid_B - 1, 0)

@@ -3,7 +3,7 @@
     rows_dot(w, x_BxD) -> y_BxM                           every row with every vector
     gathered_rows_dot(w, index_A, count, x_BxD) -> h_BxA  the rows that index_A[:count] names; 0 past them
     weighted_row_sum(w, h_BxA, index_A, count) -> y_BxD   sum of the rows (those named, if there is an index) times h
-    rows_matmul(w, x) -> y, weighted_rows_matmul(w, h) -> y   both products for many vectors at once, in bf16
+    rows_matmul(w, x, count) -> y, weighted_rows_matmul(w, h, count) -> y   both products for many vectors, in bf16
     select(score_BxF, threshold, budget) -> index_F, count  the neurons worth reading
     attend(q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B)     attention over the valid part of a cache
     read_rows(w, index_A, count, seen)                    reads and forgets: what the memory delivers

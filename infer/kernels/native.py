@@ -97,14 +97,16 @@ def weighted_row_sum(
     return _call("weighted_row_sum", out, w.data, _scale(w), *index, h_BxA, gathered=gathered, skip_zeros=skip_zeros)
 
 
-def rows_matmul(w: Rows, x: jax.Array) -> jax.Array:
+def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
     """See infer.matmul.rows_matmul."""
-    return _product(w, x, transposed=False) if _has_product(w) else matmul.rows_matmul(w, x)
+    return _product(w, x, count, transposed=False) if _has_product(w) else matmul.rows_matmul(w, x, count)
 
 
-def weighted_rows_matmul(w: Rows, h: jax.Array) -> jax.Array:
+def weighted_rows_matmul(w: Rows, h: jax.Array, count: Array | None = None) -> jax.Array:
     """See infer.matmul.weighted_rows_matmul."""
-    return _product(w, h, transposed=True) if _has_product(w) else matmul.weighted_rows_matmul(w, h)
+    if _has_product(w):
+        return _product(w, h, count, transposed=True)
+    return matmul.weighted_rows_matmul(w, h, count)
 
 
 def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -141,10 +143,12 @@ def _has_product(w: Rows) -> bool:
     return w.format in ("bf16", "int8") and M % 2 == 0 and D % 64 == 0 and _library().falcon_has_products()
 
 
-def _product(w: Rows, x: jax.Array, transposed: bool) -> jax.Array:
+def _product(w: Rows, x: jax.Array, count: Array | None, transposed: bool) -> jax.Array:
     x_NxK = x.reshape(-1, x.shape[-1])
+    count = jnp.asarray(len(x_NxK) if count is None else count, jnp.int32)
     out = jax.ShapeDtypeStruct((len(x_NxK), w.shape[1 if transposed else 0]), jnp.float32)
-    return _call("rows_product", out, w.data, _scale(w), x_NxK, transposed=transposed).reshape(*x.shape[:-1], -1)
+    y = _call("rows_product", out, w.data, _scale(w), x_NxK, count, transposed=transposed)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _dot(w: Rows, x_BxD: jax.Array, index_A: jax.Array | None, count: jax.Array | None, outputs: int) -> jax.Array:

@@ -242,17 +242,20 @@ const Products* products() {
   return nullptr;
 }
 
+// Of the first `count` vectors; the results of the others are 0.
 ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale, ffi::BufferR2<ffi::F32> x,
-                        ffi::ResultBufferR2<ffi::F32> y, bool transposed) {
+                        ffi::Buffer<ffi::S32> count, ffi::ResultBufferR2<ffi::F32> y, bool transposed) {
   Matrix m;
   if (auto wrong = check_matrix(w, scale, nullptr, nullptr, &m); !wrong.empty()) return invalid(wrong);
   const Products* p = products();
   const int format = format_of(w.element_type());
   if (!p || (format != kBF16 && format != kI8)) return invalid("no matrix products for this CPU or format");
-  const int64_t batch = x.dimensions()[0], inputs = transposed ? m.count : m.columns, outputs = transposed ? m.columns : m.count;
-  if (x.dimensions()[1] != inputs || y->dimensions()[0] != batch || y->dimensions()[1] != outputs)
+  const int64_t vectors = x.dimensions()[0], inputs = transposed ? m.count : m.columns, outputs = transposed ? m.columns : m.count;
+  if (x.dimensions()[1] != inputs || y->dimensions()[0] != vectors || y->dimensions()[1] != outputs || count.element_count() != 1)
     return invalid("the product has the wrong shape");
+  const int64_t batch = std::clamp<int64_t>(count.typed_data()[0], 0, vectors);
   if (m.columns % 64 || m.count % 2) return invalid("matrix products need columns in sixty-fours and rows in twos");
+  std::fill(y->typed_data() + batch * outputs, y->typed_data() + vectors * outputs, 0.0f);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), bytes = m.count * m.columns * item_bytes(format);
   if (transposed) {
     std::vector<uint16_t> h(batch * m.count);
@@ -435,6 +438,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_rows_product, falcon::rows_product,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Attr<bool>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_select, falcon::select,

@@ -86,9 +86,14 @@ def test_rows_match_plain_arithmetic(format, M, D, B, seed, share):
 def test_products_with_many_vectors_match_plain_arithmetic(format, M, D, T):
     w, dense, _, _, x, h = draw_case(0, format, M, D, T, 1.0)
     for k in (xla, native)[: len(BACKENDS)]:
-        for y, a, b in ((k.rows_matmul(w, x), x, dense.T), (k.weighted_rows_matmul(w, h), h, dense)):
+        for product, a, b in ((k.rows_matmul, x, dense.T), (k.weighted_rows_matmul, h, dense)):
             rounding = 2**-9 if format in ("bf16", "int8") else 4e-5  # of the vectors to bf16
-            np.testing.assert_array_less(np.abs(y - a @ b), rounding * (np.abs(a) @ np.abs(b)) + 1e-6)
+            for count in (None, 0, T // 2, T):
+                y = product(w, a, count)
+                assert np.isfinite(y).all()
+                wanted = a[:count]
+                difference = np.abs(y[: len(wanted)] - wanted @ b)
+                np.testing.assert_array_less(difference, rounding * (np.abs(wanted) @ np.abs(b)) + 1e-6)
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
