@@ -16,7 +16,7 @@ from train.state import abstract_state, make_optimizer, state_shardings
 
 
 def sharding_table(config: TrainConfig, mesh_shape: tuple[int, int, int]) -> list[dict[str, Any]]:
-    """A row for each array that a run holds between its steps or gathers during one: state, working copy, teacher, batch.
+    """A row for each array that a run holds: state, the step's working copy of it, teacher, batch.
 
     Args:
       config: the run; its own mesh is left aside.
