@@ -56,7 +56,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def write_texts(target: Path, texts: Iterable[str]) -> None:
-    """Writes one JSON object a line, {"text": ...}, as `falcon-relu prepare` reads it, replacing `target` in one step."""
+    """Writes one JSON object a line, {"text": ...}, as `falcon-relu prepare` reads it; `target` changes in one step."""
     with write_aside(target, replace=True) as aside, aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
