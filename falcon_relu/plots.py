@@ -165,6 +165,7 @@ def memory_by_mesh(parts: Mapping[str, Mapping[str, float]], capacity: float) ->
       capacity: of a chip, bytes.
     """
     figure, (axis,) = _panels(1)
+    figure.set_size_inches(9, 1.4 + 0.5 * len(parts))
     names = list(parts)
     left = np.zeros(len(names))
     for part in dict.fromkeys(part for plan in parts.values() for part in plan):
@@ -174,7 +175,7 @@ def memory_by_mesh(parts: Mapping[str, Mapping[str, float]], capacity: float) ->
     axis.axvline(capacity / 1e9, color="black", linestyle="--", label="capacity")
     axis.set(xlabel="GB a chip", title="Memory")
     axis.invert_yaxis()
-    _legend(axis)
+    axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

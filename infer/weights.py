@@ -126,7 +126,7 @@ class LayerWeights:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class DecodeWeights:
     """A whole model, one entry a layer.
 
@@ -145,6 +145,16 @@ class DecodeWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: Norm
     head: Rows | None = None
+
+    def __repr__(self) -> str:
+        c = self.config
+        formats = ", ".join(f"{kind} {format}" for kind, format in dataclasses.asdict(self.formats).items())
+        ranks = [layer.predictor.fc1.shape[0] for layer in self.layers if layer.predictor is not None]
+        predictor = f"predictors of rank {min(ranks)} to {max(ranks)}" if ranks else "no predictors"
+        return (
+            f"DecodeWeights(L={c.n_layers}, D={c.d_model}, F={c.d_ff}, V={c.vocab_size}, {c.activation}; {formats}; "
+            f"{predictor}; {self.nbytes / 1e6:,.1f} MB)"
+        )
 
     @property
     def head_rows(self) -> Rows:
