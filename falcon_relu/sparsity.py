@@ -28,14 +28,16 @@ def sparsity(
       dtype: compute dtype.
 
     Returns:
-      zeros: share of activations that are exactly zero.
-      tokens: how many were looked at.
-      layers: a mapping for each layer: zeros; overlap, the share of the neurons firing at a token that fired at the one
-        before as well; never and always, the share of neurons that fire at no and at every token; hot, the smallest
-        share of the neurons that makes four fifths of the firings.
-      union: a mapping for each of `UNIONS` up to the rows of a batch: batch; fires, the share of the neurons that fire
-        in any of so many sequences at once; layers, the same for each layer.
-      rates_LxF: how often each neuron fires, numpy float64.
+      A mapping of
+
+      - zeros: share of activations that are exactly zero.
+      - tokens: how many were looked at.
+      - layers: a mapping for each layer: zeros; overlap, the share of the neurons firing at a token that fired at the
+        one before as well; never and always, the share of neurons that fire at no and at every token; hot, the
+        smallest share of the neurons that makes four fifths of the firings.
+      - union: a mapping for each of `UNIONS` up to the rows of a batch: batch; fires, the share of the neurons that
+        fire in any of so many sequences at once; layers, the same for each layer.
+      - rates_LxF: how often each neuron fires, numpy float64.
     """
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
