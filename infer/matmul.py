@@ -20,7 +20,7 @@ _BLOCK_BYTES = 16 << 20  # of the widened block
 def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
     """y[..., m] = <row m, x[...]>: [..., M] f32 from [..., D] f32.
 
-    Only the first `count` vectors (of all, flattened) are of use to the caller; what is computed for the others is finite.
+    Only the first `count` vectors (of all, flattened) are of use to the caller; what comes out for others is finite.
     Here they are all multiplied: the shapes of XLA's products are fixed.
     """
     M, D = w.shape

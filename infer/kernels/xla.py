@@ -76,9 +76,7 @@ def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tup
     tied_F = found_F & (key_F == cut)
     spare = budget - jnp.sum(found_F & (key_F > cut))
     kept_F = found_F & ((key_F > cut) | (tied_F & (jnp.cumsum(tied_F) <= spare)))
-    place_F = jnp.where(kept_F, jnp.cumsum(kept_F) - 1, F)
-    index_F = jnp.full(F, F, jnp.int32).at[place_F].set(jnp.arange(F, dtype=jnp.int32), mode="drop")
-    return index_F, jnp.sum(kept_F).astype(jnp.int32)
+    return _places(kept_F)
 
 
 def attend(
@@ -167,8 +165,10 @@ def _fold(
         position_R = start + jnp.arange(R, dtype=jnp.int32)
         fresh_R = (position_R >= i * R) & (position_R < total)
         row_R = position_R if index_A is None else jnp.asarray(index_A)[position_R]
-        row_R = jnp.minimum(row_R, w.shape[0] - 1)  # past the count an index names no row
-        rows_RxD = lax.optimization_barrier(take(w, row_R))  # else the product is computed element by element
+        # Past the count an index names no row. Without the barriers row numbers would be computed again for every
+        # element and the product taken element by element.
+        row_R = lax.optimization_barrier(jnp.minimum(row_R, w.shape[0] - 1))
+        rows_RxD = lax.optimization_barrier(take(w, row_R))
         return step(carry, start, fresh_R, rows_RxD)
 
     return lax.fori_loop(0, -(-total // R), body, carry)
@@ -182,9 +182,18 @@ def _without_zeros(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     A = h_BxA.shape[1]
     used_A = jnp.any(h_BxA != 0, axis=0) & (True if count is None else jnp.arange(A) < count)
-    position_A = jnp.nonzero(used_A, size=A, fill_value=0)[0].astype(jnp.int32)
+    position_A, n_used = _places(used_A)
+    position_A = jnp.minimum(position_A, A - 1)
     index_A = position_A if index_A is None else index_A[position_A]
-    return index_A, jnp.sum(used_A).astype(jnp.int32), h_BxA[:, position_A]
+    return index_A, n_used, h_BxA[:, position_A]
+
+
+def _places(chosen_F: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where `chosen` is true, in ascending order, then F up to the end; and how many there are."""
+    F = len(chosen_F)
+    place_F = jnp.where(chosen_F, jnp.cumsum(chosen_F) - 1, F)
+    index_F = jnp.full(F, F, jnp.int32).at[place_F].set(jnp.arange(F, dtype=jnp.int32), mode="drop")
+    return index_F, jnp.sum(chosen_F).astype(jnp.int32)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -56,6 +56,8 @@ def tokens(config, B: int, T: int) -> np.ndarray:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mode_equals_the_flax_model(tiny_name, backend):
+    if len(BACKENDS) > 1 and backend == "xla" and tiny_name in ("tiny-7b", "tiny-11b"):
+        pytest.skip("the same kernels as for the 40B; slow to compile")
     activation = {"tiny-40b": "relu", "tiny-7b": "relu2", "tiny-11b": "shifted_relu", "tiny-rw": "relu"}[tiny_name]
     config, params = relu_model(tiny_name, activation)
     weights = from_params(params, config, Formats.all("f32"), covering_predictor(config))
@@ -83,7 +85,9 @@ def test_dense_gelu_equals_the_flax_model_and_has_nothing_to_skip():
     params = random_params(config)
     weights = from_params(params, config, Formats.all("f32"))
     ids = tokens(config, 1, 4)
-    np.testing.assert_allclose(decode(weights, ids)[0], flax_logits(config, params, ids), atol=1e-4)
+    np.testing.assert_allclose(
+        decode(weights, ids, backend=BACKENDS[-1])[0], flax_logits(config, params, ids), atol=1e-4
+    )
     with pytest.raises(FalconError, match="activation is gelu"):
         check_mode(weights, "exact")
 
@@ -120,8 +124,9 @@ def test_sparse_reads_what_the_predictor_chooses_and_no_more():
     assert (np.asarray(decode(budgeted, ids, "sparse")[1].up_L) == 7).all()
 
 
-def test_prefill_in_blocks_of_unequal_prompts_equals_the_flax_model(tiny_name):
-    config, params = relu_model(tiny_name)
+@pytest.mark.parametrize("name", ["tiny-40b", "tiny-rw"])
+def test_prefill_in_blocks_of_unequal_prompts_equals_the_flax_model(name):
+    config, params = relu_model(name)
     weights = from_params(params, config, Formats.all("f32"))
     ids = tokens(config, 2, 12)
     lengths = np.array([12, 7])
