@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 SMALLER = {  # of the cell tagged "parameters", so that all of it takes two minutes
-    "1_relufication": "DOCUMENTS, STEPS = 80, 60",
+    "1_relufication": "DOCUMENTS, STEPS = 60, 30",
     "2_sparse_decoding": "TOKENS, RANK = 8_000, 32",
     "3_planning": "from configs.falcon_7b import CONFIG as RUN\nDEVICES, MESHES = 8, [(1, 8, 1)]",
 }
