@@ -144,13 +144,6 @@ class TokenFigures:
         }
 
 
-def measure_tokens(
-    weights: DecodeWeights, mode: Mode, backend: kernels.Backend, context: int, steps: int, batch: int = 1
-) -> TokenFigures:
-    """One way of decoding; see `measure_ways`."""
-    return measure_ways([(weights, mode)], backend, context, steps, batch)[0]
-
-
 def measure_ways(
     ways: Sequence[tuple[DecodeWeights, Mode]], backend: kernels.Backend, context: int, steps: int, batch: int = 1
 ) -> list[TokenFigures]:

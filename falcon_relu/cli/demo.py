@@ -23,7 +23,7 @@ from falcon_relu.cli.figures import report
 from falcon_relu.config import family
 from falcon_relu.corpora import CORPORA, documents
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, write_aside, write_json
+from falcon_relu.files import read_json, write_json, write_texts
 from falcon_relu.generate import generate
 from falcon_relu.machine import machine
 from falcon_relu.model import Falcon
@@ -123,15 +123,11 @@ class Demo:
     def _text(self) -> list[dict[str, Any]]:
         found = []
         for name in self.recipe.corpora:
-            count = 0
-            target = self.root / "text" / f"{name}.jsonl"
-            with write_aside(target, replace=True) as aside, aside.open("w", encoding="utf-8") as file:
-                for document in itertools.islice(documents(name), self.recipe.documents):
-                    for section in sections(document, self.recipe.section_chars):
-                        file.write(json.dumps({"text": section}) + "\n")
-                        count += 1
+            texts = itertools.islice(documents(name), self.recipe.documents)
+            pieces = [piece for text in texts for piece in sections(text, self.recipe.section_chars)]
+            write_texts(self.root / "text" / f"{name}.jsonl", pieces)
             corpus = CORPORA[name]
-            found.append({"name": name, "about": corpus.about, "licence": corpus.licence, "documents": count})
+            found.append({"name": name, "about": corpus.about, "licence": corpus.licence, "documents": len(pieces)})
         return found
 
     def _tokens(self) -> dict[str, int]:
