@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from train.distributed import all_agree, wait_for_all
 from train.state import TrainState
 
 _DAMAGED = ".damaged"
+_UNFINISHED = "*.orbax-checkpoint-tmp"
 _MOST_LISTED = 1024
 
 
@@ -37,9 +39,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0):
         self._folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, create=True)
+        _remove_unfinished(self._folder)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Self:
@@ -140,6 +141,17 @@ class Checkpoints:
         wait_for_all("set damaged checkpoints aside")
         if steps:
             self._manager.reload()
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what killed or failed runs left half-written.
+
+    Orbax's own option does this in a thread that `close` does not wait for: two runs in a row would race.
+    """
+    if jax.process_index() == 0:
+        for path in folder.glob(_UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)  # Orbax replaces what stays, and never reads it
+    wait_for_all("remove unfinished checkpoints")
 
 
 @contextlib.contextmanager
