@@ -2,6 +2,7 @@
 // intra-op thread pool. What a call computes does not depend on the number of threads or on who takes which share.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -40,49 +41,124 @@ std::atomic<const Kernels*>& chosen() {
 // ---- threads
 
 constexpr int64_t kBytesPerThread = 64 << 10;
-constexpr int64_t kShareBytes = 256 << 10, kSumShareBytes = 512 << 10;
+constexpr int64_t kShareBytes = 64 << 10, kSumShareBytes = 512 << 10;
+constexpr auto kLinger = std::chrono::microseconds(200);  // longer than what a layer does between two kernels
 
-// Calls body(i) for 0 <= i < n, on the calling thread and as many of the pool's as are free. The shares are dealt out in one run
-// a thread, so that what a thread asks memory for ahead is its own; who has done its run helps with the others'. The caller
-// waits only for shares that somebody has begun, so that a call from inside the pool cannot wait for itself.
-// `bytes` is what all shares read together: little is not worth a thread's waking up.
-template <class Body>
-void parallel_for(ffi::ThreadPool& pool, int64_t n, int64_t bytes, const Body& body) {
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until done() holds, for kLinger at most; returns whether it holds.
+template <class Done>
+bool spin_until(const Done& done) {
+  const auto end = std::chrono::steady_clock::now() + kLinger;
+  while (!done()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    for (int i = 0; i < 8; ++i) pause();
+  }
+  return true;
+}
+
+// Work in shares, dealt out in one run a thread, so that what a thread asks memory for ahead is its own; who has done its run
+// helps with the others'.
+class Job {
+ public:
+  Job(int64_t threads, int64_t shares, std::function<void(int64_t)> body) : body_(std::move(body)), shares_(shares), runs_(threads) {
+    for (int64_t t = 0; t < threads; ++t) runs_[t].next = t * shares / threads, runs_[t].end = (t + 1) * shares / threads;
+  }
+
+  // Does shares until all are begun. Late threads find none and touch nothing that the caller of parallel_for owns.
+  void work() {
+    const int64_t threads = static_cast<int64_t>(runs_.size()), me = begun_++;
+    int64_t mine = 0;
+    for (int64_t t = 0; t < threads; ++t) {
+      Run& run = runs_[(me + t) % threads];
+      for (int64_t i = run.next++; i < run.end; i = run.next++, ++mine) body_(i);
+    }
+    if (!mine || (done_ += mine) < shares_) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    finished_.notify_all();
+  }
+
+  void wait() {
+    const auto done = [this] { return done_ == shares_; };
+    if (spin_until(done)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    finished_.wait(lock, done);
+  }
+
+ private:
   struct alignas(64) Run {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  struct State {
-    std::vector<Run> runs;
-    std::atomic<int64_t> threads{0};
-    int64_t done = 0;
-    std::mutex mutex;
-    std::condition_variable finished;
-    explicit State(int64_t threads) : runs(threads) {}
-  };
+  const std::function<void(int64_t)> body_;
+  const int64_t shares_;
+  std::vector<Run> runs_;
+  std::atomic<int64_t> begun_{0}, done_{0};
+  std::mutex mutex_;
+  std::condition_variable finished_;
+};
+
+// Threads of the pool that work on what was posted last and then stay awake a moment for the next kernel: waking one up takes
+// as long as reading a megabyte.
+class Crew {
+ public:
+  static Crew& of_process() {
+    static Crew* crew = new Crew;  // never destroyed: threads may outlive the end of main
+    return *crew;
+  }
+
+  void post(ffi::ThreadPool& pool, std::shared_ptr<Job> job, int64_t helpers) {
+    int64_t missing;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = std::move(job);
+      ++posted_;
+      missing = std::max<int64_t>(helpers - size_, 0);
+      size_ += missing;
+    }
+    for (int64_t i = 0; i < missing; ++i) pool.Schedule([this] { serve(); });
+  }
+
+ private:
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (uint64_t seen = 0; seen != posted_;) {  // nobody leaves without having looked
+      seen = posted_;
+      const std::shared_ptr<Job> job = job_;
+      lock.unlock();
+      job->work();
+      spin_until([&] { return posted_ != seen; });
+      lock.lock();
+    }
+    --size_;
+  }
+
+  std::mutex mutex_;
+  std::shared_ptr<Job> job_;  // what it refers to may be gone once all its shares are begun
+  std::atomic<uint64_t> posted_{0};
+  int64_t size_ = 0;  // called or here
+};
+
+// Calls body(i) for 0 <= i < n, on the calling thread and as many of the pool's as are free. The caller waits only for shares
+// that somebody has begun, so that a call from inside the pool cannot wait for itself.
+// `bytes` is what all shares read together: little is not worth a second thread.
+template <class Body>
+void parallel_for(ffi::ThreadPool& pool, int64_t n, int64_t bytes, const Body& body) {
   const int64_t threads = std::min({pool.num_threads(), n, bytes / kBytesPerThread});
   if (threads < 2) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
-  auto state = std::make_shared<State>(threads);
-  for (int64_t t = 0; t < threads; ++t) state->runs[t].next = t * n / threads, state->runs[t].end = (t + 1) * n / threads;
-  auto work = [state, n, threads, &body] {  // `body` is touched only after a share was claimed, while the caller waits
-    const int64_t me = state->threads++;
-    int64_t mine = 0;
-    for (int64_t t = 0; t < threads; ++t) {
-      Run& run = state->runs[(me + t) % threads];
-      for (int64_t i = run.next++; i < run.end; i = run.next++, ++mine) body(i);
-    }
-    if (!mine) return;
-    std::lock_guard<std::mutex> lock(state->mutex);
-    state->done += mine;
-    if (state->done == n) state->finished.notify_all();
-  };
-  for (int64_t i = 1; i < threads; ++i) pool.Schedule(decltype(work)(work));
-  work();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->finished.wait(lock, [&] { return state->done == n; });
+  const auto job = std::make_shared<Job>(threads, n, [&body](int64_t i) { body(i); });
+  Crew::of_process().post(pool, job, threads - 1);
+  job->work();
+  job->wait();
 }
 
 // Memory that a thread keeps from call to call, aligned for vectors.
@@ -107,10 +183,19 @@ int64_t share_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
   return std::max<int64_t>(8, std::min(by_bytes, by_threads) / 8 * 8);
 }
 
-// Shares of a sum: each costs a vector of the result.
-int64_t sum_shares(int64_t bytes, int64_t threads) {
-  return threads == 1 ? 1 : std::clamp<int64_t>(bytes / kSumShareBytes, 1, 8 * threads);
-}
+// Shares of a sum, each of which costs a vector of the result: a thread's get smaller and smaller, so that few of them let the
+// threads finish together.
+struct SumShares {
+  int64_t threads, each;  // shares a thread
+
+  SumShares(int64_t bytes, int64_t threads)
+      : threads(threads), each(threads == 1 ? 1 : std::clamp<int64_t>(bytes / threads / kSumShareBytes, 1, 4)) {}
+  int64_t count() const { return threads * each; }
+  int64_t begin(int64_t i, int64_t rows) const {
+    const int64_t whole = (1 << each) - 1, before = whole + 1 - (1 << (each - i % each));  // 8, 4, 2 and 1 of 15
+    return (i / each * whole + before) * rows / (threads * whole);
+  }
+};
 
 // ---- checks
 
@@ -145,9 +230,10 @@ std::string check_matrix(const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& s
   const int64_t capacity = index->element_count(), n = count->typed_data()[0];
   if (n < 0 || n > capacity) return "count " + std::to_string(n) + " of " + std::to_string(capacity) + " indices";
   const int32_t* ids = index->typed_data();
-  for (int64_t i = 0; i < n; ++i)
-    if (ids[i] < 0 || ids[i] >= rows)
-      return "index[" + std::to_string(i) + "] is " + std::to_string(ids[i]) + ", the matrix has " + std::to_string(rows) + " rows";
+  uint32_t largest = 0;  // as unsigned numbers, negative ones are larger than any row
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, static_cast<uint32_t>(ids[i]));
+  if (n && largest >= rows)
+    return "an index is " + std::to_string(static_cast<int32_t>(largest)) + ", the matrix has " + std::to_string(rows) + " rows";
   out->index = ids, out->count = n;
   return "";
 }
@@ -169,10 +255,14 @@ ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::F32
   float* out = y->typed_data();
   const int64_t row_bytes = m.columns * item_bytes(format);
   const int64_t share = share_rows(m.count, row_bytes, std::max<int64_t>(pool.num_threads(), 1));
-  parallel_for(pool, (m.count + share - 1) / share, m.count * row_bytes, [&](int64_t i) {
-    kernels.dot[format](m, packed, i * share, std::min(m.count, (i + 1) * share), out, outputs);
+  const int64_t shares = std::max<int64_t>((m.count + share - 1) / share, 1), rest = outputs - m.count;
+  parallel_for(pool, shares, m.count * row_bytes, [&](int64_t i) {
+    kernels.dot[format](m, packed, std::min(m.count, i * share), std::min(m.count, (i + 1) * share), out, outputs);
+    for (int64_t b = 0; b < batch; ++b) {  // 0 where no row was asked for
+      float* none = out + b * outputs + m.count;
+      std::fill(none + rest * i / shares, none + rest * (i + 1) / shares, 0.0f);
+    }
   });
-  for (int64_t b = 0; b < batch; ++b) std::fill(out + b * outputs + m.count, out + (b + 1) * outputs, 0.0f);
   return ffi::Error::Success();
 }
 
@@ -183,16 +273,18 @@ struct Compact {
 };
 
 Compact without_zeros(const Matrix& m, const float* h, int64_t h_stride, int64_t batch) {
-  Compact out;
-  std::vector<int32_t> position;
-  for (int64_t i = 0; i < m.count; ++i) {
+  std::vector<int32_t> position(m.count);
+  int64_t n = 0;
+  for (int64_t i = 0; i < m.count; ++i) {  // without a branch that nobody could predict
     bool wanted = false;
     for (int64_t b = 0; b < batch; ++b) wanted |= h[b * h_stride + i] != 0.0f;
-    if (wanted) position.push_back(static_cast<int32_t>(i));
+    position[n] = static_cast<int32_t>(i);
+    n += wanted;
   }
-  for (int32_t i : position) out.index.push_back(static_cast<int32_t>(m.row(i)));
+  Compact out{std::vector<int32_t>(n), std::vector<float>(batch * n)};
+  for (int64_t i = 0; i < n; ++i) out.index[i] = static_cast<int32_t>(m.row(position[i]));
   for (int64_t b = 0; b < batch; ++b)
-    for (int32_t i : position) out.h.push_back(h[b * h_stride + i]);
+    for (int64_t i = 0; i < n; ++i) out.h[b * n + i] = h[b * h_stride + position[i]];
   return out;
 }
 
@@ -217,10 +309,12 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<
   const int format = format_of(w.element_type());
   // A share is a run of whole rows, which memory likes best; the shares' sums are added up in their order.
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), stride = padded(m.columns);
-  const int64_t bytes = m.count * m.columns * item_bytes(format), shares = sum_shares(bytes, threads);
+  const int64_t bytes = m.count * m.columns * item_bytes(format);
+  const SumShares cut(bytes, threads);
+  const int64_t shares = cut.count();
   float* sums = static_cast<float*>(scratch(shares * batch * stride * sizeof(float), 0));
   parallel_for(pool, shares, bytes, [&](int64_t i) {
-    const int64_t begin = i * m.count / shares, end = (i + 1) * m.count / shares;
+    const int64_t begin = cut.begin(i, m.count), end = cut.begin(i + 1, m.count);
     void* memory = scratch(kernels.sum_bytes(end - begin, batch), 1);
     kernels.sum[format](m, weights, h_stride, batch, begin, end, sums + i * batch * stride, memory);
   });

@@ -118,7 +118,7 @@ template <class T>
 FALCON_INLINE void fetch_stripe(const T* p) {
   FALCON_UNROLL
   for (size_t line = 0; line < sizeof(T); ++line)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line, 0, 2);  // to L2: L1 is full of inputs
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line, 0, 1);  // not to L1, which is full of inputs
 }
 
 // Calls step(first column, row pointers there) for every whole stripe of kRows rows, asking for what comes kAhead bytes later,
@@ -156,6 +156,7 @@ FALCON_INLINE void row_pointers(const Matrix& w, int64_t first, int64_t end, con
     const int64_t here = first + r < end ? first + r : first, then = here + ahead < w.count ? here + ahead : here;
     rows[r] = static_cast<const T*>(w.data) + w.row(here) * w.columns;
     next[r] = static_cast<const T*>(w.data) + w.row(then) * w.columns;
+    if (w.index && w.scale) __builtin_prefetch(w.scale + w.row(then));
   }
 }
 
@@ -231,7 +232,7 @@ struct BF16Dot {
 struct I8Dot {
   using T = int8_t;
   using Acc = __m512i;
-  static constexpr int kPlanes = 2, kRows1 = 4;
+  static constexpr int kPlanes = 2, kRows1 = kTile;
   const Packed& x;
   int64_t first;
   template <int kRows, int kBatch>
@@ -322,10 +323,10 @@ inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int3
   __m512 largest = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16)
     largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(some(i), v + i)));
-  const float most = _mm512_reduce_max_ps(largest), step = most > 0 ? most / 32639.0f : 1.0f;
+  const float most = _mm512_reduce_max_ps(largest), step = most > 0 ? most / 32639.0f : 1.0f, steps = 1.0f / step;
   __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 16) {
-    const __m512 scaled = _mm512_div_ps(_mm512_maskz_loadu_ps(some(i), v + i), _mm512_set1_ps(step));
+    const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(some(i), v + i), _mm512_set1_ps(steps));
     const __m512i q = _mm512_cvtps_epi32(scaled);
     const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
     const __m512i l = _mm512_sub_epi32(q, _mm512_slli_epi32(h, 8));
