@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -41,7 +42,7 @@ std::atomic<const Kernels*>& chosen() {
 // ---- threads
 
 constexpr int64_t kBytesPerThread = 64 << 10;
-constexpr int64_t kShareBytes = 64 << 10, kSumShareBytes = 512 << 10;
+constexpr int64_t kShareBytes = 256 << 10, kSumShareBytes = 512 << 10;
 constexpr auto kLinger = std::chrono::microseconds(200);  // longer than what a layer does between two kernels
 
 inline void pause() {
@@ -58,7 +59,8 @@ bool spin_until(const Done& done) {
   const auto end = std::chrono::steady_clock::now() + kLinger;
   while (!done()) {
     if (std::chrono::steady_clock::now() > end) return false;
-    for (int i = 0; i < 8; ++i) pause();
+    for (int i = 0; i < 16; ++i) pause();
+    std::this_thread::yield();  // to a caller whose core this thread was woken on
   }
   return true;
 }

@@ -317,7 +317,8 @@ void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y,
 // ---- packing of vectors
 
 #if defined(FALCON_VNNI)
-// Rounds v to 16 bits in two int8 planes: v = step * (256 * high + low). Returns step; sums of the planes in sum[0..1].
+// Rounds v to 16 bits in two int8 planes: v = step * (256 * high + low), 0 from n to the next multiple of 16. Returns step; sums of
+// the planes in sum[0..1].
 inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int32_t* sum) {
   const auto some = [&](int64_t i) { return n - i >= 16 ? 0xffff : (1u << (n - i)) - 1; };
   __m512 largest = _mm512_setzero_ps();
@@ -330,8 +331,8 @@ inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int3
     const __m512i q = _mm512_cvtps_epi32(scaled);
     const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
     const __m512i l = _mm512_sub_epi32(q, _mm512_slli_epi32(h, 8));
-    _mm512_mask_cvtepi32_storeu_epi8(high + i, some(i), h);
-    _mm512_mask_cvtepi32_storeu_epi8(low + i, some(i), l);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(h));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(l));
     high_sum = _mm512_add_epi32(high_sum, h), low_sum = _mm512_add_epi32(low_sum, l);
   }
   sum[0] = _mm512_reduce_add_epi32(high_sum), sum[1] = _mm512_reduce_add_epi32(low_sum);
@@ -403,7 +404,7 @@ Packed pack_x(int format, const float* x, int64_t columns, int64_t batch, void* 
 
 // ---- weighted sums of rows
 
-int64_t sum_bytes(int64_t rows, int64_t batch) { return batch * (8 * (rows + 8) + 64) + 64; }
+int64_t sum_bytes(int64_t rows, int64_t batch) { return batch * (8 * (rows + 16) + 64) + 64; }
 
 template <class Row, int kRows>
 FALCON_INLINE void sum_tile(const Matrix& w, const float* weight, int64_t weight_stride, int64_t batch, int64_t i, float* acc) {
@@ -490,7 +491,7 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, in
             void* scratch) {
   constexpr int kRows = 8;
   const int64_t stride = padded(w.columns), whole = w.columns / kStripe * kStripe, rows_here = end - begin;
-  const int64_t tiles = (rows_here + kRows - 1) / kRows, room = tiles * kRows;
+  const int64_t tiles = (rows_here + kRows - 1) / kRows, room = (rows_here + 15) / 16 * 16;
   float* weight = static_cast<float*>(scratch);
   float* unit = weight + room;
   int32_t* offset = reinterpret_cast<int32_t*>(unit + batch);             // [batch, plane, tiles]
@@ -502,10 +503,11 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, in
     for (int64_t i = 0; i < rows_here; ++i) weight[i] = h[b * h_stride + begin + i] * w.scale[w.row(begin + i)];
     unit[b] = split_i8(weight, rows_here, planes + 2 * b * room, planes + (2 * b + 1) * room, total);
   }
-  for (int64_t t = 0; t < 2 * batch * tiles; ++t) {
-    offset[t] = 0;
-    for (int r = 0; r < kRows; ++r) offset[t] -= 128 * planes[t * kRows + r];
-  }
+  for (int64_t plane = 0; plane < 2 * batch; ++plane)
+    for (int64_t t = 0; t < tiles; ++t) {
+      int32_t& of_tile = offset[plane * tiles + t] = 0;
+      for (int r = 0; r < kRows; ++r) of_tile -= 128 * planes[plane * room + t * kRows + r];
+    }
   for (int64_t t = 0; t < tiles; ++t) {
     const int8_t *rows[kRows], *next[kRows];
     row_pointers<int8_t, kRows>(w, begin + t * kRows, end, rows, next);  // past the last row stand weights of 0
