@@ -20,8 +20,13 @@ from falcon_relu.sparsity import sparsity
 from falcon_relu.tokenizer import Tokenizer, train_bpe
 
 if TYPE_CHECKING:  # as _LATER has them; tests/falcon_relu/test_public.py compares the two
+    from falcon_relu.eval_data import build as build_eval_data
+    from falcon_relu.harness import HarnessModel, Journal
+    from falcon_relu.score import FlaxEngine
+    from falcon_relu.suite import SUITES, Benchmark, evaluate
     from infer.bench import measure_widths, memory_bandwidth
     from infer.calibrate import calibrate as calibrate_predictor
+    from infer.decode_quality import Way, decode_quality
     from infer.fit import FitConfig
     from infer.fit import fit as fit_predictor
     from infer.generate import Figures as DecodeFigures
@@ -32,6 +37,7 @@ if TYPE_CHECKING:  # as _LATER has them; tests/falcon_relu/test_public.py compar
     from infer.predictor import save as save_predictor
     from infer.quality import compare as compare_sparse
     from infer.record import record
+    from infer.score import DecodeEngine
     from infer.storage import load as load_decode_weights
     from infer.storage import save as save_decode_weights
     from infer.weights import DecodeWeights, Formats
@@ -49,22 +55,34 @@ if TYPE_CHECKING:  # as _LATER has them; tests/falcon_relu/test_public.py compar
     from train.validation import validate
 
 _LATER = {
+    "Assumptions": "train.plan:Assumptions",
+    "Benchmark": "falcon_relu.suite:Benchmark",
+    "Chip": "train.plan:Chip",
     "DataConfig": "train.data:DataConfig",
+    "DecodeEngine": "infer.score:DecodeEngine",
     "DecodeFigures": "infer.generate:Figures",
     "DecodeWeights": "infer.weights:DecodeWeights",
     "FitConfig": "infer.fit:FitConfig",
+    "FlaxEngine": "falcon_relu.score:FlaxEngine",
     "Formats": "infer.weights:Formats",
+    "HarnessModel": "falcon_relu.harness:HarnessModel",
+    "Journal": "falcon_relu.harness:Journal",
     "LossConfig": "train.loss:LossConfig",
     "OptimizerConfig": "train.config:OptimizerConfig",
     "Predictor": "infer.predictor:Predictor",
     "PrepareConfig": "train.prepare:PrepareConfig",
+    "SUITES": "falcon_relu.suite:SUITES",
     "Source": "train.data:Source",
     "TrainConfig": "train.config:TrainConfig",
+    "Way": "infer.decode_quality:Way",
+    "build_eval_data": "falcon_relu.eval_data:build",
     "calibrate_predictor": "infer.calibrate:calibrate",
     "compare_sparse": "infer.quality:compare",
     "decode": "infer.generate:generate",
+    "decode_quality": "infer.decode_quality:decode_quality",
     "decode_stream": "infer.generate:stream",
     "decode_weights": "infer.weights:from_params",
+    "evaluate": "falcon_relu.suite:evaluate",
     "fit_predictor": "infer.fit:fit",
     "init_state": "train.state:init_state",
     "load_decode_weights": "infer.storage:load",
@@ -73,34 +91,38 @@ _LATER = {
     "make_train_step": "train.step:make_train_step",
     "measure_widths": "infer.bench:measure_widths",
     "memory_bandwidth": "infer.bench:memory_bandwidth",
-    "Assumptions": "train.plan:Assumptions",
-    "Chip": "train.plan:Chip",
     "plan_run": "train.plan:plan",
-    "sharding_table": "train.sharding_table:sharding_table",
-    "topology_devices": "train.plan:topology_devices",
-    "virtual_devices": "train.plan:virtual_devices",
     "prepare": "train.prepare:prepare",
     "record": "infer.record:record",
     "save_decode_weights": "infer.storage:save",
     "save_predictor": "infer.predictor:save",
+    "sharding_table": "train.sharding_table:sharding_table",
+    "topology_devices": "train.plan:topology_devices",
     "train": "train.loop:train",
     "train_batches": "train.data:train_batches",
     "validate": "train.validation:validate",
     "validation_batches": "train.data:validation_batches",
+    "virtual_devices": "train.plan:virtual_devices",
 }
 
 __all__ = [
     "FAMILY",
+    "SUITES",
     "Assumptions",
+    "Benchmark",
     "Chip",
     "DataConfig",
+    "DecodeEngine",
     "DecodeFigures",
     "DecodeWeights",
     "Falcon",
     "FalconConfig",
     "FalconError",
     "FitConfig",
+    "FlaxEngine",
     "Formats",
+    "HarnessModel",
+    "Journal",
     "KVCache",
     "LossConfig",
     "OptimizerConfig",
@@ -110,12 +132,16 @@ __all__ = [
     "Source",
     "Tokenizer",
     "TrainConfig",
+    "Way",
+    "build_eval_data",
     "calibrate_predictor",
     "compare_sparse",
     "decode",
+    "decode_quality",
     "decode_stream",
     "decode_weights",
     "documents",
+    "evaluate",
     "export_hf",
     "family",
     "fit_predictor",
@@ -155,7 +181,13 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _LATER[name].split(":")
-    return globals().setdefault(name, getattr(importlib.import_module(module), attribute))
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise FalconError(f'falcon_relu.{name} needs lm-eval: pip install "falcon-relu[eval]"') from error
+    return globals().setdefault(name, getattr(found, attribute))
 
 
 def __dir__() -> list[str]:

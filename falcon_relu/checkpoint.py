@@ -146,7 +146,11 @@ def export_hf(
     hf_config = config_to_hf(config, dtypes[EMBEDDING].name)
     if tokenizer is not None and not tokenizer.is_file():
         raise FalconError(f"{tokenizer} does not exist")
-    with write_aside(out) as aside, progress(f"exporting {source}", len(table), "tensors") as advance:
+    sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in table.items()}
+    with (
+        write_aside(out, nbytes=sum(sizes.values())) as aside,
+        progress(f"exporting {source}", len(table), "tensors") as advance,
+    ):
 
         def read_hf(name: str) -> np.ndarray:
             tensor = table[name]
@@ -155,7 +159,6 @@ def export_hf(
             return array
 
         aside.mkdir()
-        sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in table.items()}
         write_shards(aside, sizes, read_hf, max_shard_bytes)
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         write_json(aside / "generation_config.json", ids)

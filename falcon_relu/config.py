@@ -25,7 +25,7 @@ class FalconConfig:
       activation: MLP non-linearity. "gelu" is the exact erf form that Falcon was trained with, "shifted_relu"
         is max(x - activation_shift, 0), "relu2" is max(x, 0)^2.
       activation_shift: shift of "shifted_relu"; must be 0 for the others.
-      vocab_size: V.
+      vocab_size: V, token ids of the vocabulary.
       max_positions: context length in tokens.
       block: "parallel" (attention and MLP read one LayerNorm: 7B, 11B), "parallel_two_norms" (one LayerNorm
         each: 40B, 180B) or "sequential" (attention, then MLP: RW).
@@ -94,7 +94,7 @@ class FalconConfig:
 
     @property
     def n_params(self) -> int:
-        """Parameters, counted by hand: weights, norms and biases."""
+        """Parameters counted by hand, that is weights, norms and biases."""
         D, F = self.d_model, self.d_ff
         qkv_rows = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         matrices = qkv_rows * D + D * D + 2 * F * D

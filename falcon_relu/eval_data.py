@@ -53,7 +53,7 @@ def build(out: Path, names: Iterable[str] | None = None, cache: Path | None = No
       cache: folder for downloads.
 
     Returns:
-      A mapping for each dataset: dataset, documents, licence, note.
+      A mapping for each dataset, with dataset (its name), documents (how many), licence, note.
 
     Raises:
       FalconError: an unknown name, pip cannot get an archive, or pyarrow is missing.

@@ -15,7 +15,7 @@ _PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
-def write_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def write_aside(target: Path, *, replace: bool = False, nbytes: int = 0) -> Iterator[Path]:
     """Yields a sibling path to write a file or folder to; renames it to `target` once the block succeeds.
 
     When the block raises, what was written is removed and `target` stays as it was. What a killed process left
@@ -24,9 +24,10 @@ def write_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
       target: the finished file or folder.
       replace: whether an existing `target` may be replaced.
+      nbytes: that the caller is about to write; large things fail before they begin.
 
     Raises:
-      FalconError: `target` exists and may not be replaced.
+      FalconError: `target` exists and may not be replaced, or the disk is too full.
     """
     target = Path(target)
     if target.exists() and not replace:
@@ -34,6 +35,12 @@ def write_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(target)
     remove(aside)
+    free = shutil.disk_usage(target.parent).free
+    if nbytes > free:
+        raise FalconError(
+            f"{target} takes {nbytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free there: "
+            "make room, or choose another disk"
+        )
     try:
         yield aside
         if target.is_dir():

@@ -60,6 +60,11 @@ class KVCache:
     segments_BxS: jax.Array
     used: jax.Array
 
+    def __repr__(self) -> str:
+        L, B, S, K, H = self.keys_LxBxSxKxH.shape
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return f"KVCache({L=}, {B=}, {S=}, {K=}, {H=}, {self.keys_LxBxSxKxH.dtype}; {size / 1e6:,.1f} MB)"
+
     @classmethod
     def empty(cls, config: FalconConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
         """A cache for `batch` sequences of up to `slots` tokens, padding included."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
     path = Path(path).resolve()
     _check_shapes({leaf: x.shape for leaf, x in flatten_dict(params).items()}, config, ValueError, "params")
     first = jax.process_index() == 0
-    with write_aside(path, replace=replace) if first else contextlib.nullcontext(aside_path(path)) as aside:
+    nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    ours = write_aside(path, replace=replace, nbytes=nbytes) if first else contextlib.nullcontext(aside_path(path))
+    with ours as aside:
         _save(aside, params)
         if first:
             _write_config(aside, config)
@@ -87,7 +90,8 @@ def params_writer(
     """
     path = Path(path).resolve()
     shapes = param_shapes(config)
-    with write_aside(path) as aside:
+    nbytes = sum(math.prod(shape) * np.dtype(dtypes[leaf]).itemsize for leaf, shape in shapes.items())
+    with write_aside(path, nbytes=nbytes) as aside:
         # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
         _save(aside, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
         stores = {

@@ -71,11 +71,13 @@ def evaluate(
       seed: of the examples that are shown and of everything else that is drawn.
 
     Returns:
-      rows: a mapping for each figure: benchmark, task, metric, shots, value (None where it could not be measured),
+      Results by name.
+
+      - rows: a mapping for each figure: benchmark, task, metric, shots, value (None where it could not be measured),
         error (standard error), questions, note (what is different or missing).
-      average: mean of the rows' values; None if one is missing.
-      samples: lm-eval's record of each question by task.
-      lm_eval: its version.
+      - average: mean of the rows' values; None if one is missing.
+      - samples: lm-eval's record of each question by task.
+      - lm_eval: its version.
 
     Raises:
       FalconError: no such task, or a model cannot answer what a task asks.

@@ -199,8 +199,13 @@ def measure_widths(
       backend: of the kernels.
 
     Returns:
-      For each mode: name (the mode), bytes (read for a token), seconds (median), bandwidth (bytes a second that memory
-      gave to plain reading between the steps), active (share of the down-projections' rows that were read).
+      A mapping for each mode.
+
+      - name: the mode.
+      - bytes: read for a token.
+      - seconds: median time of one.
+      - bandwidth: bytes a second that memory gave to plain reading between the steps.
+      - active: share of the down-projections' rows that were read.
     """
     config = family(model).replace(n_layers=layers, activation="relu", tied_embeddings=True)
     every = random_weights(config, Formats(), rank=config.d_model // 8)

@@ -41,9 +41,13 @@ def decode_quality(
       backend: of the kernels.
 
     Returns:
-      For each way: kl, KL(reference || way) in nats a token; agreement, the share of tokens with the same likeliest
-      next token; loss, nats a next token; read, the share of the up-projections' rows read; fired, that of the
-      down-projections'; bytes, of weights read for a step.
+      Figures of each way by name.
+
+      - kl: KL(reference || way), nats a token.
+      - agreement: share of tokens with the same likeliest next token.
+      - loss: nats a next token.
+      - read, fired: shares of the up-projections' and of the down-projections' rows that are read.
+      - bytes: of weights read for a step.
 
     Raises:
       FalconError: the weights cannot serve a mode.

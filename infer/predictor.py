@@ -68,6 +68,14 @@ class Predictor:
     budgets: tuple[int, ...]
     measured: tuple[Mapping[str, float], ...] = ()
 
+    def __repr__(self) -> str:
+        first, width = self.layers[0], self.layers[0].fc1_RxD.shape[1]
+        return (
+            f"Predictor(L={len(self.layers)}, D={width}, F={first.fc2_FxR.shape[0]}, R={_range(self.ranks)}, "
+            f"{first.fc1_RxD.dtype}; reads {self.input}; thresholds {_range(self.thresholds)}, "
+            f"budgets {_range(self.budgets)})"
+        )
+
     @property
     def ranks(self) -> tuple[int, ...]:
         """R of each layer."""
@@ -223,6 +231,11 @@ def export_powerinfer(predictor: Predictor, folder: Path) -> None:
         for i, layer in enumerate(predictor.layers):
             tensors = {name: torch.from_numpy(np.array(w, np.float32)).half() for name, w in _named(i, layer).items()}
             torch.save({name.removeprefix(f"layers.{i}."): w for name, w in tensors.items()}, aside / f"model_{i}.pt")
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _named(i: int, layer: LayerPredictor) -> dict[str, jax.Array]:

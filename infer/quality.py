@@ -71,11 +71,13 @@ def compare(
     """Dense against sparse on text.
 
     Returns:
-      kl: KL(dense || sparse), nats a token.
-      agreement: share of tokens with the same most likely next token.
-      dense_loss, sparse_loss: nats a next token.
-      read, fired: share of the MLPs' neurons that were selected, that fire in the dense model.
-      read_per_layer, fired_per_layer: the same for each layer.
+      Figures by name.
+
+      - kl: KL(dense || sparse), nats a token.
+      - agreement: share of tokens with the same most likely next token.
+      - dense_loss, sparse_loss: nats a next token.
+      - read, fired: share of the MLPs' neurons that were selected, that fire in the dense model.
+      - read_per_layer, fired_per_layer: the same for each layer.
     """
     chosen = selector(predictor)
     totals: dict[str, np.ndarray] = {}

@@ -52,7 +52,7 @@ class Recording:
 
     @property
     def held_out(self) -> range:
-        """The tokens kept for measuring: the last tenth."""
+        """The tokens kept for measuring, which are the last tenth."""
         return range(self.tokens - self.tokens // 10, self.tokens)
 
     def check(self, config: FalconConfig) -> None:
@@ -100,8 +100,8 @@ def record(
     """
     if config.activation == "gelu":
         raise FalconError("a GELU model has no silent neurons to predict; record a model whose activation is a ReLU")
-    done = 0
-    with write_aside(folder) as aside, progress("record", tokens, "tokens") as advance:
+    done, nbytes = 0, tokens * config.n_layers * (INPUT_DTYPE.itemsize * config.d_model + config.d_ff)
+    with write_aside(folder, nbytes=nbytes) as aside, progress("record", tokens, "tokens") as advance:
         aside.mkdir()
         for arrays in _observed(config, params, batches, input, dtype):
             kept = min(tokens - done, arrays[0].shape[1])

@@ -56,7 +56,10 @@ def save(weights: DecodeWeights, path: Path, *, replace: bool = False) -> None:
     }
     checksums: dict[str, int] = {}
     files = sorted({_file(name) for name in leaves})
-    with write_aside(path, replace=replace) as aside, progress(f"writing {path}", len(files), "files") as advance:
+    with (
+        write_aside(path, replace=replace, nbytes=weights.nbytes) as aside,
+        progress(f"writing {path}", len(files), "files") as advance,
+    ):
         aside.mkdir()
         for file in files:
             tensors = {name: np.asarray(leaf) for name, leaf in leaves.items() if _file(name) == file}

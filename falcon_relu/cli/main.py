@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.metadata
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +39,16 @@ COMMANDS = {
     "sparsity": "zeros, hot neurons, unions over batches, and what reading fewer neurons costs",
     "card": "a model card from measured figures alone",
     "bench": "speed of decoding at real widths against the memory bandwidth",
+}
+
+
+_TROUBLE = {
+    "make room or choose another disk, and run the same command again; what was finished is kept": (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+    ),
+    "choose a folder that you may write to": (errno.EACCES, errno.EPERM, errno.EROFS),
 }
 
 
@@ -74,10 +86,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FalconError as error:
         stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
         return 1
+    except Exception as error:
+        if (advice := storage_trouble(error)) is None:
+            raise
+        stderr.print(
+            f"falcon-relu {name}: {error}: {advice}", style="red", markup=False, soft_wrap=True, highlight=False
+        )
+        return 1
     except KeyboardInterrupt:
         stderr.print(f"falcon-relu {name}: interrupted; finished work is kept", markup=False, soft_wrap=True)
         return 130
     return 0
+
+
+def storage_trouble(error: Exception) -> str | None:
+    """What to do where the system refuses to write; None for any other error. Libraries pass its words on as text."""
+    for advice, codes in _TROUBLE.items():
+        if getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes):
+            return advice
+    return None
 
 
 def parse(name: str, rest: Sequence[str]) -> tuple[Callable[[Any], None], Any]:

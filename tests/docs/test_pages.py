@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from falcon_relu.cli.main import COMMANDS, parse
+from tests.falcon_relu.questions import write_questions
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -66,6 +67,7 @@ def _status(name: str, arguments: list[str]) -> object:
 def test_python_on_the_pages_runs(page, finished_demo, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(finished_demo)
+    write_questions(tmp_path / "data" / "eval")
     code = "\n".join(_blocks(page, "python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

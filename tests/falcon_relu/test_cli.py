@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +116,40 @@ def test_every_command_has_help_that_names_its_options(command, capsys):
     assert f"falcon-relu {command}" in printed
     if command != "predictor":  # whose steps have the options
         assert "--json" in printed
+
+
+WRITES = {
+    "export": ["lm_kl/weights"],
+    "pack": ["lm_kl/weights"],
+    "predictor": ["record", "lm_kl/weights", "tokens/python-stdlib", "--tokens", "500"],
+}
+
+
+@pytest.mark.parametrize("command", WRITES)
+def test_what_does_not_fit_on_the_disk_is_not_begun(command, finished_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(finished_demo)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    arguments = list(WRITES[command])
+    arguments.insert(3 if command == "predictor" else 1, str(tmp_path / "out"))
+    assert main([command, *arguments]) == 1
+    assert "1e-06 GB are free there: make room" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["export", "pack"])
+def test_a_disk_that_fills_up_is_said_and_leaves_nothing(command, finished_demo, tmp_path):
+    limit = (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])  # writing on fails as on a full disk
+    done = _command(
+        command,
+        *(finished_demo / path for path in WRITES[command]),
+        tmp_path / "out",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert done.returncode == 1
+    assert "make room or choose another disk" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_another_recipe_is_not_mixed_in(finished_demo, capsys):
