@@ -101,45 +101,48 @@ class TokenFigures:
     """One way of decoding, measured.
 
     Attributes:
-      seconds: median time of a step.
-      head_seconds: median time of the vocabulary head alone, which a step includes.
-      choosing_seconds: median time of choosing the neurons of all layers, which a sparse step includes; else 0.
+      seconds: time of each step.
+      head_seconds: of the vocabulary head alone, which a step includes, after each step.
+      choosing_seconds: of choosing the neurons of all layers, which a sparse step includes, after each step; else 0.
+      bandwidth: bytes a second that memory delivered to plain reading after each step.
       bytes: of weights read by a step.
       head_bytes: of these, the vocabulary head's, which a model has once.
-      bandwidth: bytes a second that memory delivered to plain reading between the steps.
       active: share of the neurons read.
     """
 
-    seconds: float
-    head_seconds: float
-    choosing_seconds: float
+    seconds: np.ndarray
+    head_seconds: np.ndarray
+    choosing_seconds: np.ndarray
+    bandwidth: np.ndarray
     bytes: int
     head_bytes: int
-    bandwidth: float
     active: float
 
     @property
-    def layer_seconds(self) -> float:
-        """Time of a step without the vocabulary head."""
+    def layer_seconds(self) -> np.ndarray:
+        """Time of each step without the vocabulary head."""
         return self.seconds - self.head_seconds
 
     def row(
         self, name: dict[str, Any], dense: TokenFigures | None, layers: int, full_layers: int, full_bandwidth: float
     ) -> dict[str, Any]:
-        """As a table row, projected to a whole model on a machine of another bandwidth at the same share of it."""
-        rate = self.bytes / self.seconds
+        """As a table row, projected to a whole model on a machine of another bandwidth at the same share of it.
+
+        Ratios are medians over the steps of what was measured one after the other: memory may be slower a second later.
+        """
+        seconds, bandwidth = float(np.median(self.seconds)), float(np.median(self.bandwidth))
         full_bytes = self.head_bytes + (self.bytes - self.head_bytes) * full_layers / layers
-        share = rate / self.bandwidth
+        share = float(np.median(self.bytes / self.seconds / self.bandwidth))
         return name | {
             "active": self.active,
-            "ms/token": 1e3 * self.seconds,
+            "ms/token": 1e3 * seconds,
             "GB/token": self.bytes / 1e9,
-            "GB/s": rate / 1e9,
-            "memory GB/s": self.bandwidth / 1e9,
+            "GB/s": self.bytes / seconds / 1e9,
+            "memory GB/s": bandwidth / 1e9,
             "share of memory": share,
-            "ideal ms": 1e3 * self.bytes / self.bandwidth,
-            "layers, times dense": dense.layer_seconds / self.layer_seconds if dense else None,
-            "choosing, share of layers": self.choosing_seconds / self.layer_seconds,
+            "ideal ms": 1e3 * self.bytes / bandwidth,
+            "layers, times dense": float(np.median(dense.layer_seconds / self.layer_seconds)) if dense else None,
+            "choosing, share of layers": float(np.median(self.choosing_seconds / self.layer_seconds)),
             f"tokens/s, {full_layers} layers at {full_bandwidth / 1e9:g} GB/s": full_bandwidth * share / full_bytes,
         }
 
@@ -171,18 +174,17 @@ def measure_ways(
             predictor = chosen.layers[0].predictor
             times[i, step, 2] = choose(predictor.budget) if predictor and mode == "sparse" else 0.0
             times[i, step, 3] = read()
-    seconds = np.median(times[:, 1:], axis=1)  # the first steps compile
     return [
         TokenFigures(
-            seconds=float(of[0]),
-            head_seconds=float(of[1]),
-            choosing_seconds=float(of[2]),
+            seconds=of[1:, 0],  # the first step compiles
+            head_seconds=of[1:, 1],
+            choosing_seconds=of[1:, 2],
+            bandwidth=of[1:, 3],
             bytes=step_bytes(weights, read, mode),
             head_bytes=weights.head_rows.nbytes,
-            bandwidth=float(of[3]),
             active=float(read.down_L.sum()) / (c.d_ff * c.n_layers),
         )
-        for of, read, (_, mode) in zip(seconds, reads, ways, strict=True)
+        for of, read, (_, mode) in zip(times, reads, ways, strict=True)
     ]
 
 
@@ -213,7 +215,13 @@ def measure_widths(
         (with_active_share(every, active if m == "sparse" else 1), m) for m in MODES
     ]
     return [
-        {"name": mode, **{key: getattr(found, key) for key in ("bytes", "seconds", "bandwidth", "active")}}
+        {
+            "name": mode,
+            "bytes": found.bytes,
+            "seconds": float(np.median(found.seconds)),
+            "bandwidth": float(np.median(found.bandwidth)),
+            "active": found.active,
+        }
         for found, (_, mode) in zip(measure_ways(ways, backend, context=256, steps=steps), ways, strict=True)
     ]
 
@@ -314,14 +322,17 @@ def _against_reading(
 ) -> dict[str, float]:
     F = matrices[0].shape[0]
     size = len(matrices) * (F if share is None else round(share * F)) * matrices[0].row_bytes
-    rates: list[float] = []
-    memory: list[float] = []
-    for _ in range(repeats + 1):
-        for measured, call, start in ((memory, _reader(), jnp.int32(0)), (rates, run, x)):
+    rates = np.zeros((repeats + 1, 2))  # of reading, then of the kernel
+    for turn in range(repeats + 1):
+        for i, (call, start) in enumerate(((_reader(), jnp.int32(0)), (run, x))):
             index = [() if share is None else _random_index(rng, F, share) for _ in matrices]
-            measured.append(size / _timed(call, matrices, index, start))
-    rate, delivered = float(np.median(rates[1:])), float(np.median(memory[1:]))  # the first calls compile
-    return {"GB/s": rate / 1e9, "memory GB/s": delivered / 1e9, "share of memory": rate / delivered}
+            rates[turn, i] = size / _timed(call, matrices, index, start)
+    memory, rate = rates[1:].T  # the first calls compile
+    return {
+        "GB/s": float(np.median(rate)) / 1e9,
+        "memory GB/s": float(np.median(memory)) / 1e9,
+        "share of memory": float(np.median(rate / memory)),
+    }
 
 
 def _chain(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

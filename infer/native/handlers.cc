@@ -1,5 +1,5 @@
 // XLA custom calls (typed FFI) over the row kernels: every buffer is checked here, then the work is shared out on XLA's own
-// intra-op thread pool. What a call computes does not depend on the number of threads or on who takes which share.
+// intra-op thread pool. What a call computes does not depend on who takes which share.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -190,8 +190,9 @@ int64_t share_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
 struct SumShares {
   int64_t threads, each;  // shares a thread
 
-  SumShares(int64_t bytes, int64_t threads)
-      : threads(threads), each(threads == 1 ? 1 : std::clamp<int64_t>(bytes / threads / kSumShareBytes, 1, 4)) {}
+  SumShares(int64_t bytes, int64_t most)
+      : threads(std::clamp<int64_t>(bytes / kSumShareBytes, 1, most)),
+        each(threads == 1 ? 1 : std::clamp<int64_t>(bytes / threads / kSumShareBytes, 1, 4)) {}
   int64_t count() const { return threads * each; }
   int64_t begin(int64_t i, int64_t rows) const {
     const int64_t whole = (1 << each) - 1, before = whole + 1 - (1 << (each - i % each));  // 8, 4, 2 and 1 of 15
