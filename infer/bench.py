@@ -326,6 +326,7 @@ def _against_reading(
     for turn in range(repeats + 1):
         for i, (call, start) in enumerate(((_reader(), jnp.int32(0)), (run, x))):
             index = [() if share is None else _random_index(rng, F, share) for _ in matrices]
+            jax.block_until_ready(index)  # copies that go on would be measured too
             rates[turn, i] = size / _timed(call, matrices, index, start)
     memory, rate = rates[1:].T  # the first calls compile
     return {
