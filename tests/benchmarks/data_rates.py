@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ import tyro
 
 from falcon_relu import corpora
 from falcon_relu.cli.figures import report
+from falcon_relu.files import write_texts
 from train.data import DataConfig, Source, train_batches
 from train.prepare import PrepareConfig, prepare
 
@@ -44,7 +44,7 @@ def run(args: Args) -> None:
     engine = tokenizers.Tokenizer.from_file(str(path))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "text.jsonl"
-        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        write_texts(source, texts)
         outs = (Path(folder) / f"shards-{i}" for i in itertools.count())
         ways: dict[str, Callable[[], int]] = {
             "encode_batch": lambda: _encode(engine.encode_batch, texts),

@@ -37,10 +37,10 @@ from infer.score import DecodeEngine  # noqa: E402
 from infer.weights import Formats, from_params  # noqa: E402
 from tests.conftest import random_params  # noqa: E402
 from tests.falcon_relu.questions import phrase, write_questions  # noqa: E402
+from tests.train.texts import prepare_texts  # noqa: E402
 from train.config import OptimizerConfig, TrainConfig  # noqa: E402
 from train.data import DataConfig, Source  # noqa: E402
 from train.loop import train  # noqa: E402
-from train.prepare import PrepareConfig, prepare  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -193,16 +193,7 @@ def real_model(request, tmp_path_factory) -> Path:
 
 
 def _train(folder: Path, texts: list[str]) -> Path:
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare(
-        PrepareConfig(
-            inputs=(str(folder / "text.jsonl"),),
-            tokenizer=folder / "tokenizer.json",
-            out=folder / "tokens",
-            seq_len=128,
-            processes=1,
-        )
-    )
+    prepare_texts(folder / "tokens", texts, folder / "tokenizer.json", seq_len=128)
     train(
         TrainConfig(
             out=folder / "run",

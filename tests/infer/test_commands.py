@@ -18,7 +18,7 @@ from falcon_relu.hf_config import config_to_hf
 from falcon_relu.native import save_params
 from falcon_relu.tokenizer import train_bpe
 from tests.conftest import random_params
-from train.prepare import PrepareConfig, prepare
+from tests.train.texts import prepare_texts
 
 TEXTS = [
     f"The number {i} is {'even' if i % 2 == 0 else 'odd'}; after the number {i} comes {i + 1}." for i in range(900)
@@ -34,18 +34,8 @@ LINE = re.compile(
 def home(tmp_path_factory) -> Path:
     """Weights, tokenizer and token shards."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     train_bpe(TEXTS, CONFIG.vocab_size, folder / "tokenizer.json")
-    prepare(
-        PrepareConfig(
-            inputs=(str(folder / "text.jsonl"),),
-            tokenizer=folder / "tokenizer.json",
-            out=folder / "tokens",
-            seq_len=64,
-            validation_fraction=0.1,
-            processes=1,
-        )
-    )
+    prepare_texts(folder / "tokens", TEXTS, folder / "tokenizer.json", seq_len=64, validation_fraction=0.1)
     save_params(folder / "model", CONFIG, random_params(CONFIG))
     return folder
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from falcon_relu.corpora import documents
 from falcon_relu.native import save_params
 from falcon_relu.sharding import init_params, make_mesh
 from falcon_relu.tokenizer import train_bpe
+from tests.train.texts import prepare_texts
 from train.config import OptimizerConfig, TrainConfig
 from train.data import DataConfig, Source
 from train.loop import train
 from train.loss import LossConfig
 from train.memory import keep_freed_memory
-from train.prepare import PrepareConfig, prepare
 
 CONFIG = family("tiny-40b").replace(max_positions=512, bos_token_id=0, eos_token_id=0)
 SEQ_LEN = 64
@@ -42,18 +41,8 @@ def make(folder: Path) -> None:
         for text in itertools.islice(documents("python-stdlib"), 120)
         for start in range(0, len(text), _SECTION)
     ]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_bpe(texts, CONFIG.vocab_size, folder / "tokenizer.json")
-    prepare(
-        PrepareConfig(
-            inputs=(str(folder / "text.jsonl"),),
-            tokenizer=folder / "tokenizer.json",
-            out=folder / "tokens",
-            seq_len=SEQ_LEN,
-            validation_fraction=0.03,
-            processes=1,
-        )
-    )
+    prepare_texts(folder / "tokens", texts, folder / "tokenizer.json", seq_len=SEQ_LEN, validation_fraction=0.03)
     save_params(folder / "fresh", CONFIG, init_params(CONFIG, 0, make_mesh()))
     teacher = TrainConfig(
         out=folder / "teacher",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 from pathlib import Path
@@ -15,10 +14,10 @@ import pytest
 import train.loop
 from falcon_relu.checkpoint import load_model
 from falcon_relu.tokenizer import train_bpe
+from tests.train.texts import prepare_texts
 from train.config import OptimizerConfig, TrainConfig
 from train.data import DataConfig, Source
 from train.distributed import Rows, Stopped
-from train.prepare import PrepareConfig, prepare
 
 TEXT = [
     f"The number {i} is {'even' if i % 2 == 0 else 'odd'}, and after the number {i} comes the number {i + 1}."
@@ -28,18 +27,8 @@ TEXT = [
 
 def make_data(folder: Path) -> DataConfig:
     """Text, tokenizer and shards below `folder`."""
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT))
     train_bpe(TEXT, 400, folder / "tokenizer.json")
-    prepare(
-        PrepareConfig(
-            inputs=(str(folder / "text.jsonl"),),
-            tokenizer=folder / "tokenizer.json",
-            out=folder / "tokens",
-            seq_len=32,
-            validation_fraction=0.1,
-            processes=1,
-        )
-    )
+    prepare_texts(folder / "tokens", TEXT, folder / "tokenizer.json", seq_len=32, validation_fraction=0.1)
     return DataConfig(sources=(Source(folder / "tokens"),), seq_len=32, batch_size=8)
 
 

@@ -11,29 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falcon_relu.errors import FalconError
-from tests.train.texts import make_documents, make_tokenizer, read_rows
+from tests.train.texts import make_documents, make_tokenizer, prepare_texts, read_rows
 from train.data import DataConfig, Source, train_batches, validation_batches
-from train.prepare import PrepareConfig, prepare
 
 T = 32
 B = 12
 
 
 def prepare_source(folder, count, seed, tokenizer, seq_len=T):
-    text = folder.with_suffix(".jsonl")
-    text.write_text("".join(json.dumps({"text": d}) + "\n" for d in make_documents(count, seed, words=30)))
-    prepare(
-        PrepareConfig(
-            inputs=(str(text),),
-            tokenizer=tokenizer,
-            out=folder,
-            seq_len=seq_len,
-            validation_fraction=0.1,
-            unit_mb=0.008,
-            processes=1,
-        )
-    )
-    return folder
+    documents = make_documents(count, seed, words=30)
+    return prepare_texts(folder, documents, tokenizer, seq_len=seq_len, validation_fraction=0.1, unit_mb=0.008)
 
 
 @pytest.fixture(scope="module")

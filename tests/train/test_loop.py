@@ -114,7 +114,7 @@ def test_a_run_goes_on_elsewhere_with_other_settings_of_how(tmp_path, data, monk
 def test_rows_prepared_again_are_noticed(tmp_path, data, monkeypatch):
     run_until_stopped(monkeypatch, config_of(tmp_path / "run", data), 2)
     again = PrepareConfig(
-        inputs=(str(data.sources[0].path.parent / "text.jsonl"),),
+        inputs=(str(data.sources[0].path.parent / "tokens.jsonl"),),
         tokenizer=data.sources[0].path.parent / "tokenizer.json",
         out=tmp_path / "again",
         seq_len=32,

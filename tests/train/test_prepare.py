@@ -14,6 +14,7 @@ import pytest
 
 from falcon_relu.cli import main
 from falcon_relu.errors import FalconError
+from falcon_relu.files import write_texts
 from tests.train.texts import make_documents, make_tokenizer, read_documents
 from train.prepare import PrepareConfig, prepare
 from train.shards import read_manifest
@@ -35,7 +36,7 @@ def documents():
 def text(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("text")
     for name, part in (("a", documents[:250]), ("b", documents[250:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        write_texts(folder / f"{name}.jsonl", part)
     return folder
 
 

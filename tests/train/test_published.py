@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from falcon_relu.checkpoint import load_model
+from falcon_relu.files import write_texts
 from falcon_relu.model import Falcon
 from tests.train.texts import make_documents, make_tokenizer
 
@@ -64,8 +65,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     for seed, source in enumerate(SOURCES):
         (folder / "text" / source).mkdir(parents=True)
-        lines = (json.dumps({"text": text}) + "\n" for text in make_documents(60, seed))
-        (folder / "text" / source / "part-0.jsonl").write_text("".join(lines))
+        write_texts(folder / "text" / source / "part-0.jsonl", make_documents(60, seed))
     make_tokenizer(folder / "tokenizer.json")
     _original(folder / "tiiuae" / "falcon-40b")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}

@@ -20,11 +20,10 @@ from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon
 from falcon_relu.native import save_params
 from tests.conftest import random_params
-from tests.train.texts import make_documents, make_tokenizer
+from tests.train.texts import make_documents, make_tokenizer, prepare_texts
 from train.config import OptimizerConfig, TrainConfig
 from train.data import DataConfig, Source, train_batches, validation_batches
 from train.loss import LossConfig, next_tokens
-from train.prepare import PrepareConfig, prepare
 from train.shards import read_manifest
 from train.teacher_cache import TeacherCacheConfig, write_teacher_cache
 
@@ -34,11 +33,8 @@ PARAMS = random_params(CONFIG)
 
 
 def _prepare(folder, seed, tokenizer):
-    text = folder.with_suffix(".jsonl")
-    text.write_text("".join(json.dumps({"text": d}) + "\n" for d in make_documents(60, seed, words=30)))
-    inputs = {"inputs": (str(text),), "tokenizer": tokenizer, "out": folder}
-    prepare(PrepareConfig(**inputs, seq_len=T, validation_fraction=0.2, unit_mb=0.004, processes=1))
-    return folder
+    documents = make_documents(60, seed, words=30)
+    return prepare_texts(folder, documents, tokenizer, seq_len=T, validation_fraction=0.2, unit_mb=0.004)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,16 @@
-"""Small made-up documents, their tokenizer, and reading shards back without the code under test."""
+"""Small made-up documents, their tokenizer, shards of them, and reading shards back without the code under test."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from falcon_relu.files import write_texts
 from falcon_relu.tokenizer import Tokenizer, train_bpe
+from train.prepare import PrepareConfig, prepare
 
 WORDS = ["falcon", "stoops", "kestrel", "鷹", "hovers", "merlin", "naïve", "hobby", "gyr", "über", "plumage", "talon"]
 
@@ -18,6 +22,14 @@ def make_documents(count: int, seed: int = 0, words: int = 60) -> list[str]:
 
 def make_tokenizer(path: Path) -> Tokenizer:
     return train_bpe(make_documents(40), 400, path)
+
+
+def prepare_texts(out: Path, texts: Iterable[str], tokenizer: Path, **fields: Any) -> Path:
+    """Token shards of texts, made in this process."""
+    source = out.with_suffix(".jsonl")
+    write_texts(source, texts)
+    prepare(PrepareConfig(inputs=(str(source),), tokenizer=tokenizer, out=out, **({"processes": 1} | fields)))
+    return out
 
 
 def read_rows(path: Path, seq_len: int, dtype: str = "<u2") -> list[tuple[np.ndarray, np.ndarray]]:
