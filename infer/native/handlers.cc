@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -383,11 +382,11 @@ ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi:
 // ---- which neurons
 
 // Above 0, in the order of the floats; both zeros alike.
-uint32_t ordered(float score) {
+inline uint32_t ordered(float score) {
   const float folded = score + 0.0f;
-  uint32_t bits;
+  int32_t bits;
   std::memcpy(&bits, &folded, sizeof(bits));
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+  return static_cast<uint32_t>(bits ^ (bits >> 31 | INT32_MIN));
 }
 
 // The lowest key among the `most` highest, and how many of the keys equal to it belong there. Bins of the leading bits leave
@@ -397,16 +396,21 @@ struct Cut {
   int64_t ties;
 };
 
-constexpr int kBins = 4096, kBinShift = 20;
+constexpr int kBins = 4096, kBinShift = 20, kCounters = 2;  // of a bin: the next key must not wait for the one before
 
-Cut cut_of(const uint32_t* key, int64_t n, const int32_t* bins, int64_t most) {
+Cut cut_of(const uint32_t* key, int64_t n, int64_t most) {
   if (most == 0) return {0xffffffffu, 0};
+  int32_t bins[kCounters][kBins] = {};
+  for (int64_t i = 0; i < n; ++i) ++bins[i % kCounters][key[i] >> kBinShift];
+  for (int c = 1; c < kCounters; ++c)
+    for (int bin = 0; bin < kBins; ++bin) bins[0][bin] += bins[c][bin];
   int64_t above = 0;
   uint32_t bin = kBins - 1;
-  while (above + bins[bin] < most) above += bins[bin--];
-  std::vector<uint32_t> inside(bins[bin] + 1);  // one more: every key is written, those of the bin kept
+  while (above + bins[0][bin] < most) above += bins[0][bin--];
+  const int64_t size = bins[0][bin];
+  std::vector<uint32_t> inside(size + 1);  // one more: every key is written, those of the bin kept
   int64_t found = 0;
-  for (int64_t i = 0; i < n && found < bins[bin]; ++i) inside[found] = key[i], found += key[i] >> kBinShift == bin;
+  for (int64_t i = 0; i < n && found < size; ++i) inside[found] = key[i], found += key[i] >> kBinShift == bin;
   inside.pop_back();
   const auto nth = inside.begin() + (most - above - 1);
   std::nth_element(inside.begin(), nth, inside.end(), std::greater<uint32_t>());
@@ -423,28 +427,28 @@ ffi::Error select(ffi::BufferR2<ffi::F32> score, ffi::Buffer<ffi::F32> threshold
   const float least = threshold.typed_data()[0];
   const int64_t most = std::clamp<int64_t>(budget.typed_data()[0], 0, neurons);
   uint32_t* key = static_cast<uint32_t*>(scratch(neurons * sizeof(uint32_t), 0));  // 0 where no score reaches the threshold
-  int32_t bins[kBins] = {};
-  int64_t found = 0;
-  for (int64_t f = 0; f < neurons; ++f) {
-    bool wanted = false;
-    float highest = -std::numeric_limits<float>::infinity();
-    for (int64_t b = 0; b < batch; ++b) {
-      const float s = score.typed_data()[b * neurons + f];
-      wanted |= s >= least;
-      highest = s > highest ? s : highest;
-    }
-    key[f] = wanted ? ordered(highest) : 0;
-    ++bins[key[f] >> kBinShift];
-    found += wanted;
+  std::memset(key, 0, neurons * sizeof(uint32_t));
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* s = score.typed_data() + b * neurons;
+    for (int64_t f = 0; f < neurons; ++f) key[f] = std::max(key[f], s[f] >= least ? ordered(s[f]) : 0);
   }
-  Cut cut = found > most ? cut_of(key, neurons, bins, most) : Cut{0, 0};
+  const int64_t found = neurons - std::count(key, key + neurons, 0u);
+  Cut cut = found > most ? cut_of(key, neurons, most) : Cut{1, found};
   int32_t* out = index->typed_data();
   int64_t n = 0;
   for (int64_t f = 0; f < neurons; ++f) {
-    const bool tied = (key[f] == cut.key) & (cut.ties > 0);  // the lowest neurons stay
     out[n] = static_cast<int32_t>(f);
-    n += (key[f] > cut.key) | tied;
-    cut.ties -= tied;
+    n += key[f] >= cut.key;
+  }
+  if (n > most) {  // of equal ones the lowest neurons stay
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool tied = key[out[i]] == cut.key, stays = !tied || cut.ties > 0;
+      cut.ties -= tied;
+      out[kept] = out[i];
+      kept += stays;
+    }
+    n = kept;
   }
   std::fill(out + n, out + neurons, static_cast<int32_t>(neurons));
   count->typed_data()[0] = static_cast<int32_t>(n);
