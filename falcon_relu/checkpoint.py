@@ -35,7 +35,7 @@ Float = Literal["float32", "bfloat16", "float16"]
 def load_config(source: str | Path, *, activation: Activation | None = None) -> FalconConfig:
     """The config of any checkpoint; no weights are fetched or read. Arguments and errors as `load_model`."""
     if not is_native(Path(source)):
-        return config_from_hf(read_json(locate(source) / "config.json"), activation)
+        return config_from_hf(_read_hf_config(locate(source)), activation)
     config = read_config(Path(source))
     if activation not in (None, config.activation):
         raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
@@ -189,10 +189,19 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     return result
 
 
+def _read_hf_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.exists():
+        raise FalconError(
+            f"{folder} holds no model: no weights of ours (falcon.json), no Hugging Face checkpoint ({path.name})"
+        )
+    return read_json(path)
+
+
 def _open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconConfig, dict[str, Header]]:
     """Config and tensors of a checkpoint, names and shapes checked; no tensor is read, no weights fetched in vain."""
     folder = locate(source)
-    hf = read_json(folder / "config.json")
+    hf = _read_hf_config(folder)
     try:
         config = config_from_hf(hf, activation)
         headers = read_headers(fetch_weights(source))

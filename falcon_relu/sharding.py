@@ -53,7 +53,10 @@ def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices: Sequence[jax.De
     named = math.prod(size for size in shape if size != -1)
     sizes = tuple(len(devices) // named if size == -1 else size for size in shape)
     if math.prod(sizes) != len(devices):
-        raise FalconError(f"mesh {shape} over {MESH_AXES} does not fit {len(devices)} devices")
+        raise FalconError(
+            f"mesh {shape} over {MESH_AXES} does not fit {len(devices)} devices: choose one whose product is "
+            f"{len(devices)}, or with a single -1, which takes what is left"
+        )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

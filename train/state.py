@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
 from falcon_relu.model import Params
 from falcon_relu.sharding import abstract_params, param_shardings
 from train.config import OptimizerConfig
@@ -68,7 +70,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def state_shardings(config: FalconConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The sharding of every leaf of a TrainState: moments like their parameters, counters on every device."""
+    """The sharding of every leaf of a TrainState: moments like their parameters, counters on every device.
+
+    Raises:
+      FalconError: fsdp divides neither D nor F, so that nothing of it could be split.
+    """
+    n, D, F = mesh.shape["fsdp"], config.d_model, config.d_ff
+    if D % n and F % n:
+        raise FalconError(
+            f"fsdp {n} divides neither D {D} nor F {F}: every device would hold all parameters; choose "
+            f"{math.gcd(n, D)} along fsdp and {n // math.gcd(n, D)} times as many along data"
+        )
     params = param_shardings(config, mesh, at_rest=True)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
