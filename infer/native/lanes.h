@@ -324,7 +324,7 @@ inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int3
   __m512 largest = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16)
     largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(some(i), v + i)));
-  const float most = _mm512_reduce_max_ps(largest), step = most > 0 ? most / 32639.0f : 1.0f, steps = 1.0f / step;
+  const float most = _mm512_reduce_max_ps(largest), step = most > 1e-30f ? most / 32639.0f : 1.0f, steps = 1.0f / step;
   __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 16) {
     const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(some(i), v + i), _mm512_set1_ps(steps));
