@@ -121,6 +121,19 @@ FALCON_INLINE void fetch_stripe(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line, 0, 1);  // not to L1, which is full of inputs
 }
 
+// Calls body(d) for d, d + kStripe, ... < end; returns where it stopped. A stripe of int8 is one vector: without unrolling, every
+// third instruction would be about the rows' pointers.
+template <class T, class Body>
+FALCON_INLINE int64_t stripes(int64_t d, int64_t end, Body&& body) {
+  if constexpr (sizeof(T) == 1) {
+    _Pragma("GCC unroll 4")
+    for (; d < end; d += kStripe) body(d);
+  } else {
+    for (; d < end; d += kStripe) body(d);
+  }
+  return d;
+}
+
 // Calls step(first column, row pointers there) for every whole stripe of kRows rows, asking for what comes kAhead bytes later,
 // first in the same rows and then in the `next` ones.
 template <class T, int kRows, class Step>
@@ -128,17 +141,16 @@ FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64
   constexpr int64_t ahead = kAhead / sizeof(T) / kStripe * kStripe;
   const int64_t whole = columns / kStripe * kStripe, inside = whole > ahead ? whole - ahead : 0;
   const T* at[kRows];
-  int64_t d = 0;
-  for (; d < inside; d += kStripe) {
+  const int64_t near = stripes<T>(0, inside, [&](int64_t d) __attribute__((always_inline)) {
     FALCON_UNROLL
     for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(at[r] + ahead);
     step(d, at);
-  }
-  for (; d < whole; d += kStripe) {
+  });
+  stripes<T>(near, whole, [&](int64_t d) __attribute__((always_inline)) {
     FALCON_UNROLL
     for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(next[r] + (d - inside));
     step(d, at);
-  }
+  });
 }
 
 // Positions between a tile and the one that it asks for: one tile, or as many short rows as 2 * kAhead bytes hold.
