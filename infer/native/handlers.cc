@@ -485,7 +485,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::AnyBuffe
     const int64_t first = i % shares * heads, kv = i / shares % kv_heads, b = i / shares / kv_heads;
     const int64_t n = std::min(heads, group - first), at = (b * kv_heads + kv) * group + first;
     const int64_t valid = length.typed_data()[b], offset = (b * positions * kv_heads + kv) * width * item;
-    float* memory = static_cast<float*>(scratch((n * padded(valid) + (kStripe + 1) * width) * sizeof(float), 1));
+    float* memory = static_cast<float*>(scratch((n * padded(valid) + (kStripe + 16) * padded(width)) * sizeof(float), 1));
     kernels.attend[format](q.typed_data() + at * width, n, width, static_cast<char*>(k.untyped_data()) + offset,
                            static_cast<char*>(v.untyped_data()) + offset, stride, valid,
                            biased ? bias.typed_data() + (kv * group + first) * bias.dimensions()[1] : nullptr,

@@ -32,6 +32,7 @@ typedef float F32 __attribute__((vector_size(kBytes)));
 typedef uint32_t U32 __attribute__((vector_size(kBytes)));
 typedef float LooseF32 __attribute__((vector_size(kBytes), aligned(4), may_alias));
 typedef uint32_t LooseU32 __attribute__((vector_size(kBytes), aligned(1), may_alias));
+typedef uint16_t LooseU16 __attribute__((vector_size(kBytes / 2), aligned(1), may_alias));
 
 FALCON_INLINE F32 load(const float* p) { return *reinterpret_cast<const LooseF32*>(p); }
 FALCON_INLINE void store(float* p, F32 v) { *reinterpret_cast<LooseF32*>(p) = v; }
@@ -47,17 +48,21 @@ FALCON_INLINE float total(F32 v) {
   return lanes[0];
 }
 
-// A row format: its number type, and how 2 * kLanes of them become two vectors. `kPairs`: even and odd columns, instead of
+// A row format: its number type, how kLanes of them become a vector, and how 2 * kLanes become two fastest. `kPairs`: even and odd columns, instead of
 // the first and second half (a bf16 is the upper half of an f32, so a pair needs a shift and a mask only).
 struct F32Row {
   using T = float;
   static constexpr bool kPairs = false;
-  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = load(p), b = load(p + kLanes); }
+  static FALCON_INLINE F32 load1(const T* p) { return load(p); }
+  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = load1(p), b = load1(p + kLanes); }
 };
 
 struct BF16Row {
   using T = uint16_t;
   static constexpr bool kPairs = true;
+  static FALCON_INLINE F32 load1(const T* p) {
+    return (F32)(__builtin_convertvector(*reinterpret_cast<const LooseU16*>(p), U32) << 16);
+  }
   static FALCON_INLINE void load2(const T* p, F32& a, F32& b) {
     const U32 pair = *reinterpret_cast<const LooseU32*>(p);
     a = (F32)(pair << 16), b = (F32)(pair & 0xffff0000u);
@@ -67,7 +72,7 @@ struct BF16Row {
 struct F16Row {
   using T = uint16_t;
   static constexpr bool kPairs = false;
-  static FALCON_INLINE F32 half(const T* p) {
+  static FALCON_INLINE F32 load1(const T* p) {
 #if defined(FALCON_AVX512)
     return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(FALCON_F16C)
@@ -86,13 +91,13 @@ struct F16Row {
     return (F32)(((U32)subnormal & small) | ((U32)normal & ~small) | ((bits & 0x8000u) << 16));
 #endif
   }
-  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = half(p), b = half(p + kLanes); }
+  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = load1(p), b = load1(p + kLanes); }
 };
 
 struct I8Row {
   using T = int8_t;
   static constexpr bool kPairs = false;
-  static FALCON_INLINE F32 half(const T* p) {
+  static FALCON_INLINE F32 load1(const T* p) {
 #if defined(FALCON_AVX512)
     return (F32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(FALCON_F16C)
@@ -103,7 +108,7 @@ struct I8Row {
     return v;
 #endif
   }
-  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = half(p), b = half(p + kLanes); }
+  static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = load1(p), b = load1(p + kLanes); }
 };
 
 // Where column `d` of a stripe stands in a packed vector of the format.
@@ -554,22 +559,54 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, in
 // ---- attention
 
 // One KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over s < length, for `heads` query heads.
-// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + (kBlock + 1) * width floats.
+// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + (kBlock + kLanes) * padded(width) floats.
 constexpr int64_t kBlock = 64;  // positions turned round at a time, so that a lane is a position
 
 // `width` numbers of a row in f32, in their order.
 template <class Row>
 FALCON_INLINE void widen(const typename Row::T* row, int64_t width, float* out) {
-  for (int64_t d = 0; d < width; d += 2 * kLanes) {
-    typename Row::T columns[2 * kLanes] = {};
-    const int64_t n = width - d < 2 * kLanes ? width - d : 2 * kLanes;
-    std::memcpy(columns, row + d, n * sizeof(*row));
-    F32 a, b;
-    Row::load2(columns, a, b);
-    float wide[2 * kLanes];
-    store(wide, a), store(wide + kLanes, b);
-    for (int64_t i = 0; i < n; ++i) out[d + i] = wide[place<Row>(i)];
-  }
+  const int64_t whole = width / kLanes * kLanes;
+  for (int64_t d = 0; d < whole; d += kLanes) store(out + d, Row::load1(row + d));
+  if (whole == width) return;
+  typename Row::T columns[kLanes] = {};
+  std::memcpy(columns, row + whole, (width - whole) * sizeof(*row));
+  float wide[kLanes];
+  store(wide, Row::load1(columns));
+  std::memcpy(out + whole, wide, (width - whole) * sizeof(float));
+}
+
+// Asks for the positions of a cache's block that starts at `begin`.
+template <class T>
+FALCON_INLINE void fetch_block(const T* cache, int64_t width, int64_t stride, int64_t begin, int64_t length) {
+  const int64_t end = begin + kBlock < length ? begin + kBlock : length, item = sizeof(T);
+  for (int64_t s = begin; s < end; ++s)
+    for (int64_t byte = 0; byte < width * item; byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(cache + s * stride) + byte);
+}
+
+// a and b side by side, in the given order.
+FALCON_INLINE F32 picked(F32 a, F32 b, U32 lane) {
+#if defined(__clang__)
+  F32 out;
+  for (int l = 0; l < kLanes; ++l) out[l] = lane[l] < kLanes ? a[lane[l] % kLanes] : b[lane[l] % kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lane);
+#endif
+}
+
+// Rows and columns of kLanes vectors change places: lanes that differ in one bit of their numbers, bit by bit.
+template <int kBit>
+FALCON_INLINE void turn(F32* v) {
+  U32 low, high;
+  for (int l = 0; l < kLanes; ++l) low[l] = l & kBit ? kLanes + l - kBit : l, high[l] = l & kBit ? kLanes + l : l + kBit;
+  FALCON_UNROLL
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kBit)) {
+      const F32 a = v[i], b = v[i + kBit];
+      v[i] = picked(a, b, low), v[i + kBit] = picked(a, b, high);
+    }
+  if constexpr (2 * kBit < kLanes) turn<2 * kBit>(v);
 }
 
 // e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of what is left; 0 below 2^-126.
@@ -592,13 +629,24 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
   const T* k = static_cast<const T*>(k_);
   const T* v = static_cast<const T*>(v_);
   const int64_t room = padded(length), wide = width / kLanes * kLanes;
-  float *score = scratch, *block = score + heads * room, *row = block + kBlock * width;
+  const int64_t columns = padded(width);
+  float *score = scratch, *block = score + heads * room, *row = block + kBlock * columns;
+  fetch_block(k, width, stride, 0, length);
   for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
-    const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
-    if (n < kBlock) std::memset(block, 0, kBlock * width * sizeof(float));
-    for (int64_t s = 0; s < n; ++s) {
-      widen<Row>(k + (s0 + s) * stride, width, row);
-      for (int64_t c = 0; c < width; ++c) block[c * kBlock + s] = row[c];
+    fetch_block(k, width, stride, s0 + kBlock, length);
+    for (int64_t s = 0; s < kBlock; s += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t at = s0 + s + i < length ? s0 + s + i : length - 1;
+        widen<Row>(k + at * stride, width, row + i * columns);
+      }
+      for (int64_t c = 0; c < width; c += kLanes) {
+        F32 v[kLanes];
+        FALCON_UNROLL
+        for (int i = 0; i < kLanes; ++i) v[i] = load(row + i * columns + c);
+        turn<1>(v);
+        FALCON_UNROLL
+        for (int i = 0; i < kLanes; ++i) store(block + (c + i) * kBlock + s, v[i]);
+      }
     }
     for (int64_t g = 0; g < heads; ++g) {
       F32 acc[kBlock / kLanes] = {};
@@ -610,6 +658,7 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
       for (int j = 0; j < kBlock / kLanes; ++j) store(score + g * room + s0 + j * kLanes, acc[j]);
     }
   }
+  fetch_block(v, width, stride, 0, length);
   for (int64_t g = 0; g < heads; ++g) {
     float* p = score + g * room;
     if (bias)
@@ -631,6 +680,7 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
   std::memset(out, 0, heads * width * sizeof(float));
   for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
     const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
+    fetch_block(v, width, stride, s0 + kBlock, length);
     for (int64_t s = 0; s < n; ++s) widen<Row>(v + (s0 + s) * stride, width, block + s * width);
     for (int64_t g = 0; g < heads; ++g) {
       const float* p = score + g * room + s0;
