@@ -23,15 +23,23 @@ _SPLASH_BLOCK = 512  # queries and keys in a tile of the TPU kernel, at most
 _MASKED = -1e30
 
 
-def rotary(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
-    """Rotates heads by their positions (RoFormer, arXiv:2104.09864; the two halves of H form the pairs).
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of the angles of half a head, [B, T, H / 2] float32 each
 
-    Angles, cosines and the rotation are in float32; the result has the dtype of `x_BxTxNxH`.
+
+def rotation(positions_BxT: jax.Array, head_dim: int, theta: float) -> Rotation:
+    """How far positions rotate a head (RoFormer, arXiv:2104.09864).
+
+    For all layers once: a compiler that works them out where they are used does so for every head.
     """
-    half = x_BxTxNxH.shape[-1] // 2
+    half = head_dim // 2
     frequency_h = theta ** (-np.arange(half, dtype=np.float32) / half)
-    angle_BxTx1xh = positions_BxT[..., None, None].astype(jnp.float32) * frequency_h[None, None, None, :]
-    cos, sin = jnp.cos(angle_BxTx1xh), jnp.sin(angle_BxTx1xh)
+    angle_BxTxh = positions_BxT[..., None].astype(jnp.float32) * frequency_h[None, None]
+    return jnp.cos(angle_BxTxh), jnp.sin(angle_BxTxh)
+
+
+def rotary(x_BxTxNxH: jax.Array, by: Rotation) -> jax.Array:
+    """Rotates heads, the two halves of H being the pairs, in float32; the result has the dtype of `x_BxTxNxH`."""
+    cos, sin = (part_BxTxh[:, :, None] for part_BxTxh in by)
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxTxNxH.dtype)

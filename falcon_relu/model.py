@@ -30,7 +30,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from falcon_relu.activation import activation_fn
-from falcon_relu.attention import SAVED_ATTENTION, Attend, attend, attend_chunked, rotary
+from falcon_relu.attention import SAVED_ATTENTION, Attend, Rotation, attend, attend_chunked, rotary, rotation
 from falcon_relu.config import Activation, FalconConfig
 
 Remat = Literal["none", "dots", "mlp", "full"]
@@ -143,10 +143,10 @@ class Attention(nn.Module):
             qkv = qkv + bias.astype(self.dtype)[None, None]
         qkv = nn.with_logical_constraint(qkv, ("batch", "sequence", "kv_heads", None, None))
         q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
-        if c.position == "rotary":
+        if context.rotation is not None:
             heads = q_BxTxKxGxH.reshape(*q_BxTxKxGxH.shape[:2], K * G, H)
-            q_BxTxKxGxH = rotary(heads, context.positions_BxT, c.rope_theta).reshape(q_BxTxKxGxH.shape)
-            k_BxTxKxH = rotary(k_BxTxKxH, context.positions_BxT, c.rope_theta)
+            q_BxTxKxGxH = rotary(heads, context.rotation).reshape(q_BxTxKxGxH.shape)
+            k_BxTxKxH = rotary(k_BxTxKxH, context.rotation)
 
         if cache is None:
             y_BxTxKxGxH = attend(
@@ -340,9 +340,13 @@ class Falcon(nn.Module):
         if positions_BxT is None:
             start = 0 if cache is None else cache.used
             positions_BxT = jnp.broadcast_to((start + jnp.arange(T, dtype=jnp.int32))[None], (B, T))
+        c = self.config
+        turn = rotation(positions_BxT, c.head_dim, c.rope_theta) if c.position == "rotary" else None
         if cache is None:
             no_slot = jnp.zeros((), jnp.int32)
-            context = _Context(positions_BxT, segment_ids_BxT, positions_BxT, segment_ids_BxT, no_slot, activation_ramp)
+            context = _Context(
+                positions_BxT, segment_ids_BxT, positions_BxT, segment_ids_BxT, no_slot, turn, activation_ramp
+            )
             layer_caches = None
         else:
             cache = dataclasses.replace(
@@ -351,7 +355,13 @@ class Falcon(nn.Module):
                 segments_BxS=jax.lax.dynamic_update_slice_in_dim(cache.segments_BxS, segment_ids_BxT, cache.used, 1),
             )
             context = _Context(
-                positions_BxT, segment_ids_BxT, cache.positions_BxS, cache.segments_BxS, cache.used, activation_ramp
+                positions_BxT,
+                segment_ids_BxT,
+                cache.positions_BxS,
+                cache.segments_BxS,
+                cache.used,
+                turn,
+                activation_ramp,
             )
             layer_caches = (cache.keys_LxBxSxKxH, cache.values_LxBxSxKxH)
 
@@ -387,6 +397,7 @@ class _Context:
     k_positions_BxS: jax.Array
     k_segments_BxS: jax.Array
     slot: jax.Array
+    rotation: Rotation | None
     activation_ramp: jax.Array | None
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from falcon_relu.activation import activation_fn
-from falcon_relu.attention import alibi_bias, alibi_slopes, attend_chunked, rotary
+from falcon_relu.attention import Rotation, alibi_bias, alibi_slopes, attend_chunked, rotary, rotation
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from infer import kernels
@@ -105,9 +105,10 @@ def decode_step(
     """
     k = kernels.backend(backend)
     x_BxD = take(weights.embedding, token_B)
+    turn = _rotation(weights.config, state, state.length_B[:, None])
     keys, values, reads = [], [], []
     for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
-        x_BxD, key, value, read = _layer_step(weights, layer, x_BxD, key, value, state.length_B, mode, k)
+        x_BxD, key, value, read = _layer_step(weights, layer, x_BxD, key, value, state.length_B, turn, mode, k)
         keys.append(key)
         values.append(value)
         reads.append(read)
@@ -155,9 +156,10 @@ def prefill(
     x_BxTxD = take(weights.embedding, tokens_BxT.reshape(-1)).reshape(B, T, -1)
     used = jnp.max(jnp.where(valid_B > 0, jnp.arange(B) * T + valid_B, 0))  # of the B * T tokens; the rest is padding
     multiply, weigh = (functools.partial(product, count=used) for product in (k.rows_matmul, k.weighted_rows_matmul))
+    turn = _rotation(c, state, position_BxT)
     keys, values = [], []
     for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
-        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), position_BxT, multiply)
+        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), turn, multiply)
         key = _write(key, slot_BxT, k_new)
         value = _write(value, slot_BxT, v_new)
         y_BxTxKxGxH = seeing(q, key.astype(jnp.float32), value.astype(jnp.float32))
@@ -199,13 +201,14 @@ def _layer_step(
     key: jax.Array,
     value: jax.Array,
     length_B: jax.Array,
+    turn: Rotation | None,
     mode: Mode,
     k: ModuleType,
 ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     c = weights.config
     B, S = x_BxD.shape[0], key.shape[1]
     normed_Bx1xD = _norm(layer.attention_norm, x_BxD, c.norm_eps)[:, None]
-    q, k_new, v_new = _qkv(c, layer, normed_Bx1xD, length_B[:, None], lambda w, x: k.rows_dot(w, x[:, 0])[:, None])
+    q, k_new, v_new = _qkv(c, layer, normed_Bx1xD, turn, lambda w, x: k.rows_dot(w, x[:, 0])[:, None])
     key = _write(key, length_B[:, None], k_new)
     value = _write(value, length_B[:, None], v_new)
     bias_NxS = None
@@ -245,16 +248,25 @@ def _firing(h_BxF: jax.Array) -> jax.Array:
     return jnp.sum(jnp.any(h_BxF != 0, axis=0)).astype(jnp.int32)
 
 
+def _rotation(c: FalconConfig, state: DecodeState, position_BxT: jax.Array) -> Rotation | None:
+    """Looked up in a table of all positions that the cache can hold: XLA would work out a cosine for every head."""
+    if c.position != "rotary":
+        return None
+    with jax.ensure_compile_time_eval():
+        table = rotation(jnp.arange(state.keys[0].shape[1])[None], c.head_dim, c.rope_theta)
+    cos_BxTxh, sin_BxTxh = (part[0][position_BxT] for part in table)
+    return cos_BxTxh, sin_BxTxh
+
+
 def _qkv(
-    c: FalconConfig, layer: LayerWeights, x_BxTxD: jax.Array, position_BxT: jax.Array, multiply: Any
+    c: FalconConfig, layer: LayerWeights, x_BxTxD: jax.Array, turn: Rotation | None, multiply: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, K, G, H], keys and values [B, T, K, H], rotated where the model rotates."""
-    B, T = position_BxT.shape
+    B, T = x_BxTxD.shape[:2]
     K, G, H = c.n_kv_heads, c.q_per_kv, c.head_dim
     heads = _plus(multiply(layer.qkv, x_BxTxD), layer.qkv_bias).reshape(B, T, K, G + 2, H)
-    if c.position == "rotary":
-        turned = rotary(heads[..., : G + 1, :].reshape(B, T, -1, H), position_BxT, c.rope_theta)
-        turned = turned.reshape(B, T, K, G + 1, H)
+    if turn is not None:
+        turned = rotary(heads[..., : G + 1, :].reshape(B, T, -1, H), turn).reshape(B, T, K, G + 1, H)
         return turned[..., :G, :], turned[..., G, :], heads[..., G + 1, :]
     return heads[..., :G, :], heads[..., G, :], heads[..., G + 1, :]
 
