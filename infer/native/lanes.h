@@ -139,21 +139,27 @@ FALCON_INLINE int64_t stripes(int64_t d, int64_t end, Body&& body) {
   return d;
 }
 
-// Calls step(first column, row pointers there) for every whole stripe of kRows rows, asking for what comes kAhead bytes later,
-// first in the same rows and then in the `next` ones.
-template <class T, int kRows, class Step>
+// Calls step(first column, row pointers there) for every whole stripe of kRows rows. kFetch: asking for what comes kAhead bytes
+// later, first in the same rows and then in the `next` ones.
+template <class T, int kRows, bool kFetch = true, class Step>
 FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64_t columns, Step&& step) {
   constexpr int64_t ahead = kAhead / sizeof(T) / kStripe * kStripe;
   const int64_t whole = columns / kStripe * kStripe, inside = whole > ahead ? whole - ahead : 0;
   const T* at[kRows];
   const int64_t near = stripes<T>(0, inside, [&](int64_t d) __attribute__((always_inline)) {
     FALCON_UNROLL
-    for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(at[r] + ahead);
+    for (int r = 0; r < kRows; ++r) {
+      at[r] = rows[r] + d;
+      if constexpr (kFetch) fetch_stripe(at[r] + ahead);
+    }
     step(d, at);
   });
   stripes<T>(near, whole, [&](int64_t d) __attribute__((always_inline)) {
     FALCON_UNROLL
-    for (int r = 0; r < kRows; ++r) at[r] = rows[r] + d, fetch_stripe(next[r] + (d - inside));
+    for (int r = 0; r < kRows; ++r) {
+      at[r] = rows[r] + d;
+      if constexpr (kFetch) fetch_stripe(next[r] + (d - inside));
+    }
     step(d, at);
   });
 }
@@ -290,13 +296,13 @@ struct LastStripe {
   }
 };
 
-template <class Dot, int kRows, int kBatch>
+template <class Dot, int kRows, int kBatch, bool kFetch>
 FALCON_INLINE void dot_tile(const Matrix& w, const Dot& dot, int64_t i, int64_t end, float* y, int64_t y_stride) {
   using T = typename Dot::T;
   const T *rows[kRows], *next[kRows];
   row_pointers<T, kRows>(w, i, end, rows, next);
   typename Dot::Acc acc[kRows][Dot::kPlanes * kBatch] = {};
-  each_stripe<T, kRows>(rows, next, w.columns, [&](int64_t d, const T* const* at) __attribute__((always_inline)) {
+  each_stripe<T, kRows, kFetch>(rows, next, w.columns, [&](int64_t d, const T* const* at) __attribute__((always_inline)) {
     dot.template step<kRows, kBatch>(d, at, acc);
   });
   const int64_t whole = w.columns / kStripe * kStripe;
@@ -307,20 +313,21 @@ FALCON_INLINE void dot_tile(const Matrix& w, const Dot& dot, int64_t i, int64_t 
   }
 }
 
-template <class Dot, int kRows, int kBatch>
+template <class Dot, int kRows, int kBatch, bool kFetch = true>
 FALCON_INLINE void dot_rows(const Matrix& w, const Packed& x, int64_t first, int64_t begin, int64_t end, float* y,
                             int64_t y_stride) {
   const Dot dot{x, first};
   int64_t i = begin;
-  for (; i + kRows <= end; i += kRows) dot_tile<Dot, kRows, kBatch>(w, dot, i, end, y, y_stride);
-  for (; i < end; ++i) dot_tile<Dot, 1, kBatch>(w, dot, i, end, y, y_stride);
+  for (; i + kRows <= end; i += kRows) dot_tile<Dot, kRows, kBatch, kFetch>(w, dot, i, end, y, y_stride);
+  for (; i < end; ++i) dot_tile<Dot, 1, kBatch, kFetch>(w, dot, i, end, y, y_stride);
 }
 
 // Groups of rows that stay in the cache while all vectors of the batch pass over them.
 template <class Dot>
 void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
-  const bool stream = !w.index && w.columns * static_cast<int64_t>(sizeof(typename Dot::T)) <= kAhead;  // short rows in order
-  if (x.batch == 1 && stream) return dot_rows<Dot, 1, 1>(w, x, 0, begin, end, y, y_stride);
+  // Short rows in order are one stream, which the CPU itself is best at asking for ahead.
+  const bool stream = !w.index && w.columns * static_cast<int64_t>(sizeof(typename Dot::T)) <= kAhead;
+  if (x.batch == 1 && stream) return dot_rows<Dot, 1, 1, false>(w, x, 0, begin, end, y, y_stride);
   if (x.batch == 1) return dot_rows<Dot, Dot::kRows1, 1>(w, x, 0, begin, end, y, y_stride);
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t stop = i + kTile < end ? i + kTile : end;
