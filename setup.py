@@ -17,7 +17,7 @@ def _native_kernels() -> list[Extension]:
         Extension(
             "infer._native",
             sources=[f"infer/native/{name}" for name in sources],
-            depends=[f"infer/native/{name}" for name in ("kernels.h", "lanes.h", "products.h")],
+            depends=[str(path) for path in Path("infer/native").glob("*.h")],
             include_dirs=[str(Path(jaxlib.origin).parent / "include")],
             extra_compile_args=[
                 "-std=c++17",

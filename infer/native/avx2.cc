@@ -8,7 +8,7 @@
 #define FALCON_ISA avx2
 #define FALCON_VECTOR_BYTES 32
 #define FALCON_F16C
-#include "lanes.h"
+#include "isa.h"
 
 FALCON_KERNELS(kAvx2, "avx2",
                __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // F16C came before AVX2

@@ -9,7 +9,7 @@
 #define FALCON_ISA avx512
 #define FALCON_VECTOR_BYTES 64
 #define FALCON_AVX512
-#include "lanes.h"
+#include "isa.h"
 
 FALCON_KERNELS(kAvx512, "avx512",
                __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

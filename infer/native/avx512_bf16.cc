@@ -14,7 +14,7 @@
 #define FALCON_AVX512
 #define FALCON_VNNI
 #define FALCON_BF16
-#include "lanes.h"
+#include "isa.h"
 #include "products.h"
 
 FALCON_KERNELS(kAvx512Bf16, "avx512_bf16",

@@ -10,7 +10,7 @@
 #define FALCON_VECTOR_BYTES 64
 #define FALCON_AVX512
 #define FALCON_VNNI
-#include "lanes.h"
+#include "isa.h"
 
 FALCON_KERNELS(kAvx512Vnni, "avx512_vnni",
                kAvx512.supported() && __builtin_cpu_supports("avx512vnni"))

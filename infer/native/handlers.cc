@@ -381,25 +381,12 @@ ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi:
 
 // ---- which neurons
 
-// Above 0, in the order of the floats; both zeros alike.
-inline uint32_t ordered(float score) {
-  const float folded = score + 0.0f;
-  int32_t bits;
-  std::memcpy(&bits, &folded, sizeof(bits));
-  return static_cast<uint32_t>(bits ^ (bits >> 31 | INT32_MIN));
-}
-
-// The lowest key among the `most` highest, and how many of the keys equal to it belong there. Bins of the leading bits leave
-// few keys to compare.
-struct Cut {
-  uint32_t key;
-  int64_t ties;
-};
-
 constexpr int kBins = 4096, kBinShift = 20, kCounters = 2;  // of a bin: the next key must not wait for the one before
 
-Cut cut_of(const uint32_t* key, int64_t n, int64_t most) {
-  if (most == 0) return {0xffffffffu, 0};
+// Writes the positions of the `most` highest keys, in order, the first ones of equal keys; more keys than that are above 0. Bins
+// of the leading bits leave few keys to compare.
+void highest(const Kernels& kernels, const uint32_t* key, int64_t n, int64_t most, int32_t* out) {
+  if (most == 0) return;
   int32_t bins[kCounters][kBins] = {};
   for (int64_t i = 0; i < n; ++i) ++bins[i % kCounters][key[i] >> kBinShift];
   for (int c = 1; c < kCounters; ++c)
@@ -407,15 +394,20 @@ Cut cut_of(const uint32_t* key, int64_t n, int64_t most) {
   int64_t above = 0;
   uint32_t bin = kBins - 1;
   while (above + bins[0][bin] < most) above += bins[0][bin--];
-  const int64_t size = bins[0][bin];
-  std::vector<uint32_t> inside(size + 1);  // one more: every key is written, those of the bin kept
-  int64_t found = 0;
-  for (int64_t i = 0; i < n && found < size; ++i) inside[found] = key[i], found += key[i] >> kBinShift == bin;
-  inside.pop_back();
+  const int64_t found = kernels.at_least(key, n, std::max(bin << kBinShift, 1u), out);
+  std::vector<uint32_t> inside;  // of the bin that the cut goes through
+  for (int64_t i = 0; i < found; ++i)
+    if (key[out[i]] >> kBinShift == bin) inside.push_back(key[out[i]]);
   const auto nth = inside.begin() + (most - above - 1);
   std::nth_element(inside.begin(), nth, inside.end(), std::greater<uint32_t>());
   const uint32_t cut = *nth;
-  return {cut, most - above - std::count_if(inside.begin(), inside.end(), [cut](uint32_t k) { return k > cut; })};
+  int64_t ties = most - above - std::count_if(inside.begin(), inside.end(), [cut](uint32_t k) { return k > cut; }), kept = 0;
+  for (int64_t i = 0; i < found; ++i) {
+    const bool tied = key[out[i]] == cut, stays = key[out[i]] > cut || (tied && ties > 0);
+    ties -= tied;
+    out[kept] = out[i];
+    kept += stays;
+  }
 }
 
 ffi::Error select(ffi::BufferR2<ffi::F32> score, ffi::Buffer<ffi::F32> threshold, ffi::Buffer<ffi::S32> budget,
@@ -426,30 +418,13 @@ ffi::Error select(ffi::BufferR2<ffi::F32> score, ffi::Buffer<ffi::F32> threshold
     return invalid("the result has the wrong shape");
   const float least = threshold.typed_data()[0];
   const int64_t most = std::clamp<int64_t>(budget.typed_data()[0], 0, neurons);
+  const Kernels& kernels = *chosen();
   uint32_t* key = static_cast<uint32_t*>(scratch(neurons * sizeof(uint32_t), 0));  // 0 where no score reaches the threshold
   std::memset(key, 0, neurons * sizeof(uint32_t));
-  for (int64_t b = 0; b < batch; ++b) {
-    const float* s = score.typed_data() + b * neurons;
-    for (int64_t f = 0; f < neurons; ++f) key[f] = std::max(key[f], s[f] >= least ? ordered(s[f]) : 0);
-  }
-  const int64_t found = neurons - std::count(key, key + neurons, 0u);
-  Cut cut = found > most ? cut_of(key, neurons, most) : Cut{1, found};
+  for (int64_t b = 0; b < batch; ++b) kernels.rank(score.typed_data() + b * neurons, neurons, least, key);
   int32_t* out = index->typed_data();
-  int64_t n = 0;
-  for (int64_t f = 0; f < neurons; ++f) {
-    out[n] = static_cast<int32_t>(f);
-    n += key[f] >= cut.key;
-  }
-  if (n > most) {  // of equal ones the lowest neurons stay
-    int64_t kept = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const bool tied = key[out[i]] == cut.key, stays = !tied || cut.ties > 0;
-      cut.ties -= tied;
-      out[kept] = out[i];
-      kept += stays;
-    }
-    n = kept;
-  }
+  int64_t n = kernels.at_least(key, neurons, 1, out);
+  if (n > most) highest(kernels, key, neurons, most, out), n = most;
   std::fill(out + n, out + neurons, static_cast<int32_t>(neurons));
   count->typed_data()[0] = static_cast<int32_t>(n);
   return ffi::Error::Success();

@@ -57,6 +57,10 @@ struct Kernels {
   void (*attend[3])(const float* q, int64_t heads, int64_t width, const void* k, const void* v, int64_t stride,
                     int64_t length, const float* bias, int64_t bias_stride, float softmax_scale, float* out,
                     float* scratch);
+  // Passes over the keys of all neurons, see select.h.
+  void (*rank)(const float* score, int64_t n, float least, uint32_t* key);
+  int64_t (*at_least)(const uint32_t* key, int64_t n, uint32_t least, int32_t* out);
+
   // Reads rows [begin, end) and returns something that depends on every byte: what memory can deliver.
   int64_t (*read)(const Matrix& w, int64_t row_bytes, int64_t begin, int64_t end);
 };

@@ -1,7 +1,7 @@
 // The row kernels with what every CPU of the architecture has: SSE2 on x86-64, NEON on 64-bit ARM.
 #define FALCON_ISA plain
 #define FALCON_VECTOR_BYTES 16
-#include "lanes.h"
+#include "isa.h"
 
 #if defined(__aarch64__)
 FALCON_KERNELS(kPlain, "neon", true)

@@ -1,5 +1,5 @@
 // Matrix products in bf16 for AVX512-BF16, on one thread: rows of pairs, each pair broadcast, times panels of 16 to 64 columns.
-// Included by one instruction set's file, after lanes.h.
+// Included by one instruction set's file, after isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {

@@ -1,0 +1,154 @@
+// Attention over the cache. Included by isa.h.
+namespace falcon {
+namespace FALCON_ISA {
+namespace {
+
+// One KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over s < length, for `heads` query heads.
+// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + (kBlock + kLanes) * padded(width) floats.
+constexpr int64_t kBlock = 64;  // positions turned round at a time, so that a lane is a position
+
+// `width` numbers of a row in f32, in their order.
+template <class Row>
+FALCON_INLINE void widen(const typename Row::T* row, int64_t width, float* out) {
+  const int64_t whole = width / kLanes * kLanes;
+  for (int64_t d = 0; d < whole; d += kLanes) store(out + d, Row::load1(row + d));
+  if (whole == width) return;
+  typename Row::T columns[kLanes] = {};
+  std::memcpy(columns, row + whole, (width - whole) * sizeof(*row));
+  float wide[kLanes];
+  store(wide, Row::load1(columns));
+  std::memcpy(out + whole, wide, (width - whole) * sizeof(float));
+}
+
+// Asks for the positions of a cache's block that starts at `begin`.
+template <class T>
+FALCON_INLINE void fetch_block(const T* cache, int64_t width, int64_t stride, int64_t begin, int64_t length) {
+  const int64_t end = begin + kBlock < length ? begin + kBlock : length, item = sizeof(T);
+  for (int64_t s = begin; s < end; ++s)
+    for (int64_t byte = 0; byte < width * item; byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(cache + s * stride) + byte);
+}
+
+// a and b side by side, in the given order.
+FALCON_INLINE F32 picked(F32 a, F32 b, U32 lane) {
+#if defined(__clang__)
+  F32 out;
+  for (int l = 0; l < kLanes; ++l) out[l] = lane[l] < kLanes ? a[lane[l] % kLanes] : b[lane[l] % kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lane);
+#endif
+}
+
+// Rows and columns of kLanes vectors change places: lanes that differ in one bit of their numbers, bit by bit.
+template <int kBit>
+FALCON_INLINE void turn(F32* v) {
+  U32 low, high;
+  for (int l = 0; l < kLanes; ++l) low[l] = l & kBit ? kLanes + l - kBit : l, high[l] = l & kBit ? kLanes + l : l + kBit;
+  FALCON_UNROLL
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kBit)) {
+      const F32 a = v[i], b = v[i + kBit];
+      v[i] = picked(a, b, low), v[i + kBit] = picked(a, b, high);
+    }
+  if constexpr (2 * kBit < kLanes) turn<2 * kBit>(v);
+}
+
+// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of what is left; 0 below 2^-126.
+FALCON_INLINE F32 exponential(F32 x) {
+  const F32 magic = spread(12582912.0f);  // adding it rounds to a whole number
+  x = x < spread(-87.0f) ? spread(-87.0f) : x;
+  const F32 n = (x * spread(1.44269504f) + magic) - magic;
+  const F32 r = (x - n * spread(0.693359375f)) - n * spread(-2.12194440e-4f);
+  F32 p = spread(1.9875691e-4f);
+  constexpr float rest[] = {1.3981999e-3f, 8.3334519e-3f, 4.1665796e-2f, 1.6666665e-1f, 0.5f, 1.0f, 1.0f};
+  for (const float c : rest) p = p * r + spread(c);
+  const U32 exponent = __builtin_convertvector(n + spread(127.0f), U32) << 23;
+  return p * (F32)exponent;
+}
+
+template <class Row>
+void attend(const float* q, int64_t heads, int64_t width, const void* k_, const void* v_, int64_t stride, int64_t length,
+            const float* bias, int64_t bias_stride, float softmax_scale, float* out, float* scratch) {
+  using T = typename Row::T;
+  const T* k = static_cast<const T*>(k_);
+  const T* v = static_cast<const T*>(v_);
+  const int64_t room = padded(length), wide = width / kLanes * kLanes;
+  const int64_t columns = padded(width);
+  float *score = scratch, *block = score + heads * room, *row = block + kBlock * columns;
+  fetch_block(k, width, stride, 0, length);
+  for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
+    fetch_block(k, width, stride, s0 + kBlock, length);
+    for (int64_t s = 0; s < kBlock; s += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t at = s0 + s + i < length ? s0 + s + i : length - 1;
+        widen<Row>(k + at * stride, width, row + i * columns);
+      }
+      for (int64_t c = 0; c < width; c += kLanes) {
+        F32 v[kLanes];
+        FALCON_UNROLL
+        for (int i = 0; i < kLanes; ++i) v[i] = load(row + i * columns + c);
+        turn<1>(v);
+        FALCON_UNROLL
+        for (int i = 0; i < kLanes; ++i) store(block + (c + i) * kBlock + s, v[i]);
+      }
+    }
+    for (int64_t g = 0; g < heads; ++g) {
+      F32 acc[kBlock / kLanes] = {};
+      for (int64_t c = 0; c < width; ++c) {
+        const F32 qc = spread(softmax_scale * q[g * width + c]);
+        FALCON_UNROLL
+        for (int j = 0; j < kBlock / kLanes; ++j) acc[j] += qc * load(block + c * kBlock + j * kLanes);
+      }
+      for (int j = 0; j < kBlock / kLanes; ++j) store(score + g * room + s0 + j * kLanes, acc[j]);
+    }
+  }
+  fetch_block(v, width, stride, 0, length);
+  for (int64_t g = 0; g < heads; ++g) {
+    float* p = score + g * room;
+    if (bias)
+      for (int64_t s = 0; s < length; ++s) p[s] += bias[g * bias_stride + s];
+    for (int64_t s = length; s < room; ++s) p[s] = -INFINITY;
+    F32 largest = load(p), sum = {};
+    for (int64_t s = kLanes; s < room; s += kLanes) {
+      const F32 x = load(p + s);
+      largest = x > largest ? x : largest;
+    }
+    float most = largest[0];
+    for (int i = 1; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
+    for (int64_t s = 0; s < room; s += kLanes) store(p + s, exponential(load(p + s) - spread(most)));
+    for (int64_t s = length; s < room; ++s) p[s] = 0;
+    for (int64_t s = 0; s < room; s += kLanes) sum += load(p + s);
+    const F32 share = spread(1.0f / total(sum));
+    for (int64_t s = 0; s < room; s += kLanes) store(p + s, share * load(p + s));
+  }
+  std::memset(out, 0, heads * width * sizeof(float));
+  for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
+    const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
+    fetch_block(v, width, stride, s0 + kBlock, length);
+    for (int64_t s = 0; s < n; ++s) widen<Row>(v + (s0 + s) * stride, width, block + s * width);
+    for (int64_t g = 0; g < heads; ++g) {
+      const float* p = score + g * room + s0;
+      float* o = out + g * width;
+      int64_t c = 0;
+      for (; c + 4 * kLanes <= wide; c += 4 * kLanes) {  // four sums at once hide each other's latency
+        F32 acc[4];
+        for (int j = 0; j < 4; ++j) acc[j] = load(o + c + j * kLanes);
+        for (int64_t s = 0; s < n; ++s)
+          for (int j = 0; j < 4; ++j) acc[j] += spread(p[s]) * load(block + s * width + c + j * kLanes);
+        for (int j = 0; j < 4; ++j) store(o + c + j * kLanes, acc[j]);
+      }
+      for (; c < wide; c += kLanes) {
+        F32 acc = load(o + c);
+        for (int64_t s = 0; s < n; ++s) acc += spread(p[s]) * load(block + s * width + c);
+        store(o + c, acc);
+      }
+      for (; c < width; ++c)
+        for (int64_t s = 0; s < n; ++s) o[c] += p[s] * block[s * width + c];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FALCON_ISA
+}  // namespace falcon

@@ -1,0 +1,64 @@
+// The row kernels, written once and compiled once for each instruction set. The including file sets FALCON_ISA (a namespace),
+// FALCON_VECTOR_BYTES, which instructions there are (FALCON_F16C, FALCON_AVX512, FALCON_VNNI, FALCON_BF16), and the compiler's
+// target. Nothing here may have external linkage, or the linker could pick one instruction set's copy for all.
+#include <cmath>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "kernels.h"
+
+#include "lanes.h"
+
+#include "attend.h"
+#include "dot.h"
+#include "read.h"
+#include "select.h"
+#include "sum.h"
+
+namespace falcon {
+namespace FALCON_ISA {
+namespace {
+
+#if defined(FALCON_BF16)
+using UsedBF16Dot = BF16Dot;
+#else
+using UsedBF16Dot = WideDot<BF16Row>;
+#endif
+#if defined(FALCON_VNNI)
+using UsedI8Dot = I8Dot;
+constexpr auto used_i8_sum = sum_i8;
+constexpr auto used_i8_unpack = unpack<turned_place>;
+#else
+using UsedI8Dot = WideDot<I8Row>;
+constexpr auto used_i8_sum = sum<I8Row>;
+constexpr auto used_i8_unpack = unpack<place<I8Row>>;
+#endif
+
+}  // namespace
+}  // namespace FALCON_ISA
+}  // namespace falcon
+
+#define FALCON_KERNELS(NAME, TEXT, SUPPORTED)                                                       \
+  namespace falcon {                                                                                \
+  const Kernels NAME = {                                                                            \
+      TEXT,                                                                                         \
+      [] { return static_cast<bool>(SUPPORTED); },                                                  \
+      FALCON_ISA::packed_bytes,                                                                     \
+      FALCON_ISA::pack_x,                                                                           \
+      {FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F32Row>>, FALCON_ISA::dot<FALCON_ISA::UsedBF16Dot>, \
+       FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F16Row>>, FALCON_ISA::dot<FALCON_ISA::UsedI8Dot>},  \
+      FALCON_ISA::sum_bytes,                                                                        \
+      {FALCON_ISA::sum<FALCON_ISA::F32Row>, FALCON_ISA::sum<FALCON_ISA::BF16Row>,                   \
+       FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum},                               \
+      {FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F32Row>>, FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::BF16Row>>, \
+       FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_unpack},      \
+      {FALCON_ISA::attend<FALCON_ISA::F32Row>, FALCON_ISA::attend<FALCON_ISA::BF16Row>, FALCON_ISA::attend<FALCON_ISA::F16Row>}, \
+      FALCON_ISA::rank,                                                                             \
+      FALCON_ISA::at_least,                                                                         \
+      FALCON_ISA::read,                                                                             \
+  };                                                                                                \
+  }

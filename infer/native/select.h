@@ -1,0 +1,38 @@
+// Choosing neurons: passes over the keys of all of them. Included by isa.h.
+namespace falcon {
+namespace FALCON_ISA {
+namespace {
+
+// key = max(key, a number above 0 in the order of the scores), of the scores that are at least `least`. Both zeros count alike.
+void rank(const float* score, int64_t n, float least, uint32_t* key) {
+  for (int64_t f = 0; f < n; ++f) {
+    const float folded = score[f] + 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &folded, sizeof(bits));
+    const uint32_t rank = static_cast<uint32_t>(bits ^ (bits >> 31 | INT32_MIN)), mine = score[f] >= least ? rank : 0;
+    key[f] = key[f] > mine ? key[f] : mine;
+  }
+}
+
+// The positions of the keys that are at least `least`, in order, and how many they are. out has room for n.
+int64_t at_least(const uint32_t* key, int64_t n, uint32_t least, int32_t* out) {
+  int64_t found = 0, f = 0;
+#if defined(FALCON_AVX512)
+  const __m512i cut = _mm512_set1_epi32(static_cast<int32_t>(least)), lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (; f + 16 <= n; f += 16) {  // what is written past the found ones is written over
+    const __mmask16 wanted = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(key + f), cut);
+    const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f)));
+    _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(wanted, position));
+    found += __builtin_popcount(wanted);
+  }
+#endif
+  for (; f < n; ++f) {
+    out[found] = static_cast<int32_t>(f);
+    found += key[f] >= least;  // without a branch that nobody could predict
+  }
+  return found;
+}
+
+}  // namespace
+}  // namespace FALCON_ISA
+}  // namespace falcon
