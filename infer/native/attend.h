@@ -29,31 +29,6 @@ FALCON_INLINE void fetch_block(const T* cache, int64_t width, int64_t stride, in
       __builtin_prefetch(reinterpret_cast<const char*>(cache + s * stride) + byte);
 }
 
-// a and b side by side, in the given order.
-FALCON_INLINE F32 picked(F32 a, F32 b, U32 lane) {
-#if defined(__clang__)
-  F32 out;
-  for (int l = 0; l < kLanes; ++l) out[l] = lane[l] < kLanes ? a[lane[l] % kLanes] : b[lane[l] % kLanes];
-  return out;
-#else
-  return __builtin_shuffle(a, b, lane);
-#endif
-}
-
-// Rows and columns of kLanes vectors change places: lanes that differ in one bit of their numbers, bit by bit.
-template <int kBit>
-FALCON_INLINE void turn(F32* v) {
-  U32 low, high;
-  for (int l = 0; l < kLanes; ++l) low[l] = l & kBit ? kLanes + l - kBit : l, high[l] = l & kBit ? kLanes + l : l + kBit;
-  FALCON_UNROLL
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & kBit)) {
-      const F32 a = v[i], b = v[i + kBit];
-      v[i] = picked(a, b, low), v[i + kBit] = picked(a, b, high);
-    }
-  if constexpr (2 * kBit < kLanes) turn<2 * kBit>(v);
-}
-
 // e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of what is left; 0 below 2^-126.
 FALCON_INLINE F32 exponential(F32 x) {
   const F32 magic = spread(12582912.0f);  // adding it rounds to a whole number

@@ -354,13 +354,13 @@ ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi:
   std::fill(y->typed_data() + batch * outputs, y->typed_data() + vectors * outputs, 0.0f);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), bytes = m.count * m.columns * item_bytes(format);
   if (transposed) {
-    std::vector<uint16_t> h(batch * m.count);
+    std::vector<uint16_t> blocks(batch * m.count);
     parallel_for(pool, batch, 4 * batch * m.count, [&](int64_t t) {
-      p->round(x.typed_data() + t * m.count, m.scale, m.count, h.data() + t * m.count);
+      p->pack_weights(x.typed_data() + t * m.count, m.scale, m.count, batch, t, blocks.data());
     });
     constexpr int64_t share = 256;  // columns
     parallel_for(pool, (m.columns + share - 1) / share, bytes, [&](int64_t i) {
-      p->sum(m, format, h.data(), batch, i * share, std::min(m.columns, (i + 1) * share), y->typed_data(),
+      p->sum(m, format, blocks.data(), batch, i * share, std::min(m.columns, (i + 1) * share), y->typed_data(),
              scratch(p->scratch_bytes(batch), 1));
     });
     return ffi::Error::Success();

@@ -70,8 +70,8 @@ struct Products {
   void (*pack_panel)(const float* x, int64_t columns, int64_t batch, int64_t first, int64_t vectors, uint32_t* panel);
   void (*dot)(const Matrix& w, int format, const uint32_t* panels, int64_t batch, int64_t begin, int64_t end, float* y,
               int64_t y_stride, void* scratch);
-  void (*round)(const float* in, const float* scale, int64_t n, uint16_t* out);
-  void (*sum)(const Matrix& w, int format, const uint16_t* h, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch);
+  void (*pack_weights)(const float* h, const float* scale, int64_t count, int64_t batch, int64_t t, uint16_t* blocks);
+  void (*sum)(const Matrix& w, int format, const uint16_t* blocks, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch);
   int64_t (*scratch_bytes)(int64_t batch);
 };
 

@@ -36,6 +36,31 @@ FALCON_INLINE float total(F32 v) {
   return lanes[0];
 }
 
+// a and b side by side, in the given order.
+FALCON_INLINE F32 picked(F32 a, F32 b, U32 lane) {
+#if defined(__clang__)
+  F32 out;
+  for (int l = 0; l < kLanes; ++l) out[l] = lane[l] < kLanes ? a[lane[l] % kLanes] : b[lane[l] % kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lane);
+#endif
+}
+
+// Rows and columns of kLanes vectors change places: lanes that differ in one bit of their numbers, bit by bit.
+template <int kBit>
+FALCON_INLINE void turn(F32* v) {
+  U32 low, high;
+  for (int l = 0; l < kLanes; ++l) low[l] = l & kBit ? kLanes + l - kBit : l, high[l] = l & kBit ? kLanes + l : l + kBit;
+  FALCON_UNROLL
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kBit)) {
+      const F32 a = v[i], b = v[i + kBit];
+      v[i] = picked(a, b, low), v[i + kBit] = picked(a, b, high);
+    }
+  if constexpr (2 * kBit < kLanes) turn<2 * kBit>(v);
+}
+
 // A row format: its number type, how kLanes of them become a vector, and how 2 * kLanes become two fastest. `kPairs`: even and odd columns, instead of
 // the first and second half (a bf16 is the upper half of an f32, so a pair needs a shift and a mask only).
 struct F32Row {

@@ -1,4 +1,5 @@
 // Matrix products in bf16 for AVX512-BF16, on one thread: rows of pairs, each pair broadcast, times panels of 16 to 64 columns.
+// What is multiplied lies side by side in the L2 cache, since rows a power of two apart would push each other out of it.
 // Included by one instruction set's file, after isa.h.
 namespace falcon {
 namespace FALCON_ISA {
@@ -6,8 +7,10 @@ namespace {
 
 constexpr int kProductRows = 6;         // times 4 vectors of sums fill the registers
 constexpr int64_t kPanel = 64;          // columns of a panel; the last ones may have fewer vectors
-constexpr int64_t kDepth = 1024;        // of a block that stays in the L2 cache
+constexpr int64_t kDepth = 1024;        // of a block of rows that stays in the L2 cache
 constexpr int64_t kBlockRows = 48;      // rows that share a block of a panel
+constexpr int64_t kSumDepth = 512;      // rows of a block that are added up together
+constexpr int64_t kRun = 4 * kPanel;    // columns of such a block: memory is read in pieces worth its while
 
 // acc[r * stride + column] += sum over `pairs` of row r times the panel, whose pairs lie [pairs, kVectors * 16].
 template <int kRows, int kVectors>
@@ -32,31 +35,39 @@ FALCON_INLINE void product(const uint16_t* a, int64_t a_stride, const uint32_t* 
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + r * stride + 16 * v, sum[r][v]);
 }
 
-template <int kVectors>
-void products(const uint16_t* a, int64_t a_stride, int64_t rows, const uint32_t* panel, int64_t pairs, float* acc, int64_t stride) {
+// between(r): called before rows r to r + kProductRows, to ask memory for what comes later.
+template <int kVectors, class Between>
+void products(const uint16_t* a, int64_t a_stride, int64_t rows, const uint32_t* panel, int64_t pairs, float* acc, int64_t stride,
+              const Between& between) {
   int64_t r = 0;
-  for (; r + kProductRows <= rows; r += kProductRows)
+  for (; r + kProductRows <= rows; r += kProductRows) {
+    between(r);
     product<kProductRows, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
+  }
   for (; r + 2 <= rows; r += 2) product<2, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
   for (; r < rows; ++r) product<1, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
 }
 
+template <class Between>
 void products(int64_t vectors, const uint16_t* a, int64_t a_stride, int64_t rows, const uint32_t* panel, int64_t pairs, float* acc,
-              int64_t stride) {
+              int64_t stride, const Between& between) {
   switch (vectors) {
-    case 1: return products<1>(a, a_stride, rows, panel, pairs, acc, stride);
-    case 2: return products<2>(a, a_stride, rows, panel, pairs, acc, stride);
-    case 3: return products<3>(a, a_stride, rows, panel, pairs, acc, stride);
-    default: return products<4>(a, a_stride, rows, panel, pairs, acc, stride);
+    case 1: return products<1>(a, a_stride, rows, panel, pairs, acc, stride, between);
+    case 2: return products<2>(a, a_stride, rows, panel, pairs, acc, stride, between);
+    case 3: return products<3>(a, a_stride, rows, panel, pairs, acc, stride, between);
+    default: return products<4>(a, a_stride, rows, panel, pairs, acc, stride, between);
   }
 }
 
-// n numbers as bf16; int8 is exact in it. n a multiple of 16.
-FALCON_INLINE void to_bf16(const int8_t* in, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(v));
-  }
+FALCON_INLINE void fetch(const void* p, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(p) + byte, 0, 1);
+}
+
+// 16 numbers as bf16; int8 is exact in it.
+FALCON_INLINE __m256i to_bf16(const uint16_t* in) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)); }
+FALCON_INLINE __m256i to_bf16(const int8_t* in) {
+  const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
+  return (__m256i)_mm512_cvtneps_pbh(v);
 }
 
 void round_bf16(const float* in, const float* scale, int64_t n, uint16_t* out) {
@@ -81,10 +92,27 @@ void pack_panel(const float* x, int64_t columns, int64_t batch, int64_t first, i
   }
 }
 
+// y[t * y_stride + r] = scale[r] * acc[r * stride + t] for r < rows, t < batch; a tile of 16 by 16 at a time.
+void store_turned(const float* acc, int64_t stride, int64_t rows, int64_t batch, const float* scale, float* y, int64_t y_stride) {
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t t = 0; t < batch; t += 16) {
+      F32 v[16];
+      FALCON_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        const int64_t row = r + i < rows ? r + i : rows - 1;
+        v[i] = load(acc + row * stride + t) * spread(scale ? scale[row] : 1.0f);
+      }
+      turn<1>(v);
+      const __mmask16 some = rows - r >= 16 ? 0xffff : (1u << (rows - r)) - 1;
+      for (int64_t j = 0; j < 16 && t + j < batch; ++j) _mm512_mask_storeu_ps(y + (t + j) * y_stride + r, some, (__m512)v[j]);
+    }
+}
+
 // y[t * y_stride + i] = <row i, vector t> for begin <= i < end: panels [first of kPanel columns each] as packed above.
 void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t batch, int64_t begin, int64_t end, float* y,
                   int64_t y_stride, void* scratch) {
-  const int64_t tokens = (batch + 15) / 16 * 16;
+  const int64_t tokens = (batch + 15) / 16 * 16, item = item_bytes(format);
+  const char* data = static_cast<const char*>(w.data);
   float* acc = static_cast<float*>(scratch);                               // [rows, tokens]
   uint16_t* wide = reinterpret_cast<uint16_t*>(acc + kBlockRows * tokens);  // [rows, kDepth]
   for (int64_t i = begin; i < end; i += kBlockRows) {
@@ -92,61 +120,116 @@ void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t b
     std::memset(acc, 0, rows * tokens * sizeof(float));
     for (int64_t k = 0; k < w.columns; k += kDepth) {
       const int64_t depth = w.columns - k < kDepth ? w.columns - k : kDepth;
-      const uint16_t* a = static_cast<const uint16_t*>(w.data) + i * w.columns + k;
+      const char* at = data + (i * w.columns + k) * item;
+      const uint16_t* a = reinterpret_cast<const uint16_t*>(at);
       if (format == kI8) {
         for (int64_t r = 0; r < rows; ++r)
-          to_bf16(static_cast<const int8_t*>(w.data) + (i + r) * w.columns + k, depth, wide + r * kDepth);
+          for (int64_t c = 0; c < depth; c += 16)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide + r * kDepth + c),
+                                to_bf16(reinterpret_cast<const int8_t*>(at) + r * w.columns + c));
         a = wide;
       }
+      const bool last = k + kDepth >= w.columns;
+      const int64_t ahead = last ? (i + kBlockRows) * w.columns : i * w.columns + k + kDepth;
+      const int64_t rows_ahead = last ? w.count - i - kBlockRows : rows;
       for (int64_t t = 0; t < tokens; t += kPanel) {
         const int64_t width = tokens - t < kPanel ? tokens - t : kPanel;
+        const auto fetch_next = [&](int64_t r) {
+          if (t) return;
+          for (int64_t j = r; j < r + kProductRows && j < rows_ahead; ++j) fetch(data + (ahead + j * w.columns) * item, depth * item);
+        };
         products(width / 16, a, format == kI8 ? kDepth : w.columns, rows, panels + t * w.columns / 2 + k / 2 * width, depth / 2,
-                 acc + t, tokens);
+                 acc + t, tokens, fetch_next);
       }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const float scale = w.scale ? w.scale[i + r] : 1.0f;
-      for (int64_t t = 0; t < batch; ++t) y[t * y_stride + i + r] = scale * acc[r * tokens + t];
-    }
+    store_turned(acc, tokens, rows, batch, w.scale ? w.scale + i : nullptr, y + i, y_stride);
   }
 }
 
-// y[t * w.columns + d] = sum over all rows m of h[t * w.count + m] * row m [d] for begin <= d < end, begin and end multiples of kPanel.
-void rows_sum_product(const Matrix& w, int format, const uint16_t* h, int64_t batch, int64_t begin, int64_t end, float* y,
+// Weights of one vector, times the rows' scales, into blocks [m / kSumDepth, batch, kSumDepth]; the last block is narrower.
+void pack_weights(const float* h, const float* scale, int64_t count, int64_t batch, int64_t t, uint16_t* blocks) {
+  for (int64_t m = 0; m < count; m += kSumDepth) {
+    const int64_t depth = count - m < kSumDepth ? count - m : kSumDepth;
+    round_bf16(h + m, scale ? scale + m : nullptr, depth, blocks + m * batch + t * depth);
+  }
+}
+
+// Blocks of kSumDepth rows and kRun columns, down the rows and then to the right, as panels of pairs of rows.
+template <class T>
+struct SumBlocks {
+  const Matrix& w;
+  const int64_t begin, end;
+  const int64_t down = (w.count + kSumDepth - 1) / kSumDepth, count = down * ((end - begin + kRun - 1) / kRun);
+
+  int64_t row(int64_t block) const { return block % down * kSumDepth; }
+  int64_t column(int64_t block) const { return begin + block / down * kRun; }
+  int64_t depth(int64_t block) const { return std::min(kSumDepth, w.count - row(block)); }
+  int64_t width(int64_t block) const { return std::min(kRun, end - column(block)); }
+  const T* at(int64_t block, int64_t k) const {
+    return static_cast<const T*>(w.data) + (row(block) + k) * w.columns + column(block);
+  }
+
+  void fetch_pair(int64_t block, int64_t k) const {
+    if (k >= depth(block)) return;
+    for (int i = 0; i < 2; ++i) fetch(at(block, k + i), width(block) * sizeof(T));
+  }
+
+  // Rows k and k + 1, side by side in the lanes.
+  void pack_pair(int64_t block, int64_t k, uint32_t* panels) const {
+    if (k >= depth(block)) return;
+    const T *even = at(block, k), *odd = even + w.columns;
+    const int64_t wide = width(block);
+    for (int64_t c = 0; c < wide; c += kPanel, panels += kPanel * (kSumDepth / 2))
+      for (int64_t u = 0; u < kPanel; u += 16) {
+        const __m512i low = _mm512_cvtepu16_epi32(to_bf16(even + c + u)), high = _mm512_cvtepu16_epi32(to_bf16(odd + c + u));
+        _mm512_storeu_si512(panels + k / 2 * kPanel + u, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+  }
+};
+
+// y[t * w.columns + d] = sum over all rows m of weight [t, m] * row m [d] for begin <= d < end, begin and end multiples of kPanel.
+// The next block is packed while one is multiplied, a pair of rows at a time.
+template <class T>
+void rows_sum(const Matrix& w, const uint16_t* weights, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch) {
+  constexpr int64_t kPanels = kRun * kSumDepth / 2, kPairsAhead = 2;
+  const SumBlocks<T> blocks{w, begin, end};
+  uint32_t* panels = static_cast<uint32_t*>(scratch);           // [2, panels, pairs, kPanel]
+  float* acc = reinterpret_cast<float*>(panels + 2 * kPanels);  // [batch, kRun]
+  for (int64_t k = 0; k < kSumDepth; k += 2) blocks.pack_pair(0, k, panels);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t m = blocks.row(b), d = blocks.column(b), depth = blocks.depth(b), width = blocks.width(b);
+    const int64_t tiles = std::max<int64_t>(batch / kProductRows * (width / kPanel), 1), each = (kSumDepth / 2 + tiles - 1) / tiles;
+    int64_t next = b + 1 < blocks.count ? 0 : kSumDepth;  // row of the next block to pack
+    const auto pack_next = [&](int64_t pairs) {
+      for (; pairs-- > 0 && next < kSumDepth; next += 2) {
+        blocks.fetch_pair(b + 1, next + 2 * kPairsAhead);
+        blocks.pack_pair(b + 1, next, panels + (b + 1) % 2 * kPanels);
+      }
+    };
+    if (m == 0) std::memset(acc, 0, batch * kRun * sizeof(float));
+    for (int64_t c = 0; c < width; c += kPanel)
+      products<4>(weights + m * batch, depth, batch, panels + b % 2 * kPanels + c * (kSumDepth / 2), depth / 2, acc + c, kRun,
+                  [&](int64_t) { pack_next(each); });
+    pack_next(kSumDepth);
+    if (m + depth == w.count)
+      for (int64_t t = 0; t < batch; ++t) std::memcpy(y + t * w.columns + d, acc + t * kRun, width * sizeof(float));
+  }
+}
+
+void rows_sum_product(const Matrix& w, int format, const uint16_t* weights, int64_t batch, int64_t begin, int64_t end, float* y,
                       void* scratch) {
-  constexpr int64_t kRun = 4 * kPanel;  // columns read together, so that memory is read in pieces worth its while
-  uint32_t* panels = static_cast<uint32_t*>(scratch);  // [panels, pairs, kPanel]
-  for (int64_t d = begin; d < end; d += kRun) {
-    const int64_t width = end - d < kRun ? end - d : kRun;
-    for (int64_t t = 0; t < batch; ++t) std::memset(y + t * w.columns + d, 0, width * sizeof(float));
-    for (int64_t m = 0; m < w.count; m += kDepth / 2) {
-      const int64_t depth = w.count - m < kDepth / 2 ? w.count - m : kDepth / 2;
-      for (int64_t k = 0; k < depth; k += 2)
-        for (int64_t c = 0; c < width; c += 16) {
-          __m256i pair[2];
-          for (int i = 0; i < 2; ++i) {
-            const int64_t at = (m + k + i) * w.columns + d + c;
-            uint16_t numbers[16];
-            if (format == kI8)
-              to_bf16(static_cast<const int8_t*>(w.data) + at, 16, numbers);
-            else
-              std::memcpy(numbers, static_cast<const uint16_t*>(w.data) + at, sizeof(numbers));
-            std::memcpy(&pair[i], numbers, sizeof(numbers));
-          }
-          const __m512i low = _mm512_cvtepu16_epi32(pair[0]), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(pair[1]), 16);
-          _mm512_storeu_si512(panels + c / kPanel * kPanel * (kDepth / 4) + k / 2 * kPanel + c % kPanel, _mm512_or_si512(low, high));
-        }
-      for (int64_t c = 0; c < width; c += kPanel)
-        products<4>(h + m, w.count, batch, panels + c * (kDepth / 4), depth / 2, y + d + c, w.columns);
-    }
-  }
+  return (format == kI8 ? rows_sum<int8_t> : rows_sum<uint16_t>)(w, weights, batch, begin, end, y, scratch);
 }
 
-int64_t product_bytes(int64_t batch) { return kBlockRows * ((batch + 15) * 4 + kDepth * 2) + 4 * kPanel * kDepth + 64; }
+int64_t product_bytes(int64_t batch) {
+  const int64_t tokens = (batch + 15) / 16 * 16;
+  const int64_t dot = kBlockRows * (4 * tokens + 2 * kDepth), sum = 4 * kRun * (kSumDepth + batch);
+  return (dot > sum ? dot : sum) + 64;
+}
 
 }  // namespace
 
-const Products kProducts = {pack_panel, rows_product, round_bf16, rows_sum_product, product_bytes};
+const Products kProducts = {pack_panel, rows_product, pack_weights, rows_sum_product, product_bytes};
 
 }  // namespace FALCON_ISA
 }  // namespace falcon
