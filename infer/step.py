@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from falcon_relu.activation import activation_fn
-from falcon_relu.attention import Rotation, alibi_bias, alibi_slopes, attend_chunked, rotary, rotation
+from falcon_relu.attention import Rotation, alibi_bias, alibi_slopes, rotary, rotation
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from infer import kernels
@@ -144,15 +144,7 @@ def prefill(
     S = state.keys[0].shape[1]
     position_BxT = state.length_B[:, None] + jnp.arange(T)[None]
     slot_BxT = jnp.where(jnp.arange(T)[None] < valid_B[:, None], position_BxT, S)  # padding falls off the cache
-    slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
-    seeing = functools.partial(
-        attend_chunked,
-        q_positions_BxT=position_BxT,
-        k_positions_BxS=slots,
-        q_segments_BxT=jnp.ones((B, T), jnp.int32),
-        k_segments_BxS=(slots < (state.length_B + valid_B)[:, None]).astype(jnp.int32),
-        use_alibi=c.position == "alibi",
-    )
+    seen_BxT = jnp.where(slot_BxT < S, position_BxT + 1, 1)
     x_BxTxD = take(weights.embedding, tokens_BxT.reshape(-1)).reshape(B, T, -1)
     used = jnp.max(jnp.where(valid_B > 0, jnp.arange(B) * T + valid_B, 0))  # of the B * T tokens; the rest is padding
     multiply, weigh = (functools.partial(product, count=used) for product in (k.rows_matmul, k.weighted_rows_matmul))
@@ -162,7 +154,7 @@ def prefill(
         q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), turn, multiply)
         key = _write(key, slot_BxT, k_new)
         value = _write(value, slot_BxT, v_new)
-        y_BxTxKxGxH = seeing(q, key.astype(jnp.float32), value.astype(jnp.float32))
+        y_BxTxKxGxH = k.attend(q, key, value, seen_BxT, _bias(c, S))
         attention = _plus(multiply(layer.out, y_BxTxKxGxH.reshape(B, T, -1)), layer.out_bias)
         residual, mlp_input = _mlp_input(c, layer, x_BxTxD, attention)
         h_BxTxF = activation_fn(c)(_plus(multiply(layer.up, mlp_input), layer.up_bias))
@@ -211,11 +203,8 @@ def _layer_step(
     q, k_new, v_new = _qkv(c, layer, normed_Bx1xD, turn, lambda w, x: k.rows_dot(w, x[:, 0])[:, None])
     key = _write(key, length_B[:, None], k_new)
     value = _write(value, length_B[:, None], v_new)
-    bias_NxS = None
-    if c.position == "alibi":
-        bias_NxS = alibi_bias(jnp.asarray(alibi_slopes(c.n_heads)), jnp.arange(S)[None], c.head_dim)[0]
-    y_BxKxGxH = k.attend(q[:, 0], key, value, length_B + 1, bias_NxS)
-    attention_BxD = _plus(k.rows_dot(layer.out, y_BxKxGxH.reshape(B, -1)), layer.out_bias)
+    y_Bx1xKxGxH = k.attend(q, key, value, length_B[:, None] + 1, _bias(c, S))
+    attention_BxD = _plus(k.rows_dot(layer.out, y_Bx1xKxGxH.reshape(B, -1)), layer.out_bias)
     residual_BxD, mlp_input_BxD = _mlp_input(c, layer, x_BxD, attention_BxD)
     predicting_BxD = x_BxD if weights.predictor_input == "block_input" else mlp_input_BxD
     mlp_BxD, read = _mlp(c, layer, mlp_input_BxD, predicting_BxD, mode, k)
@@ -256,6 +245,13 @@ def _rotation(c: FalconConfig, state: DecodeState, position_BxT: jax.Array) -> R
         table = rotation(jnp.arange(state.keys[0].shape[1])[None], c.head_dim, c.rope_theta)
     cos_BxTxh, sin_BxTxh = (part[0][position_BxT] for part in table)
     return cos_BxTxh, sin_BxTxh
+
+
+def _bias(c: FalconConfig, S: int) -> jax.Array | None:
+    """What is added to the scores of each query head at each position, [N, S]."""
+    if c.position != "alibi":
+        return None
+    return alibi_bias(jnp.asarray(alibi_slopes(c.n_heads)), jnp.arange(S)[None], c.head_dim)[0]
 
 
 def _qkv(

@@ -116,17 +116,17 @@ def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tup
 
 
 def attend(
-    q_BxKxGxH: jax.Array,
+    q_BxTxKxGxH: jax.Array,
     k_BxSxKxH: jax.Array,
     v_BxSxKxH: jax.Array,
-    length_B: jax.Array,
+    length_BxT: jax.Array,
     bias_NxS: jax.Array | None = None,
 ) -> jax.Array:
     """See infer.kernels.xla.attend."""
     bias = jnp.zeros((0, 0), jnp.float32) if bias_NxS is None else bias_NxS
-    out = jax.ShapeDtypeStruct(q_BxKxGxH.shape, jnp.float32)
-    scale = np.float32(q_BxKxGxH.shape[-1] ** -0.5)
-    return _call("attend", out, q_BxKxGxH, k_BxSxKxH, v_BxSxKxH, length_B, bias, softmax_scale=scale)
+    out = jax.ShapeDtypeStruct(q_BxTxKxGxH.shape, jnp.float32)
+    scale = np.float32(q_BxTxKxGxH.shape[-1] ** -0.5)
+    return _call("attend", out, q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, length_BxT, bias, softmax_scale=scale)
 
 
 def read_rows(

@@ -80,44 +80,45 @@ def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tup
 
 
 def attend(
-    q_BxKxGxH: jax.Array,
+    q_BxTxKxGxH: jax.Array,
     k_BxSxKxH: jax.Array,
     v_BxSxKxH: jax.Array,
-    length_B: jax.Array,
+    length_BxT: jax.Array,
     bias_NxS: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q . k / sqrt(H) + bias) v over each sequence's first `length` positions: [B, K, G, H] f32.
+    """softmax(q . k / sqrt(H) + bias) v over each query's first `length` positions: [B, T, K, G, H] f32.
 
     Args:
-      q_BxKxGxH: f32 queries, one position a sequence.
-      k_BxSxKxH: key cache, f32, bf16 or f16; not read past the longest sequence.
+      q_BxTxKxGxH: f32, T queries a sequence.
+      k_BxSxKxH: key cache, f32, bf16 or f16; not read past the greatest length.
       v_BxSxKxH: value cache.
-      length_B: int32, at least 1.
+      length_BxT: int32, at least 1.
       bias_NxS: f32 bias of every query head on the scaled scores (ALiBi).
     """
-    B, K, G, H = q_BxKxGxH.shape
+    B, T, K, G, H = q_BxTxKxGxH.shape
     S = k_BxSxKxH.shape[1]
     step = min(_KEYS, S)
+    q_BxKxGTxH = q_BxTxKxGxH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H) * H**-0.5
 
     def block(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         high, total, out = carry
         start = jnp.minimum(i * step, S - step)  # the last block may overlap: what was seen before is masked
-        k = lax.dynamic_slice_in_dim(k_BxSxKxH, start, step, 1).astype(jnp.float32)
-        v = lax.dynamic_slice_in_dim(v_BxSxKxH, start, step, 1).astype(jnp.float32)
-        score = jnp.einsum("bkgh,bskh->bkgs", q_BxKxGxH, k) * H**-0.5
+        k = lax.dynamic_slice_in_dim(k_BxSxKxH, start, step, 1).astype(jnp.float32).swapaxes(1, 2)
+        v = lax.dynamic_slice_in_dim(v_BxSxKxH, start, step, 1).astype(jnp.float32).swapaxes(1, 2)
+        score = jnp.einsum("bkqh,bksh->bkqs", q_BxKxGTxH, k).reshape(B, K, G, T, step)
         if bias_NxS is not None:
-            score += lax.dynamic_slice_in_dim(bias_NxS, start, step, 1).reshape(1, K, G, step)
-        position = start + jnp.arange(step)[None]
-        seen = (position >= i * step) & (position < length_B[:, None])
-        score = jnp.where(seen[:, None, None], score, -jnp.inf)
+            score += lax.dynamic_slice_in_dim(bias_NxS, start, step, 1).reshape(1, K, G, 1, step)
+        position = start + jnp.arange(step)[None, None]
+        seen_BxTxs = (position >= i * step) & (position < length_BxT[:, :, None])
+        score = jnp.where(seen_BxTxs[:, None, None], score, -jnp.inf).reshape(B, K, G * T, step)
         higher = jnp.maximum(high, jnp.max(score, -1))
         p, shrink = jnp.exp(score - higher[..., None]), jnp.exp(high - higher)
-        out = out * shrink[..., None] + jnp.einsum("bkgs,bskh->bkgh", p, v)
+        out = out * shrink[..., None] + jnp.einsum("bkqs,bksh->bkqh", p, v)
         return higher, total * shrink + jnp.sum(p, -1), out
 
-    start = (jnp.full((B, K, G), -1e30), jnp.zeros((B, K, G)), jnp.zeros((B, K, G, H)))
-    _, total, out = lax.fori_loop(0, -(-jnp.max(length_B) // step), block, start)
-    return out / total[..., None]
+    start = (jnp.full((B, K, G * T), -1e30), jnp.zeros((B, K, G * T)), jnp.zeros((B, K, G * T, H)))
+    _, total, out = lax.fori_loop(0, -(-jnp.max(length_BxT) // step), block, start)
+    return (out / total[..., None]).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
 
 def read_rows(

@@ -432,8 +432,10 @@ ffi::Error select(ffi::BufferR2<ffi::F32> score, ffi::Buffer<ffi::F32> threshold
 
 // ---- attention
 
-ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::BufferR1<ffi::S32> length, ffi::BufferR2<ffi::F32> bias, ffi::ResultBufferR4<ffi::F32> out,
+using Heads = ffi::Buffer<ffi::F32, 5>;
+
+ffi::Error attend(ffi::ThreadPool pool, Heads q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                  ffi::BufferR2<ffi::S32> length, ffi::BufferR2<ffi::F32> bias, ffi::Result<Heads> out,
                   float softmax_scale) {
   const auto qd = q.dimensions();
   const auto kd = k.dimensions(), vd = v.dimensions();
@@ -441,13 +443,17 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::AnyBuffe
   if (kd.size() != 4 || !std::equal(kd.begin(), kd.end(), vd.begin(), vd.end()) || k.element_type() != v.element_type())
     return invalid("keys and values must be alike");
   if (format < 0 || format == kI8) return invalid("the cache must be f32, bf16 or f16");
-  const int64_t batch = qd[0], kv_heads = qd[1], group = qd[2], width = qd[3], positions = kd[1];
+  const int64_t batch = qd[0], queries = qd[1], kv_heads = qd[2], group = qd[3], width = qd[4], positions = kd[1];
   if (kd[0] != batch || kd[2] != kv_heads || kd[3] != width) return invalid("queries and cache differ in shape");
   if (!std::equal(qd.begin(), qd.end(), out->dimensions().begin())) return invalid("the result has the wrong shape");
-  if (static_cast<int64_t>(length.element_count()) != batch) return invalid("one length a sequence");
-  for (int64_t b = 0; b < batch; ++b)
-    if (const int32_t n = length.typed_data()[b]; n < 1 || n > positions)
+  if (length.dimensions()[0] != batch || length.dimensions()[1] != queries) return invalid("one length a query");
+  int64_t seen = 0;
+  for (int64_t i = 0; i < batch * queries; ++i) {
+    const int32_t n = length.typed_data()[i];
+    if (n < 1 || n > positions)
       return invalid("length " + std::to_string(n) + " in a cache of " + std::to_string(positions) + " positions");
+    seen += n;
+  }
   const bool biased = bias.element_count() > 0;
   if (biased && (bias.dimensions()[0] != kv_heads * group || bias.dimensions()[1] < positions))
     return invalid("the position bias must be (heads, positions)");
@@ -455,11 +461,12 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::AnyBuffe
   constexpr int64_t heads = 16;  // query heads a share
   const int64_t shares = (group + heads - 1) / heads;
   const int64_t item = item_bytes(format), stride = kv_heads * width;
-  const int64_t longest = *std::max_element(length.typed_data(), length.typed_data() + batch);
-  parallel_for(pool, batch * kv_heads * shares, batch * kv_heads * group * longest * width, [&](int64_t i) {
-    const int64_t first = i % shares * heads, kv = i / shares % kv_heads, b = i / shares / kv_heads;
-    const int64_t n = std::min(heads, group - first), at = (b * kv_heads + kv) * group + first;
-    const int64_t valid = length.typed_data()[b], offset = (b * positions * kv_heads + kv) * width * item;
+  // Queries of one KV head after the other: they see the same keys.
+  parallel_for(pool, batch * kv_heads * queries * shares, kv_heads * group * seen * width, [&](int64_t i) {
+    const int64_t first = i % shares * heads, t = i / shares % queries, kv = i / shares / queries % kv_heads;
+    const int64_t b = i / shares / queries / kv_heads, n = std::min(heads, group - first);
+    const int64_t at = ((b * queries + t) * kv_heads + kv) * group + first;
+    const int64_t valid = length.typed_data()[b * queries + t], offset = (b * positions * kv_heads + kv) * width * item;
     float* memory = static_cast<float*>(scratch((n * padded(valid) + (kStripe + 16) * padded(width)) * sizeof(float), 1));
     kernels.attend[format](q.typed_data() + at * width, n, width, static_cast<char*>(k.untyped_data()) + offset,
                            static_cast<char*>(v.untyped_data()) + offset, stride, valid,
@@ -527,12 +534,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_select, falcon::select,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_attend, falcon::attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR4<ffi::F32>>()
+                                  .Arg<falcon::Heads>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR2<ffi::S32>>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Ret<ffi::BufferR4<ffi::F32>>()
+                                  .Ret<falcon::Heads>()
                                   .Attr<float>("softmax_scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_read_rows, falcon::read_rows,
                               ffi::Ffi::Bind()

@@ -134,18 +134,19 @@ def test_select_takes_the_highest_and_of_equals_the_lowest(name, score, B, thres
 @pytest.mark.parametrize(("S", "H", "G", "biased"), [(7, 16, 1, True), (300, 64, 19, False), (65, 10, 3, True)])
 def test_attention_reads_the_valid_part_only(dtype, S, H, G, biased):
     rng = np.random.default_rng(S)
-    B, K = 3, 2
-    length = np.array([1, S // 2 + 1, S], np.int32)
-    q = rng.normal(size=(B, K, G, H)).astype(np.float32)
+    B, T, K = 3, 2, 2
+    length = np.array([[1, 3], [S // 2 + 1, 1], [S - 1, S]], np.int32)
+    q = rng.normal(size=(B, T, K, G, H)).astype(np.float32)
     k, v = (jnp.asarray(rng.normal(size=(B, S, K, H)), dtype) for _ in range(2))
     bias = rng.normal(size=(K * G, S)).astype(np.float32) if biased else None
-    unseen = np.arange(S)[None] >= length[:, None]
+    unseen = np.arange(S) >= length[..., None]
+    never = unseen.all(axis=1)
     k_wide, v_wide = np.asarray(k, np.float32), np.asarray(v, np.float32)
-    score = np.einsum("bkgh,bskh->bkgs", q, k_wide) / np.sqrt(H)
-    score += 0 if bias is None else bias.reshape(1, K, G, S)
-    weight = np.exp(np.where(unseen[:, None, None], -np.inf, score))
-    expected = np.einsum("bkgs,bskh->bkgh", weight / weight.sum(-1, keepdims=True), v_wide)
-    poison = lambda cache: jnp.where(unseen[:, :, None, None], 77, cache).astype(dtype)  # noqa: E731
+    score = np.einsum("btkgh,bskh->btkgs", q, k_wide) / np.sqrt(H)
+    score += 0 if bias is None else bias.reshape(1, 1, K, G, S)
+    weight = np.exp(np.where(unseen[:, :, None, None], -np.inf, score))
+    expected = np.einsum("btkgs,bskh->btkgh", weight / weight.sum(-1, keepdims=True), v_wide)
+    poison = lambda cache: jnp.where(never[:, :, None, None], 77, cache).astype(dtype)  # noqa: E731
     for name in BACKENDS:
         np.testing.assert_allclose(run(name, "attend", q, poison(k), poison(v), length, bias), expected, atol=2e-5)
 
@@ -195,9 +196,9 @@ def test_bad_buffers_are_refused_and_nothing_crashes():
         native.rows_dot(w, x[:, :-1]).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError, match="need scales"):
         native.rows_dot(Rows(np.zeros((4, 64), np.int8)), x).block_until_ready()
-    q, cache = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 8, 1, 4), np.float32)
+    q, cache = np.zeros((1, 1, 1, 1, 4), np.float32), np.zeros((1, 8, 1, 4), np.float32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="length 9 in a cache of 8"):
-        native.attend(q, cache, cache, np.array([9], np.int32)).block_until_ready()
+        native.attend(q, cache, cache, np.array([[9]], np.int32)).block_until_ready()
 
 
 @needs_native
