@@ -35,32 +35,23 @@ FALCON_INLINE void product(const uint16_t* a, int64_t a_stride, const uint32_t* 
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + r * stride + 16 * v, sum[r][v]);
 }
 
-// between(r): called before rows r to r + kProductRows, to ask memory for what comes later.
-template <int kVectors, class Between>
-void products(const uint16_t* a, int64_t a_stride, int64_t rows, const uint32_t* panel, int64_t pairs, float* acc, int64_t stride,
-              const Between& between) {
+template <int kVectors>
+void products(const uint16_t* a, int64_t a_stride, int64_t rows, const uint32_t* panel, int64_t pairs, float* acc, int64_t stride) {
   int64_t r = 0;
-  for (; r + kProductRows <= rows; r += kProductRows) {
-    between(r);
+  for (; r + kProductRows <= rows; r += kProductRows)
     product<kProductRows, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
-  }
   for (; r + 2 <= rows; r += 2) product<2, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
   for (; r < rows; ++r) product<1, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
 }
 
-template <class Between>
 void products(int64_t vectors, const uint16_t* a, int64_t a_stride, int64_t rows, const uint32_t* panel, int64_t pairs, float* acc,
-              int64_t stride, const Between& between) {
+              int64_t stride) {
   switch (vectors) {
-    case 1: return products<1>(a, a_stride, rows, panel, pairs, acc, stride, between);
-    case 2: return products<2>(a, a_stride, rows, panel, pairs, acc, stride, between);
-    case 3: return products<3>(a, a_stride, rows, panel, pairs, acc, stride, between);
-    default: return products<4>(a, a_stride, rows, panel, pairs, acc, stride, between);
+    case 1: return products<1>(a, a_stride, rows, panel, pairs, acc, stride);
+    case 2: return products<2>(a, a_stride, rows, panel, pairs, acc, stride);
+    case 3: return products<3>(a, a_stride, rows, panel, pairs, acc, stride);
+    default: return products<4>(a, a_stride, rows, panel, pairs, acc, stride);
   }
-}
-
-FALCON_INLINE void fetch(const void* p, int64_t bytes) {
-  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(p) + byte, 0, 1);
 }
 
 // 16 numbers as bf16; int8 is exact in it.
@@ -129,17 +120,10 @@ void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t b
                                 to_bf16(reinterpret_cast<const int8_t*>(at) + r * w.columns + c));
         a = wide;
       }
-      const bool last = k + kDepth >= w.columns;
-      const int64_t ahead = last ? (i + kBlockRows) * w.columns : i * w.columns + k + kDepth;
-      const int64_t rows_ahead = last ? w.count - i - kBlockRows : rows;
       for (int64_t t = 0; t < tokens; t += kPanel) {
         const int64_t width = tokens - t < kPanel ? tokens - t : kPanel;
-        const auto fetch_next = [&](int64_t r) {
-          if (t) return;
-          for (int64_t j = r; j < r + kProductRows && j < rows_ahead; ++j) fetch(data + (ahead + j * w.columns) * item, depth * item);
-        };
         products(width / 16, a, format == kI8 ? kDepth : w.columns, rows, panels + t * w.columns / 2 + k / 2 * width, depth / 2,
-                 acc + t, tokens, fetch_next);
+                 acc + t, tokens);
       }
     }
     store_turned(acc, tokens, rows, batch, w.scale ? w.scale + i : nullptr, y + i, y_stride);
@@ -154,65 +138,33 @@ void pack_weights(const float* h, const float* scale, int64_t count, int64_t bat
   }
 }
 
-// Blocks of kSumDepth rows and kRun columns, down the rows and then to the right, as panels of pairs of rows.
+// Columns [d, d + width) of two rows as a pair in each lane, at their place in every panel of a block.
 template <class T>
-struct SumBlocks {
-  const Matrix& w;
-  const int64_t begin, end;
-  const int64_t down = (w.count + kSumDepth - 1) / kSumDepth, count = down * ((end - begin + kRun - 1) / kRun);
-
-  int64_t row(int64_t block) const { return block % down * kSumDepth; }
-  int64_t column(int64_t block) const { return begin + block / down * kRun; }
-  int64_t depth(int64_t block) const { return std::min(kSumDepth, w.count - row(block)); }
-  int64_t width(int64_t block) const { return std::min(kRun, end - column(block)); }
-  const T* at(int64_t block, int64_t k) const {
-    return static_cast<const T*>(w.data) + (row(block) + k) * w.columns + column(block);
-  }
-
-  void fetch_pair(int64_t block, int64_t k) const {
-    if (k >= depth(block)) return;
-    for (int i = 0; i < 2; ++i) fetch(at(block, k + i), width(block) * sizeof(T));
-  }
-
-  // Rows k and k + 1, side by side in the lanes.
-  void pack_pair(int64_t block, int64_t k, uint32_t* panels) const {
-    if (k >= depth(block)) return;
-    const T *even = at(block, k), *odd = even + w.columns;
-    const int64_t wide = width(block);
-    for (int64_t c = 0; c < wide; c += kPanel, panels += kPanel * (kSumDepth / 2))
-      for (int64_t u = 0; u < kPanel; u += 16) {
-        const __m512i low = _mm512_cvtepu16_epi32(to_bf16(even + c + u)), high = _mm512_cvtepu16_epi32(to_bf16(odd + c + u));
-        _mm512_storeu_si512(panels + k / 2 * kPanel + u, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
-  }
-};
+void pack_pair(const T* even, const T* odd, int64_t width, uint32_t* panels) {
+  for (int64_t c = 0; c < width; c += kPanel, panels += kPanel * (kSumDepth / 2))
+    for (int64_t u = 0; u < kPanel; u += 16) {
+      const __m512i low = _mm512_cvtepu16_epi32(to_bf16(even + c + u)), high = _mm512_cvtepu16_epi32(to_bf16(odd + c + u));
+      _mm512_storeu_si512(panels + u, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
 
 // y[t * w.columns + d] = sum over all rows m of weight [t, m] * row m [d] for begin <= d < end, begin and end multiples of kPanel.
-// The next block is packed while one is multiplied, a pair of rows at a time.
 template <class T>
 void rows_sum(const Matrix& w, const uint16_t* weights, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch) {
-  constexpr int64_t kPanels = kRun * kSumDepth / 2, kPairsAhead = 2;
-  const SumBlocks<T> blocks{w, begin, end};
-  uint32_t* panels = static_cast<uint32_t*>(scratch);           // [2, panels, pairs, kPanel]
-  float* acc = reinterpret_cast<float*>(panels + 2 * kPanels);  // [batch, kRun]
-  for (int64_t k = 0; k < kSumDepth; k += 2) blocks.pack_pair(0, k, panels);
-  for (int64_t b = 0; b < blocks.count; ++b) {
-    const int64_t m = blocks.row(b), d = blocks.column(b), depth = blocks.depth(b), width = blocks.width(b);
-    const int64_t tiles = std::max<int64_t>(batch / kProductRows * (width / kPanel), 1), each = (kSumDepth / 2 + tiles - 1) / tiles;
-    int64_t next = b + 1 < blocks.count ? 0 : kSumDepth;  // row of the next block to pack
-    const auto pack_next = [&](int64_t pairs) {
-      for (; pairs-- > 0 && next < kSumDepth; next += 2) {
-        blocks.fetch_pair(b + 1, next + 2 * kPairsAhead);
-        blocks.pack_pair(b + 1, next, panels + (b + 1) % 2 * kPanels);
-      }
-    };
-    if (m == 0) std::memset(acc, 0, batch * kRun * sizeof(float));
-    for (int64_t c = 0; c < width; c += kPanel)
-      products<4>(weights + m * batch, depth, batch, panels + b % 2 * kPanels + c * (kSumDepth / 2), depth / 2, acc + c, kRun,
-                  [&](int64_t) { pack_next(each); });
-    pack_next(kSumDepth);
-    if (m + depth == w.count)
-      for (int64_t t = 0; t < batch; ++t) std::memcpy(y + t * w.columns + d, acc + t * kRun, width * sizeof(float));
+  uint32_t* panels = static_cast<uint32_t*>(scratch);                    // [panels, pairs, kPanel]
+  float* acc = reinterpret_cast<float*>(panels + kRun * kSumDepth / 2);  // [batch, kRun]
+  for (int64_t d = begin; d < end; d += kRun) {
+    const int64_t width = end - d < kRun ? end - d : kRun;
+    std::memset(acc, 0, batch * kRun * sizeof(float));
+    for (int64_t m = 0; m < w.count; m += kSumDepth) {
+      const int64_t depth = w.count - m < kSumDepth ? w.count - m : kSumDepth;
+      const T* at = static_cast<const T*>(w.data) + m * w.columns + d;
+      for (int64_t k = 0; k < depth; k += 2)
+        pack_pair(at + k * w.columns, at + (k + 1) * w.columns, width, panels + k / 2 * kPanel);
+      for (int64_t c = 0; c < width; c += kPanel)
+        products<4>(weights + m * batch, depth, batch, panels + c * (kSumDepth / 2), depth / 2, acc + c, kRun);
+    }
+    for (int64_t t = 0; t < batch; ++t) std::memcpy(y + t * w.columns + d, acc + t * kRun, width * sizeof(float));
   }
 }
 
@@ -223,7 +175,7 @@ void rows_sum_product(const Matrix& w, int format, const uint16_t* weights, int6
 
 int64_t product_bytes(int64_t batch) {
   const int64_t tokens = (batch + 15) / 16 * 16;
-  const int64_t dot = kBlockRows * (4 * tokens + 2 * kDepth), sum = 4 * kRun * (kSumDepth + batch);
+  const int64_t dot = kBlockRows * (4 * tokens + 2 * kDepth), sum = 4 * kRun * (kSumDepth / 2 + batch);
   return (dot > sum ? dot : sum) + 64;
 }
 
