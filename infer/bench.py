@@ -235,10 +235,13 @@ def measure_prefill(weights: DecodeWeights, prompt: int, repeats: int) -> dict[s
         return read_prompts(weights, DecodeState.empty(c, 1, prompt), [tokens])[0]
 
     seconds = float(np.median([_timed(run) for _ in range(repeats + 1)][1:]))
-    numbers = sum(
+    every = sum(
         w.shape[0] * w.shape[1] for layer in weights.layers for w in (layer.qkv, layer.out, layer.up, layer.down)
     )
-    products = 2 * (prompt * numbers + c.vocab_size * c.d_model)
+    final = sum(
+        w.shape[0] * w.shape[1] for w in (weights.layers[-1].out, weights.layers[-1].up, weights.layers[-1].down)
+    )
+    products = 2 * (prompt * (every - final) + final + c.vocab_size * c.d_model)  # `final` meets the last token only
     return {
         "prompt": prompt,
         "seconds": seconds,

@@ -128,6 +128,8 @@ def prefill(
 ) -> tuple[jax.Array, DecodeState]:
     """Adds the first `valid` of T tokens to every sequence, through matrix-matrix products and all neurons.
 
+    The last layer's output is worked out for the last tokens only.
+
     Args:
       weights: the model.
       state: given up; every sequence must have room for its valid tokens.
@@ -150,19 +152,24 @@ def prefill(
     multiply, weigh = (functools.partial(product, count=used) for product in (k.rows_matmul, k.weighted_rows_matmul))
     turn = _rotation(c, state, position_BxT)
     keys, values = [], []
-    for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
+    for layer, old_key, old_value in zip(weights.layers, state.keys, state.values, strict=True):
         q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), turn, multiply)
-        key = _write(key, slot_BxT, k_new)
-        value = _write(value, slot_BxT, v_new)
+        key, value = _write(old_key, slot_BxT, k_new), _write(old_value, slot_BxT, v_new)
+        keys.append(key)
+        values.append(value)
+        if len(keys) == c.n_layers:
+            break  # beyond its keys and values the last layer matters for the last tokens only
         y_BxTxKxGxH = k.attend(q, key, value, seen_BxT, _bias(c, S))
         attention = _plus(multiply(layer.out, y_BxTxKxGxH.reshape(B, T, -1)), layer.out_bias)
         residual, mlp_input = _mlp_input(c, layer, x_BxTxD, attention)
         h_BxTxF = activation_fn(c)(_plus(multiply(layer.up, mlp_input), layer.up_bias))
         x_BxTxD = residual + _plus(weigh(layer.down, h_BxTxF), layer.down_bias)
-        keys.append(key)
-        values.append(value)
     last_B = jnp.maximum(valid_B - 1, 0)
-    hidden_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+    q_Bx1xKxGxH, x_Bx1xD, seen_Bx1 = (
+        jnp.take_along_axis(of, last_B.reshape(-1, *[1] * (of.ndim - 1)), axis=1) for of in (q, x_BxTxD, seen_BxT)
+    )
+    y_Bx1xKxGxH = k.attend(q_Bx1xKxGxH, key, value, seen_Bx1, _bias(c, S))
+    hidden_BxD, _ = _after_attention(weights, layer, x_Bx1xD[:, 0], y_Bx1xKxGxH, "dense", k)
     return hidden_BxD, DecodeState(tuple(keys), tuple(values), state.length_B + valid_B)
 
 
@@ -198,17 +205,25 @@ def _layer_step(
     k: ModuleType,
 ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     c = weights.config
-    B, S = x_BxD.shape[0], key.shape[1]
     normed_Bx1xD = _norm(layer.attention_norm, x_BxD, c.norm_eps)[:, None]
     q, k_new, v_new = _qkv(c, layer, normed_Bx1xD, turn, lambda w, x: k.rows_dot(w, x[:, 0])[:, None])
     key = _write(key, length_B[:, None], k_new)
     value = _write(value, length_B[:, None], v_new)
-    y_Bx1xKxGxH = k.attend(q, key, value, length_B[:, None] + 1, _bias(c, S))
-    attention_BxD = _plus(k.rows_dot(layer.out, y_Bx1xKxGxH.reshape(B, -1)), layer.out_bias)
+    y_Bx1xKxGxH = k.attend(q, key, value, length_B[:, None] + 1, _bias(c, key.shape[1]))
+    x_BxD, read = _after_attention(weights, layer, x_BxD, y_Bx1xKxGxH, mode, k)
+    return x_BxD, key, value, read
+
+
+def _after_attention(
+    weights: DecodeWeights, layer: LayerWeights, x_BxD: jax.Array, y_Bx1xKxGxH: jax.Array, mode: Mode, k: ModuleType
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The residual stream [B, D] after the block whose heads gave y, and the numbers of up and down rows read."""
+    c = weights.config
+    attention_BxD = _plus(k.rows_dot(layer.out, y_Bx1xKxGxH.reshape(len(x_BxD), -1)), layer.out_bias)
     residual_BxD, mlp_input_BxD = _mlp_input(c, layer, x_BxD, attention_BxD)
     predicting_BxD = x_BxD if weights.predictor_input == "block_input" else mlp_input_BxD
     mlp_BxD, read = _mlp(c, layer, mlp_input_BxD, predicting_BxD, mode, k)
-    return residual_BxD + _plus(mlp_BxD, layer.down_bias), key, value, read
+    return residual_BxD + _plus(mlp_BxD, layer.down_bias), read
 
 
 def _mlp(
