@@ -267,7 +267,10 @@ class _Workers:
         """Hands out a unit, once there is a free hand."""
         while len(self._pending) > self._processes:
             self._collect()
-        unit = self._pool.submit(_work, number, records, self._settings, self._config.out)
+        try:
+            unit = self._pool.submit(_work, number, records, self._settings, self._config.out)
+        except BrokenProcessPool:
+            raise _killed() from None
         self._pending[unit] = megabytes
 
     def drain(self) -> None:
@@ -281,14 +284,19 @@ class _Workers:
             try:
                 self.tokens += unit.result()
             except BrokenProcessPool:
-                raise FalconError(
-                    "a tokenising process was killed (out of memory?); finished units are kept: run the same command "
-                    "again, with fewer processes or a smaller unit_mb if memory is short"
-                ) from None
+                raise _killed() from None
             except OSError as error:
                 raise FalconError(f"could not write to {self._config.out} (disk full?): {error}") from None
             rate = self.tokens / (time.monotonic() - self._started)
             self._advance(self._pending.pop(unit), f"{rate:,.0f} tokens/s")
+
+
+def _killed() -> FalconError:
+    time.sleep(0.5)  # Ctrl-C goes to all processes, maybe to a worker first: here it is then raised
+    return FalconError(
+        "a tokenising process was killed (out of memory?); finished units are kept: run the same command again, with "
+        "fewer processes or a smaller unit_mb if memory is short"
+    )
 
 
 def _cpus() -> int:

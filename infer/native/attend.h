@@ -3,8 +3,6 @@ namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-// One KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over s < length, for `heads` query heads.
-// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + (kBlock + kLanes) * padded(width) floats.
 constexpr int64_t kBlock = 64;  // positions turned round at a time, so that a lane is a position
 
 // `width` numbers of a row in f32, in their order.
@@ -20,15 +18,6 @@ FALCON_INLINE void widen(const typename Row::T* row, int64_t width, float* out) 
   std::memcpy(out + whole, wide, (width - whole) * sizeof(float));
 }
 
-// Asks for the positions of a cache's block that starts at `begin`.
-template <class T>
-FALCON_INLINE void fetch_block(const T* cache, int64_t width, int64_t stride, int64_t begin, int64_t length) {
-  const int64_t end = begin + kBlock < length ? begin + kBlock : length, item = sizeof(T);
-  for (int64_t s = begin; s < end; ++s)
-    for (int64_t byte = 0; byte < width * item; byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(cache + s * stride) + byte);
-}
-
 // e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of what is left; 0 below 2^-126.
 FALCON_INLINE F32 exponential(F32 x) {
   const F32 magic = spread(12582912.0f);  // adding it rounds to a whole number
@@ -42,18 +31,17 @@ FALCON_INLINE F32 exponential(F32 x) {
   return p * (F32)exponent;
 }
 
+// One KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over s < length, for `heads` query heads.
+// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + (kBlock + kLanes) * padded(width) floats.
 template <class Row>
 void attend(const float* q, int64_t heads, int64_t width, const void* k_, const void* v_, int64_t stride, int64_t length,
             const float* bias, int64_t bias_stride, float softmax_scale, float* out, float* scratch) {
   using T = typename Row::T;
   const T* k = static_cast<const T*>(k_);
   const T* v = static_cast<const T*>(v_);
-  const int64_t room = padded(length), wide = width / kLanes * kLanes;
-  const int64_t columns = padded(width);
+  const int64_t room = padded(length), columns = padded(width), wide = width / kLanes * kLanes;
   float *score = scratch, *block = score + heads * room, *row = block + kBlock * columns;
-  fetch_block(k, width, stride, 0, length);
   for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
-    fetch_block(k, width, stride, s0 + kBlock, length);
     for (int64_t s = 0; s < kBlock; s += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t at = s0 + s + i < length ? s0 + s + i : length - 1;
@@ -78,7 +66,6 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
       for (int j = 0; j < kBlock / kLanes; ++j) store(score + g * room + s0 + j * kLanes, acc[j]);
     }
   }
-  fetch_block(v, width, stride, 0, length);
   for (int64_t g = 0; g < heads; ++g) {
     float* p = score + g * room;
     if (bias)
@@ -100,7 +87,6 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
   std::memset(out, 0, heads * width * sizeof(float));
   for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
     const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
-    fetch_block(v, width, stride, s0 + kBlock, length);
     for (int64_t s = 0; s < n; ++s) widen<Row>(v + (s0 + s) * stride, width, block + s * width);
     for (int64_t g = 0; g < heads; ++g) {
       const float* p = score + g * room + s0;
