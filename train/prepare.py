@@ -310,7 +310,8 @@ _worker_tokenizer: Tokenizer
 def _start_worker(tokenizer: Path) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker_tokenizer = Tokenizer(tokenizer)
 

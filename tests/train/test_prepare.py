@@ -107,7 +107,13 @@ def test_killed_runs_lose_only_unfinished_units(config, tmp_path):
     for stop in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
         target = kept + draw.randint(1, 4)
         process = subprocess.Popen(
-            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+            command,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # ignored where tests run in the background
         )
         workers: list[psutil.Process] = []
         while len(list((out / "units").glob("*.json"))) < target:
