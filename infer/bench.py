@@ -160,7 +160,7 @@ def measure_ways(
     read = memory_reader([rows for layer in weights.layers for rows in (layer.up, layer.down)])
     choose = _choosing(c.d_ff, c.n_layers, kernels.backend(backend))
     hidden_BxD = jnp.ones((batch, c.d_model), jnp.float32)
-    states = [_half_full(c, batch, context) for _ in ways]
+    states = [half_full(c, batch, context) for _ in ways]
     times = np.zeros((len(ways), steps + 1, 4))  # a step, the head, choosing, reading
     reads: list[Any] = [None] * len(ways)
     for step in range(steps + 1):
@@ -170,7 +170,7 @@ def measure_ways(
             logits, states[i], reads[i] = decode_step(chosen, states[i], token_B, mode=mode, backend=backend)
             logits.block_until_ready()
             times[i, step, 0] = time.perf_counter() - start
-            times[i, step, 1] = _timed(functools.partial(unembed, backend=backend), weights, hidden_BxD)
+            times[i, step, 1] = timed(functools.partial(unembed, backend=backend), weights, hidden_BxD)
             predictor = chosen.layers[0].predictor
             times[i, step, 2] = choose(predictor.budget) if predictor and mode == "sparse" else 0.0
             times[i, step, 3] = read()
@@ -234,7 +234,7 @@ def measure_prefill(weights: DecodeWeights, prompt: int, repeats: int) -> dict[s
     def run() -> jax.Array:
         return read_prompts(weights, DecodeState.empty(c, 1, prompt), [tokens])[0]
 
-    seconds = float(np.median([_timed(run) for _ in range(repeats + 1)][1:]))
+    seconds = float(np.median([timed(run) for _ in range(repeats + 1)][1:]))
     every = sum(
         w.shape[0] * w.shape[1] for layer in weights.layers for w in (layer.qkv, layer.out, layer.up, layer.down)
     )
@@ -256,7 +256,7 @@ def memory_reader(matrices: list[Rows]) -> Callable[[], float]:
 
     def read() -> float:
         rows = matrices[next(order) % len(matrices)]
-        return rows.data.nbytes / _timed(_reader(), [rows], [()], jnp.int32(0))
+        return rows.data.nbytes / timed(_reader(), [rows], [()], jnp.int32(0))
 
     read()
     return read
@@ -273,7 +273,8 @@ def memory_bandwidth(size: int = 1 << 30) -> float:
     return float(np.median([read() for _ in range(3)]))
 
 
-def _half_full(c: FalconConfig, batch: int, context: int) -> DecodeState:
+def half_full(c: FalconConfig, batch: int, context: int) -> DecodeState:
+    """A cache in f16 with half of its context behind the next token."""
     state = DecodeState.empty(c, batch, context, jnp.float16)
     return dataclasses.replace(state, length_B=jnp.full(batch, context // 2, jnp.int32))
 
@@ -330,7 +331,7 @@ def _against_reading(
         for i, (call, start) in enumerate(((_reader(), jnp.int32(0)), (run, x))):
             index = [() if share is None else _random_index(rng, F, share) for _ in matrices]
             jax.block_until_ready(index)  # copies that go on would be measured too
-            rates[turn, i] = size / _timed(call, matrices, index, start)
+            rates[turn, i] = size / timed(call, matrices, index, start)
     memory, rate = rates[1:].T  # the first calls compile
     return {
         "GB/s": float(np.median(rate)) / 1e9,
@@ -345,9 +346,8 @@ def _chain(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     @jax.jit
     def run(matrices: list[Rows], index: list[tuple], x: jax.Array) -> jax.Array:
         for w, i in zip(matrices, index, strict=True):
-            first = (
-                x[:, :1] + 0.0 * kernel(w, i, x)[:, :1]
-            )  # adding to all of x would be done anew in every later fusion
+            # To one number of x: XLA would do an addition to all of x anew in every later one.
+            first = x[:, :1] + 0.0 * kernel(w, i, x)[:, :1]
             x = jax.lax.dynamic_update_slice(x, first, (0, 0))
         return x
 
@@ -377,7 +377,7 @@ def _choosing(F: int, times: int, k: ModuleType, threshold: float = -np.inf) -> 
             threshold = threshold + 0.0 * k.select(score_BxF, threshold, budget)[1]
         return threshold
 
-    return lambda budget: _timed(run, jnp.float32(threshold), jnp.int32(budget))
+    return lambda budget: timed(run, jnp.float32(threshold), jnp.int32(budget))
 
 
 def _random_index(rng: np.random.Generator, F: int, share: float) -> tuple[jax.Array, jax.Array]:
@@ -387,7 +387,8 @@ def _random_index(rng: np.random.Generator, F: int, share: float) -> tuple[jax.A
     return jnp.asarray(index), jnp.int32(count)
 
 
-def _timed(function: Callable[..., Any], *args: Any) -> float:
+def timed(function: Callable[..., Any], *args: Any) -> float:
+    """Seconds that the function takes, its arrays included."""
     start = time.perf_counter()
     jax.block_until_ready(function(*args))
     return time.perf_counter() - start

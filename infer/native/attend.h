@@ -31,8 +31,12 @@ FALCON_INLINE F32 exponential(F32 x) {
   return p * (F32)exponent;
 }
 
+int64_t attend_bytes(int64_t heads, int64_t width, int64_t length) {
+  return (heads * padded(length) + (kBlock + kLanes) * padded(width)) * sizeof(float);
+}
+
 // One KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over s < length, for `heads` query heads.
-// Rows of k and v lie `stride` apart. scratch: heads * padded(length) + (kBlock + kLanes) * padded(width) floats.
+// Rows of k and v lie `stride` apart. scratch: attend_bytes.
 template <class Row>
 void attend(const float* q, int64_t heads, int64_t width, const void* k_, const void* v_, int64_t stride, int64_t length,
             const float* bias, int64_t bias_stride, float softmax_scale, float* out, float* scratch) {
@@ -48,12 +52,12 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
         widen<Row>(k + at * stride, width, row + i * columns);
       }
       for (int64_t c = 0; c < width; c += kLanes) {
-        F32 v[kLanes];
+        F32 tile[kLanes];
         FALCON_UNROLL
-        for (int i = 0; i < kLanes; ++i) v[i] = load(row + i * columns + c);
-        turn<1>(v);
+        for (int i = 0; i < kLanes; ++i) tile[i] = load(row + i * columns + c);
+        turn<1>(tile);
         FALCON_UNROLL
-        for (int i = 0; i < kLanes; ++i) store(block + (c + i) * kBlock + s, v[i]);
+        for (int i = 0; i < kLanes; ++i) store(block + (c + i) * kBlock + s, tile[i]);
       }
     }
     for (int64_t g = 0; g < heads; ++g) {

@@ -3,13 +3,13 @@ namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-// Multiplies in f32: any format on any instruction set. A row has kPlanes accumulators a vector, so that one
-// sum's latency hides behind the other; kRows1 rows are best taken together for a single vector.
+constexpr int kPlanes = 2;  // accumulators of a row for each vector: one sum's latency hides behind the other
+
+// Multiplies in f32: any format on any instruction set.
 template <class Row>
 struct WideDot {
   using T = typename Row::T;
   using Acc = F32;
-  static constexpr int kPlanes = 2, kRows1 = kTile;
   const Packed& x;
   int64_t first;
   template <int kRows, int kBatch>
@@ -39,7 +39,6 @@ struct WideDot {
 struct BF16Dot {
   using T = uint16_t;
   using Acc = __m512;
-  static constexpr int kPlanes = 2, kRows1 = kTile;
   const Packed& x;
   int64_t first;
   template <int kRows, int kBatch>
@@ -73,7 +72,6 @@ struct BF16Dot {
 struct I8Dot {
   using T = int8_t;
   using Acc = __m512i;
-  static constexpr int kPlanes = 2, kRows1 = kTile;
   const Packed& x;
   int64_t first;
   template <int kRows, int kBatch>
@@ -119,7 +117,7 @@ FALCON_INLINE void dot_tile(const Matrix& w, const Dot& dot, int64_t i, int64_t 
   using T = typename Dot::T;
   const T *rows[kRows], *next[kRows];
   row_pointers<T, kRows>(w, i, end, rows, next);
-  typename Dot::Acc acc[kRows][Dot::kPlanes * kBatch] = {};
+  typename Dot::Acc acc[kRows][kPlanes * kBatch] = {};
   each_stripe<T, kRows, kFetch>(rows, next, w.columns, [&](int64_t d, const T* const* at) __attribute__((always_inline)) {
     dot.template step<kRows, kBatch>(d, at, acc);
   });
@@ -127,7 +125,7 @@ FALCON_INLINE void dot_tile(const Matrix& w, const Dot& dot, int64_t i, int64_t 
   if (whole < w.columns) dot.template step<kRows, kBatch>(whole, LastStripe<T, kRows>(rows, whole, w.columns).at, acc);
   for (int r = 0; r < kRows; ++r) {
     const float scale = w.scale ? w.scale[w.row(i + r)] : 1.0f;
-    for (int b = 0; b < kBatch; ++b) y[(dot.first + b) * y_stride + i + r] = scale * dot.finish(&acc[r][Dot::kPlanes * b], b);
+    for (int b = 0; b < kBatch; ++b) y[(dot.first + b) * y_stride + i + r] = scale * dot.finish(&acc[r][kPlanes * b], b);
   }
 }
 
@@ -146,13 +144,13 @@ void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y,
   // Short rows in order are one stream, which the CPU itself is best at asking for ahead.
   const bool stream = !w.index && w.columns * static_cast<int64_t>(sizeof(typename Dot::T)) <= kAhead;
   if (x.batch == 1 && stream) return dot_rows<Dot, 1, 1, false>(w, x, 0, begin, end, y, y_stride);
-  if (x.batch == 1) return dot_rows<Dot, Dot::kRows1, 1>(w, x, 0, begin, end, y, y_stride);
+  if (x.batch == 1) return dot_rows<Dot, kTile, 1>(w, x, 0, begin, end, y, y_stride);
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t stop = i + kTile < end ? i + kTile : end;
     int64_t b = 0;
     for (; b + 4 <= x.batch; b += 4) dot_rows<Dot, 2, 4>(w, x, b, i, stop, y, y_stride);
     for (; b + 2 <= x.batch; b += 2) dot_rows<Dot, 4, 2>(w, x, b, i, stop, y, y_stride);
-    for (; b < x.batch; ++b) dot_rows<Dot, Dot::kRows1, 1>(w, x, b, i, stop, y, y_stride);
+    for (; b < x.batch; ++b) dot_rows<Dot, kTile, 1>(w, x, b, i, stop, y, y_stride);
   }
 }
 

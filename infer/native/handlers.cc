@@ -467,7 +467,7 @@ ffi::Error attend(ffi::ThreadPool pool, Heads q, ffi::AnyBuffer k, ffi::AnyBuffe
     const int64_t b = i / shares / queries / kv_heads, n = std::min(heads, group - first);
     const int64_t at = ((b * queries + t) * kv_heads + kv) * group + first;
     const int64_t valid = length.typed_data()[b * queries + t], offset = (b * positions * kv_heads + kv) * width * item;
-    float* memory = static_cast<float*>(scratch((n * padded(valid) + (kStripe + 16) * padded(width)) * sizeof(float), 1));
+    float* memory = static_cast<float*>(scratch(kernels.attend_bytes(n, width, valid), 1));
     kernels.attend[format](q.typed_data() + at * width, n, width, static_cast<char*>(k.untyped_data()) + offset,
                            static_cast<char*>(v.untyped_data()) + offset, stride, valid,
                            biased ? bias.typed_data() + (kv * group + first) * bias.dimensions()[1] : nullptr,

@@ -56,6 +56,7 @@ constexpr auto used_i8_unpack = unpack<place<I8Row>>;
        FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum},                               \
       {FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F32Row>>, FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::BF16Row>>, \
        FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_unpack},      \
+      FALCON_ISA::attend_bytes,                                                                     \
       {FALCON_ISA::attend<FALCON_ISA::F32Row>, FALCON_ISA::attend<FALCON_ISA::BF16Row>, FALCON_ISA::attend<FALCON_ISA::F16Row>}, \
       FALCON_ISA::rank,                                                                             \
       FALCON_ISA::at_least,                                                                         \

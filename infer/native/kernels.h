@@ -53,10 +53,13 @@ struct Kernels {
   // batch, begin a multiple of kStripe.
   void (*unpack[kFormats])(const float* acc, int64_t parts, int64_t part_stride, int64_t begin, int64_t end, float* y);
 
+  // Bytes of scratch that `attend` needs.
+  int64_t (*attend_bytes)(int64_t heads, int64_t width, int64_t length);
   // Attention of `heads` query heads over one KV head's first `length` positions; see handlers.cc.
   void (*attend[3])(const float* q, int64_t heads, int64_t width, const void* k, const void* v, int64_t stride,
                     int64_t length, const float* bias, int64_t bias_stride, float softmax_scale, float* out,
                     float* scratch);
+
   // Passes over the keys of all neurons, see select.h.
   void (*rank)(const float* score, int64_t n, float least, uint32_t* key);
   int64_t (*at_least)(const uint32_t* key, int64_t n, uint32_t least, int32_t* out);

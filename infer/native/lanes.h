@@ -61,8 +61,8 @@ FALCON_INLINE void turn(F32* v) {
   if constexpr (2 * kBit < kLanes) turn<2 * kBit>(v);
 }
 
-// A row format: its number type, how kLanes of them become a vector, and how 2 * kLanes become two fastest. `kPairs`: even and odd columns, instead of
-// the first and second half (a bf16 is the upper half of an f32, so a pair needs a shift and a mask only).
+// A row format: its number type, how kLanes of them become a vector, and how 2 * kLanes become two fastest. `kPairs`: even and
+// odd columns, instead of the first and second half (a bf16 is the upper half of an f32: a shift and a mask make a pair of them).
 struct F32Row {
   using T = float;
   static constexpr bool kPairs = false;

@@ -9,7 +9,7 @@ void rank(const float* score, int64_t n, float least, uint32_t* key) {
     const float folded = score[f] + 0.0f;
     int32_t bits;
     std::memcpy(&bits, &folded, sizeof(bits));
-    const uint32_t rank = static_cast<uint32_t>(bits ^ (bits >> 31 | INT32_MIN)), mine = score[f] >= least ? rank : 0;
+    const uint32_t ordered = static_cast<uint32_t>(bits ^ (bits >> 31 | INT32_MIN)), mine = score[f] >= least ? ordered : 0;
     key[f] = key[f] > mine ? key[f] : mine;
   }
 }
@@ -18,7 +18,8 @@ void rank(const float* score, int64_t n, float least, uint32_t* key) {
 int64_t at_least(const uint32_t* key, int64_t n, uint32_t least, int32_t* out) {
   int64_t found = 0, f = 0;
 #if defined(FALCON_AVX512)
-  const __m512i cut = _mm512_set1_epi32(static_cast<int32_t>(least)), lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i cut = _mm512_set1_epi32(static_cast<int32_t>(least));
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (; f + 16 <= n; f += 16) {  // what is written past the found ones is written over
     const __mmask16 wanted = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(key + f), cut);
     const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f)));

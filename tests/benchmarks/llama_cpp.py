@@ -64,7 +64,7 @@ def run(args: Args) -> None:
         tokens = rng.integers(0, config.vocab_size, args.prompt).tolist()
         prefills: dict[str, Callable[[], float]] = {
             f"llama.cpp, {args.gguf}": lambda: peer.read(tokens, fresh=True),
-            f"ours, {args.format}": lambda: _timed(
+            f"ours, {args.format}": lambda: bench.timed(
                 lambda: read_prompts(weights, DecodeState.empty(config, 1, args.prompt), [tokens])[0]
             ),
         }
@@ -101,27 +101,18 @@ def _rows(times: dict[str, np.ndarray], tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def _timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
-
-
 def _stepper(weights: Any, mode: Mode) -> Callable[[], float]:
     config = weights.config
-    state = DecodeState.empty(config, 1, _CONTEXT, jnp.float16)
-    state = dataclasses.replace(state, length_B=jnp.full(1, _CONTEXT // 2, jnp.int32))
+    state = bench.half_full(config, 1, _CONTEXT)
     rng = np.random.default_rng(0)
 
-    def step() -> float:
+    def step() -> jax.Array:
         nonlocal state
         token_B = jnp.asarray(rng.integers(0, config.vocab_size, 1), jnp.int32)
-        start = time.perf_counter()
         logits, state, _ = decode_step(weights, state, token_B, mode=mode)
-        logits.block_until_ready()
-        return time.perf_counter() - start
+        return logits
 
-    return step
+    return lambda: bench.timed(step)
 
 
 class _LlamaCpp:

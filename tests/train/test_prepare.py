@@ -111,9 +111,8 @@ def test_killed_runs_lose_only_unfinished_units(config, tmp_path):
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # ignored where tests run in the background
+            # Tests that run in the background would hand down that it is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         workers: list[psutil.Process] = []
         while len(list((out / "units").glob("*.json"))) < target:
