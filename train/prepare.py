@@ -292,7 +292,6 @@ class _Workers:
 
 
 def _killed() -> FalconError:
-    time.sleep(0.5)  # Ctrl-C goes to all processes, maybe to a worker first: here it is then raised
     return FalconError(
         "a tokenising process was killed (out of memory?); finished units are kept: run the same command again, with "
         "fewer processes or a smaller unit_mb if memory is short"
