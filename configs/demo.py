@@ -3,11 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from configs.recipe import Recipe
-from falcon_relu.generate import Sampling
-from infer.fit import FitConfig
+from falcon_relu.cli.demo.recipe import Recipe
+from falcon_relu.generation import Sampling
+from infer.predictor.fitting import FitConfig
 from train.config import OptimizerConfig, TrainConfig
-from train.data import DataConfig, Source
+from train.data.batches import DataConfig, Source
 from train.loss import LossConfig
 
 _DATA = DataConfig(

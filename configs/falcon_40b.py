@@ -7,7 +7,7 @@ StackOverflow, cross-entropy and KL to the original model. Everything marked "ou
 from pathlib import Path
 
 from train.config import OptimizerConfig, TrainConfig
-from train.data import DataConfig, Source
+from train.data.batches import DataConfig, Source
 from train.loss import LossConfig
 
 CONFIG = TrainConfig(

@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from falcon_relu.activation import activation_fn
 from falcon_relu.config import FAMILY, FalconConfig
 from falcon_relu.files import write_aside
-from infer.formats import Format
-from infer.weights import Formats, skeleton
+from infer.weights.formats import Format
+from infer.weights.layout import Formats, skeleton
 
 RANK = 1024
 BANDWIDTH = 67.2e9  # bytes a second, of the machine of the published figures

@@ -7,102 +7,103 @@ in the packages `train` and `infer`, which build on this one; their public names
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from falcon_relu.checkpoint import export_hf, import_hf, load_model
+from falcon_relu.checkpoints.convert import export_hf, import_hf
+from falcon_relu.checkpoints.load import load_model
+from falcon_relu.checkpoints.native import save_params
 from falcon_relu.config import FAMILY, FalconConfig, family
 from falcon_relu.corpora import documents
 from falcon_relu.errors import FalconError
+from falcon_relu.evaluation.sparsity import sparsity
 from falcon_relu.files import write_texts
-from falcon_relu.generate import Sampling, generate
+from falcon_relu.generation import Sampling, generate
 from falcon_relu.model import Falcon, KVCache
-from falcon_relu.native import save_params
 from falcon_relu.sharding import init_params, make_mesh, use_mesh
-from falcon_relu.sparsity import sparsity
 from falcon_relu.tokenizer import Tokenizer, train_bpe
 
 if TYPE_CHECKING:  # as _LATER has them; tests/falcon_relu/test_public.py compares the two
-    from falcon_relu.eval_data import build as build_eval_data
-    from falcon_relu.harness import HarnessModel, Journal
-    from falcon_relu.score import FlaxEngine
-    from falcon_relu.suite import SUITES, Benchmark, evaluate
+    from falcon_relu.evaluation.harness import HarnessModel, Journal
+    from falcon_relu.evaluation.questions import build as build_eval_data
+    from falcon_relu.evaluation.scoring import FlaxEngine
+    from falcon_relu.evaluation.suite import SUITES, Benchmark, evaluate
     from infer.bench import measure_widths, memory_bandwidth
-    from infer.calibrate import calibrate as calibrate_predictor
-    from infer.decode_quality import Way, decode_quality
-    from infer.fit import FitConfig
-    from infer.fit import fit as fit_predictor
-    from infer.generate import Figures as DecodeFigures
-    from infer.generate import generate as decode
-    from infer.generate import stream as decode_stream
-    from infer.predictor import Predictor
-    from infer.predictor import load as load_predictor
-    from infer.predictor import save as save_predictor
-    from infer.quality import compare as compare_sparse
-    from infer.record import record
-    from infer.score import DecodeEngine
-    from infer.storage import load as load_decode_weights
-    from infer.storage import save as save_decode_weights
-    from infer.weights import DecodeWeights, Formats
-    from infer.weights import from_params as decode_weights
+    from infer.generation import Figures as DecodeFigures
+    from infer.generation import generate as decode
+    from infer.generation import stream as decode_stream
+    from infer.predictor.calibration import calibrate as calibrate_predictor
+    from infer.predictor.fitting import FitConfig
+    from infer.predictor.fitting import fit as fit_predictor
+    from infer.predictor.predictor import Predictor
+    from infer.predictor.predictor import load as load_predictor
+    from infer.predictor.predictor import save as save_predictor
+    from infer.predictor.quality import compare as compare_sparse
+    from infer.predictor.recording import record
+    from infer.quality import Way, decode_quality
+    from infer.scoring import DecodeEngine
+    from infer.weights.layout import DecodeWeights, Formats
+    from infer.weights.layout import from_params as decode_weights
+    from infer.weights.storage import load as load_decode_weights
+    from infer.weights.storage import save as save_decode_weights
     from train.config import OptimizerConfig, TrainConfig
-    from train.data import DataConfig, Source, train_batches, validation_batches
+    from train.data.batches import DataConfig, Source, train_batches, validation_batches
+    from train.data.prepare import PrepareConfig, prepare
     from train.loop import train
     from train.loss import LossConfig
-    from train.plan import Assumptions, Chip, topology_devices, virtual_devices
-    from train.plan import plan as plan_run
-    from train.prepare import PrepareConfig, prepare
-    from train.sharding_table import sharding_table
+    from train.plan.plan import Assumptions, Chip, topology_devices, virtual_devices
+    from train.plan.plan import plan as plan_run
+    from train.plan.sharding_table import sharding_table
     from train.state import init_state, make_optimizer
     from train.step import make_train_step
     from train.validation import validate
 
 _LATER = {
-    "Assumptions": "train.plan:Assumptions",
-    "Benchmark": "falcon_relu.suite:Benchmark",
-    "Chip": "train.plan:Chip",
-    "DataConfig": "train.data:DataConfig",
-    "DecodeEngine": "infer.score:DecodeEngine",
-    "DecodeFigures": "infer.generate:Figures",
-    "DecodeWeights": "infer.weights:DecodeWeights",
-    "FitConfig": "infer.fit:FitConfig",
-    "FlaxEngine": "falcon_relu.score:FlaxEngine",
-    "Formats": "infer.weights:Formats",
-    "HarnessModel": "falcon_relu.harness:HarnessModel",
-    "Journal": "falcon_relu.harness:Journal",
+    "Assumptions": "train.plan.plan:Assumptions",
+    "Benchmark": "falcon_relu.evaluation.suite:Benchmark",
+    "Chip": "train.plan.plan:Chip",
+    "DataConfig": "train.data.batches:DataConfig",
+    "DecodeEngine": "infer.scoring:DecodeEngine",
+    "DecodeFigures": "infer.generation:Figures",
+    "DecodeWeights": "infer.weights.layout:DecodeWeights",
+    "FitConfig": "infer.predictor.fitting:FitConfig",
+    "FlaxEngine": "falcon_relu.evaluation.scoring:FlaxEngine",
+    "Formats": "infer.weights.layout:Formats",
+    "HarnessModel": "falcon_relu.evaluation.harness:HarnessModel",
+    "Journal": "falcon_relu.evaluation.harness:Journal",
     "LossConfig": "train.loss:LossConfig",
     "OptimizerConfig": "train.config:OptimizerConfig",
-    "Predictor": "infer.predictor:Predictor",
-    "PrepareConfig": "train.prepare:PrepareConfig",
-    "SUITES": "falcon_relu.suite:SUITES",
-    "Source": "train.data:Source",
+    "Predictor": "infer.predictor.predictor:Predictor",
+    "PrepareConfig": "train.data.prepare:PrepareConfig",
+    "SUITES": "falcon_relu.evaluation.suite:SUITES",
+    "Source": "train.data.batches:Source",
     "TrainConfig": "train.config:TrainConfig",
-    "Way": "infer.decode_quality:Way",
-    "build_eval_data": "falcon_relu.eval_data:build",
-    "calibrate_predictor": "infer.calibrate:calibrate",
-    "compare_sparse": "infer.quality:compare",
-    "decode": "infer.generate:generate",
-    "decode_quality": "infer.decode_quality:decode_quality",
-    "decode_stream": "infer.generate:stream",
-    "decode_weights": "infer.weights:from_params",
-    "evaluate": "falcon_relu.suite:evaluate",
-    "fit_predictor": "infer.fit:fit",
+    "Way": "infer.quality:Way",
+    "build_eval_data": "falcon_relu.evaluation.questions:build",
+    "calibrate_predictor": "infer.predictor.calibration:calibrate",
+    "compare_sparse": "infer.predictor.quality:compare",
+    "decode": "infer.generation:generate",
+    "decode_quality": "infer.quality:decode_quality",
+    "decode_stream": "infer.generation:stream",
+    "decode_weights": "infer.weights.layout:from_params",
+    "evaluate": "falcon_relu.evaluation.suite:evaluate",
+    "fit_predictor": "infer.predictor.fitting:fit",
     "init_state": "train.state:init_state",
-    "load_decode_weights": "infer.storage:load",
-    "load_predictor": "infer.predictor:load",
+    "load_decode_weights": "infer.weights.storage:load",
+    "load_predictor": "infer.predictor.predictor:load",
     "make_optimizer": "train.state:make_optimizer",
     "make_train_step": "train.step:make_train_step",
     "measure_widths": "infer.bench:measure_widths",
     "memory_bandwidth": "infer.bench:memory_bandwidth",
-    "plan_run": "train.plan:plan",
-    "prepare": "train.prepare:prepare",
-    "record": "infer.record:record",
-    "save_decode_weights": "infer.storage:save",
-    "save_predictor": "infer.predictor:save",
-    "sharding_table": "train.sharding_table:sharding_table",
-    "topology_devices": "train.plan:topology_devices",
+    "plan_run": "train.plan.plan:plan",
+    "prepare": "train.data.prepare:prepare",
+    "record": "infer.predictor.recording:record",
+    "save_decode_weights": "infer.weights.storage:save",
+    "save_predictor": "infer.predictor.predictor:save",
+    "sharding_table": "train.plan.sharding_table:sharding_table",
+    "topology_devices": "train.plan.plan:topology_devices",
     "train": "train.loop:train",
-    "train_batches": "train.data:train_batches",
+    "train_batches": "train.data.batches:train_batches",
     "validate": "train.validation:validate",
-    "validation_batches": "train.data:validation_batches",
-    "virtual_devices": "train.plan:virtual_devices",
+    "validation_batches": "train.data.batches:validation_batches",
+    "virtual_devices": "train.plan.plan:virtual_devices",
 }
 
 __all__ = [

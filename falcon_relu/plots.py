@@ -49,7 +49,7 @@ def zeros_by_layer(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Share of activations that are exactly zero in each layer.
 
     Args:
-      found: what `falcon_relu.sparsity.sparsity` measured, under the name of each model.
+      found: what `falcon_relu.evaluation.sparsity.sparsity` measured, under the name of each model.
     """
     figure, (axis,) = _panels(1)
     width = 0.8 / len(found)
@@ -67,7 +67,7 @@ def firing_rates(measured: Mapping[str, Any]) -> Figure:
     """How often each neuron fires, from the hottest to the coldest, a line for each layer.
 
     Args:
-      measured: what `falcon_relu.sparsity.sparsity` returned.
+      measured: what `falcon_relu.evaluation.sparsity.sparsity` returned.
     """
     rates_LxF = np.sort(measured["rates_LxF"], axis=1)[:, ::-1]
     figure, (axis,) = _panels(1)
@@ -101,7 +101,8 @@ def quality_against_reads(points: Rows) -> Figure:
     """What reading fewer neurons costs.
 
     Args:
-      points: mappings with read and fired (shares of the neurons), kl and agreement, as `infer.quality.compare` gives.
+      points: mappings with read and fired (shares of the neurons), kl and agreement, as
+        `infer.predictor.quality.compare` gives.
     """
     figure, axes = _panels(2)
     reads = [point["read"] / point["fired"] for point in points]
@@ -139,7 +140,7 @@ def sharding(rows: Rows, largest: int = 14) -> Figure:
     """How much of each array a device holds, and along which axes of the mesh it is cut.
 
     Args:
-      rows: of `train.sharding_table.sharding_table`.
+      rows: of `train.plan.sharding_table.sharding_table`.
       largest: how many arrays to draw, the largest first.
     """
     rows = sorted(rows, key=lambda row: -row["bytes a device"])[:largest]

@@ -20,11 +20,11 @@ import numpy as np
 
 from falcon_relu.config import FalconConfig, family
 from infer import kernels
-from infer.formats import DTYPES, Format, Rows, quantise
-from infer.generate import read_prompts
-from infer.memory import free_memory, huge_empty
+from infer.generation import read_prompts
 from infer.step import MODES, DecodeState, Mode, decode_step, step_bytes, unembed
-from infer.weights import DecodeWeights, Formats, LayerWeights, Norm, PredictorWeights
+from infer.weights.formats import DTYPES, Format, Rows, quantise
+from infer.weights.layout import DecodeWeights, Formats, LayerWeights, Norm, PredictorWeights
+from infer.weights.memory import free_memory, huge_empty
 
 _PATTERN_ROWS = 2048  # distinct random rows; a matrix repeats them, which memory cannot tell
 _KERNEL_BYTES = 4 << 30  # of the matrices that a kernel is measured on

@@ -1,213 +1,107 @@
-"""Quality against neurons read: the Flax model with each MLP cut down to the neurons that a predictor selects."""
+"""What number formats and modes of decoding cost: the decode step itself on given text, against a reference."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from falcon_relu.config import FalconConfig
-from falcon_relu.model import Falcon, Params, Select
-from infer.calibrate import calibrate, measure
-from infer.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, select, stack
-from infer.record import BATCH_KEYS, Batch, Recording
+from infer import kernels
+from infer.step import DecodeState, Mode, check_mode, decode_step, step_bytes
+from infer.weights.layout import KINDS, DecodeWeights, Kind
 
-
-@struct.dataclass
-class Selector:
-    """A predictor as data for the compiled model, all layers stacked.
-
-    Attributes:
-      maps: both maps, [L, R, D] and [L, F, R].
-      threshold_L: lowest logit of a neuron that is kept, float32.
-      budget_L: most neurons that are kept, int32.
-    """
-
-    maps: LayerPredictor
-    threshold_L: jax.Array
-    budget_L: jax.Array
+K = TypeVar("K", bound=Hashable)
 
 
-def selector(predictor: Predictor) -> Selector:
-    """The stacked form of a predictor."""
-    return Selector(
-        stack(predictor.layers),
-        jnp.asarray(predictor.thresholds, jnp.float32),
-        jnp.asarray(predictor.budgets, jnp.int32),
-    )
+class Way(NamedTuple):
+    """One way of decoding a model: with these weights, in this mode."""
+
+    weights: DecodeWeights
+    mode: Mode = "dense"
 
 
-def masked_forward(
-    config: FalconConfig,
-    params: Params,
-    chosen: Selector,
-    input: PredictorInput,
-    tokens_BxT: jax.Array,
-    positions_BxT: jax.Array | None = None,
-    segment_ids_BxT: jax.Array | None = None,
+def decode_quality(
+    reference: DecodeWeights,
+    ways: Mapping[K, Way],
+    batches: Iterable[np.ndarray],
     *,
-    dtype: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array]:
-    """The model's final hidden states [B, T, D] when only selected neurons count, and how many were, [L, B, T].
+    backend: kernels.Backend = "auto",
+) -> dict[K, dict[str, float]]:
+    """How far each way of decoding is from the reference's dense decoding, token by token on the same text.
 
-    A neuron that is selected but does not fire stays zero. Traceable; thresholds and budgets are data.
-    """
-    model = Falcon(config, dtype, select=_reading(input))
-    variables = {"params": params, "selector": {"layers": {"layer": chosen}}}
-    hidden_BxTxD, updates = model.apply(
-        variables, tokens_BxT, positions_BxT, segment_ids_BxT, method="hidden", mutable=["statistics"]
-    )
-    return hidden_BxTxD, updates["statistics"]["layers"]["mlp"]["kept"]
-
-
-def compare(
-    config: FalconConfig, params: Params, predictor: Predictor, batches: Iterable[Batch], *, dtype: Any = jnp.float32
-) -> dict[str, Any]:
-    """Dense against sparse on text.
+    Args:
+      reference: the model in the format to be held against.
+      ways: by name.
+      batches: token ids [B, T], int32, each sequence read from its start; the sequences of a batch share their reads,
+        as when they are decoded together, so that "sparse" reads the union of their choices.
+      backend: of the kernels.
 
     Returns:
-      Figures by name.
+      Figures of each way by name.
 
-      - kl: KL(dense || sparse), nats a token.
-      - agreement: share of tokens with the same most likely next token.
-      - dense_loss, sparse_loss: nats a next token.
-      - read, fired: share of the MLPs' neurons that were selected, that fire in the dense model.
-      - read_per_layer, fired_per_layer: the same for each layer.
+      - kl: KL(reference || way), nats a token.
+      - agreement: share of tokens with the same likeliest next token.
+      - loss: nats a next token.
+      - read, fired: shares of the up-projections' and of the down-projections' rows that are read.
+      - bytes: of weights read for a step.
+
+    Raises:
+      FalconError: the weights cannot serve a mode.
     """
-    chosen = selector(predictor)
-    totals: dict[str, np.ndarray] = {}
-    for batch in batches:
-        sums = _sums(config, predictor.input, dtype, params, chosen, *(batch[k] for k in BATCH_KEYS))
-        totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
-    tokens, targets = float(totals["tokens"]), float(totals["targets"])
-    read, fired = (totals[name] / (tokens * config.d_ff) for name in ("read_L", "fired_L"))
+    for way in ways.values():
+        check_mode(*way)
+    totals: dict[K, np.ndarray] = {name: np.zeros(6) for name in ways}
+    tokens = targets = steps = 0
+    for tokens_BxT in batches:
+        B, T = tokens_BxT.shape
+        expected, _ = teacher_forced(reference, tokens_BxT, backend=backend)
+        for name, way in ways.items():
+            logits, reads = teacher_forced(way.weights, tokens_BxT, mode=way.mode, backend=backend)
+            totals[name] += np.concatenate([np.asarray(_sums(expected, logits, tokens_BxT), np.float64), reads])
+        tokens, targets, steps = tokens + B * T, targets + B * (T - 1), steps + T
+    counts = dict(kl=tokens, agreement=tokens, loss=targets, read=steps, fired=steps, bytes=steps)
     return {
-        "kl": float(totals["kl"]) / tokens,
-        "agreement": float(totals["agree"]) / tokens,
-        "dense_loss": float(totals["dense_loss"]) / targets,
-        "sparse_loss": float(totals["sparse_loss"]) / targets,
-        "read": float(read.mean()),
-        "fired": float(fired.mean()),
-        "read_per_layer": read.tolist(),
-        "fired_per_layer": fired.tolist(),
+        name: {figure: float(sum_ / n) for (figure, n), sum_ in zip(counts.items(), sums, strict=True)}
+        for name, sums in totals.items()
     }
 
 
-def sensitivity(
-    config: FalconConfig, params: Params, predictor: Predictor, batches: Sequence[Batch], *, dtype: Any = jnp.float32
-) -> list[float]:
-    """KL(dense || sparse) for each unit of a layer's share of lost energy, when that layer alone is sparse.
+def one_kind(weights: DecodeWeights, other: DecodeWeights, kind: Kind) -> DecodeWeights:
+    """The same model with the matrices of one kind taken from `other`; nothing is copied."""
 
-    Args:
-      config: the model.
-      params: its parameters.
-      predictor: calibrated once, so that every layer loses a little.
-      batches: text; a few thousand tokens are enough, and are run once for every layer.
-      dtype: compute dtype.
+    def taken(part: Any, source: Any) -> Any:
+        names = [name for name in KINDS[kind] if hasattr(part, name)]
+        return dataclasses.replace(part, **{name: getattr(source, name) for name in names})
 
-    Returns:
-      L weights for `calibrate`.
-    """
-    others = predictor.replace(thresholds=(EVERY,) * config.n_layers, budgets=(config.d_ff,) * config.n_layers)
-
-    def alone(i: int) -> Predictor:
-        thresholds = [*others.thresholds]
-        thresholds[i] = predictor.thresholds[i]
-        return others.replace(thresholds=tuple(thresholds))
-
-    return [
-        compare(config, params, alone(i), batches, dtype=dtype)["kl"] / max(1 - figures["energy"], 1e-6)
-        for i, figures in enumerate(predictor.measured)
-    ]
+    layers = tuple(taken(*pair) for pair in zip(weights.layers, other.layers, strict=True))
+    return dataclasses.replace(taken(weights, other), layers=layers)
 
 
-def reading_curve(
-    config: FalconConfig,
-    params: Params,
-    predictor: Predictor,
-    recording: Recording,
-    batches: Sequence[Batch],
-    reads: Sequence[float],
-    *,
-    sensitivity: Sequence[float] | None = None,
-    dtype: Any = jnp.float32,
-) -> Iterator[tuple[Predictor, dict[str, Any]]]:
-    """The curve of quality against neurons read: for each of `reads`, calibrated to it, and what `compare` says.
-
-    Args:
-      config: the model.
-      params: its parameters.
-      predictor: as fitted.
-      recording: of the model and of the predictor's input; its held-out tokens calibrate.
-      batches: text to compare on.
-      reads: neurons to read in all layers together, over the neurons that fire.
-      sensitivity: see `calibrate`.
-      dtype: compute dtype.
-    """
-    curves = [measure(layer, recording, i) for i, layer in enumerate(predictor.layers)]
-    firing = sum(curve.fired for curve in curves)
-    for read in reads:
-        point = calibrate(predictor, recording, neurons=read * firing, sensitivity=sensitivity, curves=curves)
-        yield point, {"read_over_firing": read} | compare(config, params, point, batches, dtype=dtype)
+def teacher_forced(
+    weights: DecodeWeights, tokens_BxT: np.ndarray, *, mode: Mode = "dense", backend: kernels.Backend = "auto"
+) -> tuple[jax.Array, np.ndarray]:
+    """Logits [B, T, V] after each of the given tokens, and sums over the steps: shares read up and down, bytes."""
+    B, T = tokens_BxT.shape
+    c = weights.config
+    state = DecodeState.empty(c, B, T)
+    logits, sums = [], np.zeros(3)
+    for token_B in jnp.asarray(tokens_BxT, jnp.int32).T:
+        logits_BxV, state, reads = decode_step(weights, state, token_B, mode=mode, backend=backend)
+        logits.append(logits_BxV)
+        shares = [float(rows_L.sum()) / (c.d_ff * c.n_layers) for rows_L in (reads.up_L, reads.down_L)]
+        sums += [*shares, step_bytes(weights, reads, mode)]
+    return jnp.stack(logits, axis=1), sums
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sums(
-    config: FalconConfig,
-    input: PredictorInput,
-    dtype: Any,
-    params: Params,
-    chosen: Selector,
-    tokens_BxT: jax.Array,
-    positions_BxT: jax.Array,
-    segments_BxT: jax.Array,
-) -> dict[str, jax.Array]:
-    model = Falcon(config, dtype)
-    batch = (tokens_BxT, positions_BxT, segments_BxT)
-    dense_BxTxD, updates = model.apply({"params": params}, *batch, method="hidden", mutable=["statistics"])
-    sparse_BxTxD, kept_LxBxT = masked_forward(config, params, chosen, input, *batch, dtype=dtype)
-    real_BxT = segments_BxT != 0
-
-    def of_sequence(rows: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        dense_TxD, sparse_TxD, tokens_T, segments_T = rows
-        p_TxV, q_TxV = (
-            jax.nn.log_softmax(model.apply({"params": params}, h[None], method="unembed")[0])
-            for h in (dense_TxD, sparse_TxD)
-        )
-        real_T = segments_T != 0
-        target_T = real_T[:-1] & (segments_T[1:] == segments_T[:-1])
-
-        def loss(log_TxV: jax.Array) -> jax.Array:
-            return -jnp.sum(jnp.take_along_axis(log_TxV[:-1], tokens_T[1:, None], axis=-1)[:, 0] * target_T)
-
-        return {
-            "kl": jnp.sum(jnp.sum(jnp.exp(p_TxV) * (p_TxV - q_TxV), axis=-1) * real_T),
-            "agree": jnp.sum((p_TxV.argmax(-1) == q_TxV.argmax(-1)) & real_T),
-            "dense_loss": loss(p_TxV),
-            "sparse_loss": loss(q_TxV),
-            "tokens": jnp.sum(real_T),
-            "targets": jnp.sum(target_T),
-        }
-
-    # One sequence's logits at a time: a batch's would be the largest arrays of all.
-    sums = jax.lax.map(of_sequence, (dense_BxTxD, sparse_BxTxD, tokens_BxT, segments_BxT))
-    fired_LxBxT = updates["statistics"]["layers"]["mlp"]["active"]
-    return jax.tree.map(lambda x: x.sum(0), sums) | {
-        "read_L": jnp.sum(kept_LxBxT * real_BxT[None], axis=(1, 2)),
-        "fired_L": jnp.sum(fired_LxBxT * real_BxT[None], axis=(1, 2)),
-    }
-
-
-@functools.cache  # the model is a static value: the same function for the same input keeps compiled programs
-def _reading(input: PredictorInput) -> Select:
-    def keep(variables: Any, block_input: jax.Array, mlp_input: jax.Array) -> jax.Array:
-        layer = variables["layer"]
-        x = block_input if input == "block_input" else mlp_input
-        return select(score(layer.maps, x), layer.threshold_L, layer.budget_L)
-
-    return keep
+@jax.jit
+def _sums(p_BxTxV: jax.Array, q_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """Sums over tokens: KL(p || q), the same likeliest token or not, -log q of the next token."""
+    p, q = (jax.nn.log_softmax(logits) for logits in (p_BxTxV, q_BxTxV))
+    kl = jnp.sum(jnp.exp(p) * (p - q))
+    same = jnp.sum(p.argmax(-1) == q.argmax(-1))
+    loss = -jnp.sum(jnp.take_along_axis(q[:, :-1], tokens_BxT[:, 1:, None], axis=-1))
+    return jnp.stack([kl, same, loss])

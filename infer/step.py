@@ -19,8 +19,8 @@ from falcon_relu.attention import Rotation, alibi_bias, alibi_slopes, rotary, ro
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from infer import kernels
-from infer.formats import take
-from infer.weights import DecodeWeights, LayerWeights, Norm
+from infer.weights.formats import take
+from infer.weights.layout import DecodeWeights, LayerWeights, Norm
 
 Mode = Literal["dense", "exact", "sparse"]
 MODES: tuple[Mode, ...] = get_args(Mode)

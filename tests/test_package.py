@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from falcon_relu.checkpoints.native import save_params
 from falcon_relu.config import family
-from falcon_relu.native import save_params
 from tests.conftest import random_params
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from falcon_relu.attention import Attend
 from falcon_relu.config import FAMILY, Activation
-from falcon_relu.generate import Sampling
+from falcon_relu.generation import Sampling
 from falcon_relu.model import Remat
-from train.data import DataConfig
+from train.data.batches import DataConfig
 from train.loss import LossConfig
 
 Dtype = Literal["float32", "bfloat16"]

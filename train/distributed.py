@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from falcon_relu.errors import FalconError
 from falcon_relu.progress import console
 from falcon_relu.sharding import batch_sharding
-from train.data import Batch
+from train.data.batches import Batch
 
 
 class Stopped(KeyboardInterrupt):

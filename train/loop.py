@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from falcon_relu.checkpoint import load_model
+from falcon_relu.checkpoints.load import load_model
+from falcon_relu.checkpoints.native import save_params
 from falcon_relu.config import FalconConfig, family
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon, Params
-from falcon_relu.native import save_params
 from falcon_relu.progress import progress
 from falcon_relu.sharding import init_params, make_mesh, use_mesh
 from train.checkpoints import Checkpoints, writing
 from train.config import TrainConfig
-from train.data import Batch, data_digests, read_manifests, read_teachers, train_batches, validation_batches
+from train.data.batches import Batch, data_digests, read_manifests, read_teachers, train_batches, validation_batches
 from train.distributed import Rows, Stopped, StopVote, stop_signals
 from train.flops import model_flops
 from train.folder import claim, finish, note_start, read_architecture, write_architecture

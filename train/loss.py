@@ -5,7 +5,7 @@ sequence goes through both heads, and since the gradient of the loss with respec
 turned into the gradients of hidden states and head in the same pass: four head-sized products a chunk (two forward, two
 backward), where rematerialisation would take six.
 
-The teacher's word comes from its own hidden states and head, or from the cache that `train.teacher_cache` wrote.
+The teacher's word comes from its own hidden states and head, or from the cache that `train.data.teacher_cache` wrote.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from falcon_relu.model import Falcon, Params, head_kernel
 from falcon_relu.sharding import batch_sharding, param_shardings, working_copy
-from train.data import Batch
+from train.data.batches import Batch
 from train.loss import (
     CachedTeacher,
     LossConfig,

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from falcon_relu.checkpoint import load_model
+from falcon_relu.checkpoints.load import load_model
 from falcon_relu.config import Activation
 from falcon_relu.model import Falcon, Params
 from falcon_relu.sharding import make_mesh, use_mesh
-from train.data import Batch, DataConfig, validation_batches
+from train.data.batches import Batch, DataConfig, validation_batches
 from train.distributed import Rows
 from train.loss import LossConfig
 from train.step import make_validation_step, means

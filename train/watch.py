@@ -15,7 +15,7 @@ from tensorboardX import SummaryWriter
 
 from falcon_relu.errors import FalconError
 from falcon_relu.files import write_aside
-from falcon_relu.generate import generate
+from falcon_relu.generation import generate
 from falcon_relu.model import Falcon, Params
 from falcon_relu.tokenizer import Tokenizer
 from train.checkpoints import writing

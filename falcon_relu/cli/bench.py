@@ -6,15 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from falcon_relu.cli.figures import report
+from falcon_relu.cli.machine import machine
+from falcon_relu.cli.report import report
 from falcon_relu.config import FAMILY, family
 from falcon_relu.errors import FalconError
-from falcon_relu.machine import machine
 from falcon_relu.progress import progress
 from infer import bench, kernels
-from infer.formats import Format
 from infer.kernels import native
-from infer.weights import Formats
+from infer.weights.formats import Format
+from infer.weights.layout import Formats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from falcon_relu.card import LICENCES, MISSING, render
-from falcon_relu.cli.figures import report
+from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
+from falcon_relu.evaluation.card import LICENCES, MISSING, render
 from falcon_relu.files import read_json, write_aside
 
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from falcon_relu.checkpoint import Float, import_hf
-from falcon_relu.cli.figures import report
+from falcon_relu.checkpoints.convert import Float, import_hf
+from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 
 

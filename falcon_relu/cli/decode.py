@@ -12,23 +12,23 @@ from typing import Annotated
 
 import tyro
 
-from falcon_relu.checkpoint import load_config
+from falcon_relu.checkpoints.load import load_config
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import write_json
-from falcon_relu.generate import Sampling, check_prompts
+from falcon_relu.generation import Sampling, check_prompts
 from falcon_relu.progress import console
 from falcon_relu.tokenizer import Tokenizer
 from infer import kernels
 from infer.bench import memory_bandwidth
-from infer.generate import Conversation, Figures, stream
-from infer.memory import need_memory
-from infer.predictor import Predictor, load
+from infer.generation import Conversation, Figures, stream
+from infer.kernels.threads import limit_threads
+from infer.predictor.predictor import Predictor, load
 from infer.step import DecodeState, Mode, check_mode
-from infer.storage import is_decode_weights, outline
-from infer.storage import load as load_packed
-from infer.threads import limit_threads
-from infer.weights import DecodeWeights, Formats, from_checkpoint, skeleton
+from infer.weights.layout import DecodeWeights, Formats, from_checkpoint, skeleton
+from infer.weights.memory import need_memory
+from infer.weights.storage import is_decode_weights, outline
+from infer.weights.storage import load as load_packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

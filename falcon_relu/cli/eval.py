@@ -14,22 +14,22 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from falcon_relu.checkpoint import load_model
-from falcon_relu.cli.figures import report
+from falcon_relu.checkpoints.load import load_model
+from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
+from falcon_relu.evaluation.scoring import Engine, FlaxEngine
 from falcon_relu.files import read_json, write_aside, write_json
 from falcon_relu.model import Falcon
-from falcon_relu.score import Engine, FlaxEngine
 from falcon_relu.sharding import make_mesh, use_mesh
 from falcon_relu.tokenizer import Tokenizer
 from infer import kernels
-from infer.formats import Format
-from infer.predictor import load
-from infer.score import DecodeEngine
-from infer.storage import is_decode_weights
-from infer.storage import load as load_packed
-from infer.weights import Formats, from_checkpoint
+from infer.predictor.predictor import load
+from infer.scoring import DecodeEngine
+from infer.weights.formats import Format
+from infer.weights.layout import Formats, from_checkpoint
+from infer.weights.storage import is_decode_weights
+from infer.weights.storage import load as load_packed
 
 EngineName = Literal["flax", "dense", "exact", "sparse"]
 
@@ -92,8 +92,8 @@ def run(args: Args) -> None:
     os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     if args.offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    from falcon_relu.harness import HarnessModel, Journal
-    from falcon_relu.suite import SUITES, Benchmark, evaluate
+    from falcon_relu.evaluation.harness import HarnessModel, Journal
+    from falcon_relu.evaluation.suite import SUITES, Benchmark, evaluate
 
     tokenizer = Tokenizer(args.tokenizer)
     settings = _claim(args, tokenizer)

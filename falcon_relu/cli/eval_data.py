@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from falcon_relu.cli.figures import report
-from falcon_relu.eval_data import MISSING, build
+from falcon_relu.cli.report import report
+from falcon_relu.evaluation.questions import MISSING, build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

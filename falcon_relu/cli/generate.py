@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import tyro
 
-from falcon_relu.checkpoint import load_model
-from falcon_relu.cli.figures import report
+from falcon_relu.checkpoints.load import load_model
+from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
-from falcon_relu.generate import Sampling, generate
+from falcon_relu.generation import Sampling, generate
 from falcon_relu.model import Falcon
 from falcon_relu.sharding import make_mesh, use_mesh
 from falcon_relu.tokenizer import Tokenizer

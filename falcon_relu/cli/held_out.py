@@ -10,14 +10,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from falcon_relu.checkpoint import load_model
-from falcon_relu.cli.figures import report
+from falcon_relu.checkpoints.load import load_model
+from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
-from infer.predictor import load
-from infer.quality import compare
-from train.data import DataConfig, Source, validation_batches
-from train.shards import read_manifest
+from infer.predictor.predictor import load
+from infer.predictor.quality import compare
+from train.data.batches import DataConfig, Source, validation_batches
+from train.data.shards import read_manifest
 from train.validation import validate
 
 

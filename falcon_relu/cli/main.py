@@ -41,6 +41,7 @@ COMMANDS = {
     "bench": "speed of decoding at real widths against the memory bandwidth",
 }
 
+_ROOMS = {"demo": "demo.command"}  # commands that are a folder of modules
 
 _TROUBLE = {
     "make room or choose another disk, and run the same command again; what was finished is kept": (
@@ -117,7 +118,7 @@ def parse(name: str, rest: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
     """
     import tyro
 
-    module = importlib.import_module(f"falcon_relu.cli.{name.replace('-', '_')}")
+    module = importlib.import_module(f"falcon_relu.cli.{_ROOMS.get(name, name.replace('-', '_'))}")
     default = None
     if hasattr(module, "defaults"):  # `--config NAME` gives every other argument its default
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from falcon_relu.checkpoint import load_config
-from falcon_relu.cli.figures import report
+from falcon_relu.checkpoints.load import load_config
+from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
-from infer.predictor import load
-from infer.storage import save
-from infer.weights import Formats, from_checkpoint
+from infer.predictor.predictor import load
+from infer.weights.layout import Formats, from_checkpoint
+from infer.weights.storage import save
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from typing import Annotated
 import tyro
 
 from falcon_relu.cli.configs import config_names, load_config
-from falcon_relu.cli.figures import report
+from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.files import write_aside
 from falcon_relu.progress import console
 from train.config import TrainConfig
-from train.plan import A100, Assumptions, Chip, plan, topology_devices, virtual_devices
+from train.plan.plan import A100, Assumptions, Chip, plan, topology_devices, virtual_devices
 
 EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
 

@@ -9,19 +9,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from falcon_relu.checkpoint import load_config, load_model
-from falcon_relu.cli.figures import report
+from falcon_relu.checkpoints.load import load_config, load_model
+from falcon_relu.cli.report import report
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Params
 from falcon_relu.progress import progress
-from infer.calibrate import calibrate, neurons_for_bytes
-from infer.fit import FitConfig, choose_rank, fit, up_rows
-from infer.predictor import Predictor, PredictorInput, export_powerinfer, import_powerinfer, load, save
-from infer.quality import compare, reading_curve, sensitivity
-from infer.record import Recording, open_recording, record
-from train.data import DataConfig, Source, train_batches, validation_batches
-from train.shards import read_manifest
+from infer.predictor.calibration import calibrate, neurons_for_bytes
+from infer.predictor.fitting import FitConfig, choose_rank, fit, up_rows
+from infer.predictor.predictor import Predictor, PredictorInput, export_powerinfer, import_powerinfer, load, save
+from infer.predictor.quality import compare, reading_curve, sensitivity
+from infer.predictor.recording import Recording, open_recording, record
+from train.data.batches import DataConfig, Source, train_batches, validation_batches
+from train.data.shards import read_manifest
 
 _WEIGHING_BATCHES = 2  # batches on which the layers' sensitivity is measured
 _SHOWN_TOKENS = 10_000  # of a recording, in the table of what fires

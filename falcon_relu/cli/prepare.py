@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from falcon_relu.cli.figures import report
+from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.progress import console
-from train.prepare import PrepareConfig, Prepared, prepare
+from train.data.prepare import PrepareConfig, Prepared, prepare
 
 _BAD_LINES_SHOWN = 5
 

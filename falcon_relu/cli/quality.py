@@ -11,18 +11,18 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from falcon_relu.checkpoint import load_config
-from falcon_relu.cli.figures import report
+from falcon_relu.checkpoints.load import load_config
+from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
 from falcon_relu.progress import progress
 from infer import kernels
-from infer.decode_quality import Way, decode_quality, one_kind
-from infer.predictor import load
+from infer.predictor.predictor import load
+from infer.quality import Way, decode_quality, one_kind
 from infer.step import Mode
-from infer.weights import KINDS, DecodeWeights, Formats, from_checkpoint
-from train.data import DataConfig, Source, validation_batches
-from train.shards import read_manifest
+from infer.weights.layout import KINDS, DecodeWeights, Formats, from_checkpoint
+from train.data.batches import DataConfig, Source, validation_batches
+from train.data.shards import read_manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,19 +13,19 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from falcon_relu.checkpoint import load_model
-from falcon_relu.cli.figures import report
+from falcon_relu.checkpoints.load import load_model
+from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
+from falcon_relu.evaluation.sparsity import sparsity
 from falcon_relu.files import write_aside, write_json
 from falcon_relu.progress import progress
-from falcon_relu.sparsity import sparsity
-from infer.calibrate import calibrate
-from infer.predictor import load
-from infer.quality import compare, sensitivity
-from infer.record import open_recording
-from train.data import DataConfig, Source, train_batches, validation_batches
-from train.shards import read_manifest
+from infer.predictor.calibration import calibrate
+from infer.predictor.predictor import load
+from infer.predictor.quality import compare, sensitivity
+from infer.predictor.recording import open_recording
+from train.data.batches import DataConfig, Source, train_batches, validation_batches
+from train.data.shards import read_manifest
 
 _WEIGHING_BATCHES = 2
 _FIRST_ENERGY = 0.98  # covered while the layers' sensitivity is measured

@@ -11,7 +11,7 @@ import jax
 import tyro
 
 from falcon_relu.cli.configs import config_names, load_config
-from falcon_relu.cli.figures import report
+from falcon_relu.cli.report import report
 from train.config import TrainConfig
 from train.distributed import DistributedConfig, joined
 from train.loop import train

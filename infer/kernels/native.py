@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from falcon_relu.errors import FalconError
-from infer import matmul
-from infer.formats import Array, Rows
+from infer.kernels import matmul
+from infer.weights.formats import Array, Rows
 
 _TARGETS = ("rows_dot", "weighted_row_sum", "rows_product", "select", "attend", "read_rows")
 _FORCED = "FALCON_RELU_ISA"  # environment variable that picks the instruction set
@@ -98,12 +98,12 @@ def weighted_row_sum(
 
 
 def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
-    """See infer.matmul.rows_matmul."""
+    """See infer.kernels.matmul.rows_matmul."""
     return _product(w, x, count, transposed=False) if _has_product(w) else matmul.rows_matmul(w, x, count)
 
 
 def weighted_rows_matmul(w: Rows, h: jax.Array, count: Array | None = None) -> jax.Array:
-    """See infer.matmul.weighted_rows_matmul."""
+    """See infer.kernels.matmul.weighted_rows_matmul."""
     if _has_product(w):
         return _product(w, h, count, transposed=True)
     return matmul.weighted_rows_matmul(w, h, count)

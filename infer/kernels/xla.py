@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from infer.formats import Rows, take
-from infer.matmul import rows_matmul, weighted_rows_matmul  # noqa: F401
+from infer.kernels.matmul import rows_matmul, weighted_rows_matmul  # noqa: F401
+from infer.weights.formats import Rows, take
 
 _BLOCK_BYTES = 4 << 20  # of a widened block: in the cache
 _KEYS = 256  # cache positions a step of a loop

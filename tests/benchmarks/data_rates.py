@@ -19,10 +19,10 @@ import tokenizers
 import tyro
 
 from falcon_relu import corpora
-from falcon_relu.cli.figures import report
+from falcon_relu.cli.report import report
 from falcon_relu.files import write_texts
-from train.data import DataConfig, Source, train_batches
-from train.prepare import PrepareConfig, prepare
+from train.data.batches import DataConfig, Source, train_batches
+from train.data.prepare import PrepareConfig, prepare
 
 DOCUMENTS_A_CALL = 64
 

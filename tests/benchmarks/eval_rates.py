@@ -52,7 +52,7 @@ def run(args: Args) -> None:
         assert args.json is not None
         args.json.write_text(jsonlib.dumps(_measure(args)))
         return
-    from falcon_relu.cli.figures import report
+    from falcon_relu.cli.report import report
 
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or Path(folder) / "hf"
@@ -77,10 +77,10 @@ def _in_process(args: Args, task: str, way: Way, model: Path, out: Path) -> dict
 
 
 def _make_model(out: Path) -> None:
-    from falcon_relu.checkpoint import export_hf
+    from falcon_relu.checkpoints.convert import export_hf
+    from falcon_relu.checkpoints.native import save_params
     from falcon_relu.config import FalconConfig
     from falcon_relu.corpora import falcon_tokenizer
-    from falcon_relu.native import save_params
     from falcon_relu.sharding import init_params
 
     config = FalconConfig(d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=1024, activation="relu")
@@ -90,7 +90,7 @@ def _make_model(out: Path) -> None:
 
 
 def _measure(args: Args) -> dict[str, Any]:
-    from falcon_relu import suite
+    from falcon_relu.evaluation import suite
 
     (task,), (way,) = args.tasks, args.ways
     (benchmark,) = (b for b in suite.SUITES["open-llm-v1"] if b.task == task)
@@ -121,13 +121,13 @@ def _theirs(model: Path | None) -> Any:
 
 
 def _ours(model: Path | None, way: str) -> Any:
-    from falcon_relu.checkpoint import load_model
-    from falcon_relu.harness import HarnessModel
+    from falcon_relu.checkpoints.load import load_model
+    from falcon_relu.evaluation.harness import HarnessModel
+    from falcon_relu.evaluation.scoring import Engine, FlaxEngine
     from falcon_relu.model import Falcon
-    from falcon_relu.score import Engine, FlaxEngine
     from falcon_relu.tokenizer import Tokenizer
-    from infer.score import DecodeEngine
-    from infer.weights import Formats, from_params
+    from infer.scoring import DecodeEngine
+    from infer.weights.layout import Formats, from_params
     from train.memory import keep_freed_memory
 
     keep_freed_memory()

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from falcon_relu.cli.figures import report
+from falcon_relu.cli.report import report
 
 Engine = Literal["jax", "eager", "malloc", "best"]
 ROWS, TOKENS = 2, 512

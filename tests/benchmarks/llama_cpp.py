@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from falcon_relu.cli.figures import report
+from falcon_relu.cli.report import report
 from falcon_relu.config import FalconConfig, family
 from infer import bench
-from infer.formats import Format
-from infer.generate import read_prompts
+from infer.generation import read_prompts
 from infer.step import DecodeState, Mode, decode_step
-from infer.weights import Formats
+from infer.weights.formats import Format
+from infer.weights.layout import Formats
 
 _PATTERN_ROWS = 256  # distinct rows; matrices repeat them
 _CONTEXT = 512

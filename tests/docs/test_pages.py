@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from falcon_relu.cli.main import COMMANDS, parse
-from tests.falcon_relu.questions import write_questions
+from tests.falcon_relu.evaluation.questions import write_questions
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

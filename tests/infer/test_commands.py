@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from falcon_relu.checkpoints.hf_config import config_to_hf
+from falcon_relu.checkpoints.native import save_params
 from falcon_relu.cli import main
 from falcon_relu.config import family
-from falcon_relu.hf_config import config_to_hf
-from falcon_relu.native import save_params
 from falcon_relu.tokenizer import train_bpe
 from tests.conftest import random_params
-from tests.train.texts import prepare_texts
+from tests.train.data.texts import prepare_texts
 
 TEXTS = [
     f"The number {i} is {'even' if i % 2 == 0 else 'odd'}; after the number {i} comes {i + 1}." for i in range(900)

@@ -51,7 +51,7 @@ def memory(format: str) -> dict[str, dict[str, int]]:
     from infer.bench import random_weights
     from infer.kernels import native
     from infer.step import MODES, DecodeState, decode_step, prefill
-    from infer.weights import Formats
+    from infer.weights.layout import Formats
 
     layers = 8 if format == "int8" else 4  # a gigabyte: else buffers of a fixed size show
     config = family("falcon-40b").replace(
@@ -83,7 +83,7 @@ def memory(format: str) -> dict[str, dict[str, int]]:
 
 def threads(count: str) -> dict[str, object]:
     """How many threads XLA computes on, and a digest of what a step gives."""
-    from infer.threads import limit_threads
+    from infer.kernels.threads import limit_threads
 
     limit_threads(int(count))
 
@@ -93,7 +93,7 @@ def threads(count: str) -> dict[str, object]:
     from falcon_relu.config import family
     from infer.bench import random_weights, with_active_share
     from infer.step import DecodeState, decode_step
-    from infer.weights import Formats
+    from infer.weights.layout import Formats
 
     config = family("falcon-40b").replace(
         d_model=1024, d_ff=4096, n_heads=16, n_kv_heads=2, n_layers=2, vocab_size=4000, activation="relu"

@@ -9,13 +9,12 @@ import pytest
 
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
-from falcon_relu.generate import Sampling, generate
+from falcon_relu.generation import Sampling, generate
 from falcon_relu.model import Falcon
-from infer import matmul
-from infer.kernels import native, xla
-from infer.predictor import LayerPredictor, uncalibrated
+from infer.kernels import matmul, native, xla
+from infer.predictor.predictor import LayerPredictor, uncalibrated
 from infer.step import DecodeState, check_mode, decode_step, prefill, step_bytes, unembed
-from infer.weights import Formats, from_params
+from infer.weights.layout import Formats, from_params
 from tests.conftest import random_params
 
 BACKENDS = ("xla", "native") if native.missing() is None else ("xla",)

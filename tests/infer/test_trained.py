@@ -12,22 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from falcon_relu.checkpoint import export_hf, load_model
+from falcon_relu.checkpoints.convert import export_hf
+from falcon_relu.checkpoints.load import load_model
 from falcon_relu.config import FalconConfig
-from falcon_relu.generate import Sampling
-from falcon_relu.generate import generate as flax_generate
+from falcon_relu.generation import Sampling
+from falcon_relu.generation import generate as flax_generate
 from falcon_relu.model import Falcon, Params
 from falcon_relu.tokenizer import Tokenizer
-from infer.calibrate import calibrate
-from infer.decode_quality import Way, decode_quality, one_kind, teacher_forced
-from infer.fit import FitConfig, fit
-from infer.generate import generate
-from infer.quality import compare, sensitivity
-from infer.record import record
-from infer.weights import Formats, from_params
+from infer.generation import generate
+from infer.predictor.calibration import calibrate
+from infer.predictor.fitting import FitConfig, fit
+from infer.predictor.quality import compare, sensitivity
+from infer.predictor.recording import record
+from infer.quality import Way, decode_quality, one_kind, teacher_forced
+from infer.weights.layout import Formats, from_params
 from tests.infer import trained
 from tests.infer.test_step import BACKENDS, covering_predictor
-from train.data import train_batches, validation_batches
+from train.data.batches import train_batches, validation_batches
 
 PROMPT = '    def __init__(self, name):\n        """'
 NEW_TOKENS = 256

@@ -11,14 +11,14 @@ import itertools
 import sys
 from pathlib import Path
 
+from falcon_relu.checkpoints.native import save_params
 from falcon_relu.config import family
 from falcon_relu.corpora import documents
-from falcon_relu.native import save_params
 from falcon_relu.sharding import init_params, make_mesh
 from falcon_relu.tokenizer import train_bpe
-from tests.train.texts import prepare_texts
+from tests.train.data.texts import prepare_texts
 from train.config import OptimizerConfig, TrainConfig
-from train.data import DataConfig, Source
+from train.data.batches import DataConfig, Source
 from train.loop import train
 from train.loss import LossConfig
 from train.memory import keep_freed_memory

@@ -16,9 +16,9 @@ from train.watch import read_log
 
 IMPORTS = """
 from pathlib import PosixPath
-from falcon_relu.generate import Sampling
+from falcon_relu.generation import Sampling
 from train.config import *
-from train.data import DataConfig, Source
+from train.data.batches import DataConfig, Source
 from train.loss import LossConfig
 """
 

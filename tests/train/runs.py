@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import train.loop
-from falcon_relu.checkpoint import load_model
+from falcon_relu.checkpoints.load import load_model
 from falcon_relu.tokenizer import train_bpe
-from tests.train.texts import prepare_texts
+from tests.train.data.texts import prepare_texts
 from train.config import OptimizerConfig, TrainConfig
-from train.data import DataConfig, Source
+from train.data.batches import DataConfig, Source
 from train.distributed import Rows, Stopped
 
 TEXT = [

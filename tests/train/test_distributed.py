@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import train.loop
-from falcon_relu.checkpoint import load_model
+from falcon_relu.checkpoints.load import load_model
 from falcon_relu.errors import FalconError
 from falcon_relu.sharding import make_mesh
 from tests.train import processes
 from tests.train.runs import config_of, lose_a_file, make_data, run_until_stopped
-from train.data import DataConfig
+from train.data.batches import DataConfig
 from train.distributed import DistributedConfig, Rows
 from train.watch import read_log
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import train.loop
-from falcon_relu.checkpoint import load_model
+from falcon_relu.checkpoints.load import load_model
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json
 from tests.train import processes
 from tests.train.runs import config_of, make_data, run_until_stopped
-from train.data import DataConfig
+from train.data.batches import DataConfig
 
 EVERY = 5  # steps between checkpoints
 SPAN = 20  # steps that a run makes at most before it is killed

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import train.loop
-from falcon_relu.checkpoint import load_model
+from falcon_relu.checkpoints.load import load_model
+from falcon_relu.checkpoints.native import save_params
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
-from falcon_relu.generate import Sampling
-from falcon_relu.native import save_params
+from falcon_relu.generation import Sampling
 from falcon_relu.sharding import make_mesh
 from tests.conftest import random_params
 from tests.train.runs import (
@@ -29,9 +29,9 @@ from tests.train.runs import (
 )
 from train.checkpoints import fingerprint
 from train.config import OptimizerConfig, SamplesConfig
-from train.data import DataConfig, Source
+from train.data.batches import DataConfig, Source
+from train.data.prepare import PrepareConfig, prepare
 from train.loss import LossConfig
-from train.prepare import PrepareConfig, prepare
 from train.validation import validate
 from train.watch import read_log
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.data.teacher_cache import say_top_k
 from train.loss import LossConfig, OnlineTeacher, distillation_loss, l1_weight, next_tokens
-from train.teacher_cache import say_top_k
 
 B, T, D, V = 2, 12, 8, 37
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 import transformers
 
-from falcon_relu.checkpoint import load_model
+from falcon_relu.checkpoints.load import load_model
 from falcon_relu.files import write_texts
 from falcon_relu.model import Falcon
-from tests.train.texts import make_documents, make_tokenizer
+from tests.train.data.texts import make_documents, make_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "distillation.md"
 SOURCES = ("wikipedia", "pile", "stackoverflow")

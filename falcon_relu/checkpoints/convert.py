@@ -1,0 +1,115 @@
+"""Hugging Face checkpoint -> native weights, and native weights -> a folder that transformers loads; streaming."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from falcon_relu.checkpoints.hf_config import config_to_hf
+from falcon_relu.checkpoints.hf_files import write_shards
+from falcon_relu.checkpoints.hf_layout import EMBEDDING, hf_tensors
+from falcon_relu.checkpoints.load import open_hf, stored_dtypes, stream_hf
+from falcon_relu.checkpoints.native import params_reader, params_writer, read_config
+from falcon_relu.config import Activation, FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.files import write_aside, write_json
+from falcon_relu.progress import progress
+from falcon_relu.sharding import param_shapes
+from falcon_relu.tokenizer import END_OF_TEXT
+
+Float = Literal["float32", "bfloat16", "float16"]
+
+
+def import_hf(
+    source: str | Path, out: Path, *, activation: Activation | None = None, dtype: Float | None = None
+) -> FalconConfig:
+    """Writes a Hugging Face checkpoint as native weights at `out`, whole or not at all.
+
+    Args:
+      source: folder in the Hugging Face layout, or hub id `owner/name[@revision]`.
+      out: folder to make.
+      activation: the user's word where the config does not state the MLP activation.
+      dtype: of the weights written; as stored if None.
+
+    Raises:
+      FalconError: as `load_model`; or `out` exists, or a value does not fit `dtype`.
+    """
+    config, headers = open_hf(source, activation)
+    dtypes = dict.fromkeys(param_shapes(config), np.dtype(dtype)) if dtype else stored_dtypes(config, headers)
+    with params_writer(out, config, dtypes) as write:
+        for tensor, array in stream_hf(config, headers, f"converting {source}"):
+            write(tensor.leaf, tensor.layer, cast(array, dtypes[tensor.leaf], tensor.name))
+    return config
+
+
+def export_hf(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    tokenizer: Path | None = None,
+) -> FalconConfig:
+    """Writes native weights as a folder that transformers loads, whole or not at all.
+
+    Args:
+      source: folder of native weights.
+      out: folder to make.
+      dtype: of the weights written; as stored if None.
+      max_shard_bytes: size that no safetensors shard exceeds unless a single tensor does; one shard is held in memory.
+      tokenizer: a `tokenizer.json` to put beside the weights.
+
+    Raises:
+      FalconError: `source` is not whole, transformers has no such model, `out` exists, or a value does not fit `dtype`.
+    """
+    config = read_config(source)
+    read, stored = params_reader(source, config)
+    table = hf_tensors(config)
+    dtypes = {name: np.dtype(dtype or stored[tensor.leaf]) for name, tensor in table.items()}
+    hf_config = config_to_hf(config, dtypes[EMBEDDING].name)
+    if tokenizer is not None and not tokenizer.is_file():
+        raise FalconError(f"{tokenizer} does not exist")
+    sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in table.items()}
+    with (
+        write_aside(out, nbytes=sum(sizes.values())) as aside,
+        progress(f"exporting {source}", len(table), "tensors") as advance,
+    ):
+
+        def read_hf(name: str) -> np.ndarray:
+            tensor = table[name]
+            array = cast(tensor.to_hf(read(tensor.leaf, tensor.layer)), dtypes[name], name)
+            advance()
+            return array
+
+        aside.mkdir()
+        write_shards(aside, sizes, read_hf, max_shard_bytes)
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        write_json(aside / "generation_config.json", ids)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, aside / "tokenizer.json")
+            tokenizer_config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": config.max_positions,
+                "eos_token": END_OF_TEXT,
+            }
+            write_json(aside / "tokenizer_config.json", tokenizer_config)
+        write_json(aside / "config.json", hf_config)
+    return config
+
+
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """`array` in another float dtype.
+
+    Raises:
+      FalconError: a finite value overflows it, as large values do in float16.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if np.dtype(dtype) == np.float16 and (np.isinf(result) & ~np.isinf(array)).any():
+        raise FalconError(f"{name} has values beyond the range of float16; choose bfloat16 or float32")
+    return result

@@ -1,0 +1,1 @@
+"""`falcon-relu demo`: the command, its stages, and its report."""

@@ -1,0 +1,107 @@
+"""How sparse a model's MLPs are on text: zeros by layer and neuron, and what stays the same from token to token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from falcon_relu.config import FalconConfig
+from falcon_relu.model import Falcon, Params
+
+UNIONS = (1, 2, 4, 8, 16, 32)  # sequences decoded together
+
+
+def sparsity(
+    config: FalconConfig, params: Params, batches: Iterable[Mapping[str, Any]], *, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """Statistics of the neurons' activations, padding left out.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      batches: tokens_BxT, positions_BxT and segment_ids_BxT, int32, as of train.data.batches.
+      dtype: compute dtype.
+
+    Returns:
+      A mapping of
+
+      - zeros: share of activations that are exactly zero.
+      - tokens: how many were looked at.
+      - layers: a mapping for each layer: zeros; overlap, the share of the neurons firing at a token that fired at the
+        one before as well; never and always, the share of neurons that fire at no and at every token; hot, the
+        smallest share of the neurons that makes four fifths of the firings.
+      - union: a mapping for each of `UNIONS` up to the rows of a batch: batch; fires, the share of the neurons that
+        fire in any of so many sequences at once; layers, the same for each layer.
+      - rates_LxF: how often each neuron fires, numpy float64.
+    """
+    totals: dict[str, np.ndarray] = {}
+    for batch in batches:
+        sums = _sums(config, dtype, params, *(batch[k] for k in ("tokens_BxT", "positions_BxT", "segment_ids_BxT")))
+        totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
+    rates_LxF = totals["fired_LxF"] / totals["tokens"]
+    overlap_L = totals["again_L"] / np.maximum(totals["followed_L"], 1)
+    layers = [
+        {
+            "layer": i,
+            "zeros": float(1 - rates_F.mean()),
+            "overlap": float(overlap),
+            "never": float((rates_F == 0).mean()),
+            "always": float((rates_F == 1).mean()),
+            "hot": _hot(rates_F),
+        }
+        for i, (rates_F, overlap) in enumerate(zip(rates_LxF, overlap_L, strict=True))
+    ]
+    union = []
+    for n in UNIONS:
+        if totals.get(f"groups_{n}"):  # no group where every batch is smaller
+            fires_L = totals[f"union_{n}_L"] / totals[f"groups_{n}"] / config.d_ff
+            union.append({"batch": n, "fires": float(fires_L.mean()), "layers": fires_L.tolist()})
+    return {
+        "zeros": float(1 - rates_LxF.mean()),
+        "tokens": int(totals["tokens"]),
+        "layers": layers,
+        "union": union,
+        "rates_LxF": rates_LxF,
+    }
+
+
+def _hot(rates_F: np.ndarray) -> float:
+    share_F = np.cumsum(np.sort(rates_F)[::-1])
+    return float((np.searchsorted(share_F, 0.8 * share_F[-1]) + 1) / len(rates_F)) if share_F[-1] else 0.0
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(
+    config: FalconConfig,
+    dtype: Any,
+    params: Params,
+    tokens_BxT: jax.Array,
+    positions_BxT: jax.Array,
+    segments_BxT: jax.Array,
+) -> dict[str, jax.Array]:
+    _, variables = Falcon(config, dtype).apply(
+        {"params": params}, tokens_BxT, positions_BxT, segments_BxT, method="hidden", mutable=["activations"]
+    )
+    real_BxT = segments_BxT != 0
+    fires_LxBxTxF = (variables["activations"]["layers"]["mlp"]["neurons"] != 0) & real_BxT[None, :, :, None]
+    pair_BxT = real_BxT[:, 1:] & (segments_BxT[:, 1:] == segments_BxT[:, :-1])
+    later = fires_LxBxTxF[:, :, 1:] & pair_BxT[None, :, :, None]
+    B, T = tokens_BxT.shape
+    unions = {}
+    for n in (n for n in UNIONS if n <= B):  # the same place in n rows: tokens that would be decoded together
+        groups = B // n
+        all_real_GxT = real_BxT[: groups * n].reshape(groups, n, T).all(1)
+        any_LxGxTxF = fires_LxBxTxF[:, : groups * n].reshape(-1, groups, n, T, config.d_ff).any(2)
+        unions[f"union_{n}_L"] = (any_LxGxTxF & all_real_GxT[None, :, :, None]).sum((1, 2, 3))
+        unions[f"groups_{n}"] = all_real_GxT.sum()
+    return unions | {
+        "tokens": real_BxT.sum(),
+        "fired_LxF": fires_LxBxTxF.sum((1, 2)),
+        "followed_L": later.sum((1, 2, 3)),
+        "again_L": (later & fires_LxBxTxF[:, :, :-1]).sum((1, 2, 3)),
+    }

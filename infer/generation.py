@@ -1,0 +1,252 @@
+"""Continuing prompts on a CPU: prefill in blocks, then one decode step a token, streamed as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import ClassVar
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+
+from falcon_relu.generation import Sampling, check_prompts, pad_prompts, sample
+from infer import kernels
+from infer.step import DecodeState, Mode, Reads, check_mode, decode_step, prefill, step_bytes, unembed
+from infer.weights.layout import DecodeWeights
+
+_BLOCKS = (16, 64, 128, 192, 256)  # prompt tokens a prefill program takes: few programs, little padding
+_CONTEXT_STEP = 128  # cache sizes, so that few programs are compiled
+
+
+@dataclasses.dataclass
+class Figures:
+    """What runs took, filled in as they go; several runs add up. Compiling programs is not counted.
+
+    Attributes:
+      prompt_tokens: tokens of all prompts.
+      prompt_seconds: time for them.
+      steps: decode steps, each one token a sequence.
+      timed_steps: those that are timed: all but the first of a run.
+      timed_tokens: tokens that they added to all sequences.
+      step_seconds: time for them.
+      tokens: tokens added to all sequences.
+      step_bytes: bytes of weights that an average step read.
+      neurons_read: share of the up-projections' rows that an average step read.
+      mlp_read: share of both projections' rows that an average step read.
+    """
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    steps: int = 0
+    timed_steps: int = 0
+    timed_tokens: int = 0
+    step_seconds: float = 0.0
+    tokens: int = 0
+    step_bytes: float = 0.0
+    neurons_read: float = 0.0
+    mlp_read: float = 0.0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Rate of reading prompts."""
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate of adding tokens, all sequences together."""
+        return self.timed_tokens / self.step_seconds if self.step_seconds else 0.0
+
+    @property
+    def steps_per_second(self) -> float:
+        """Rate of decode steps."""
+        return self.timed_steps / self.step_seconds if self.step_seconds else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Weights read a second while decoding."""
+        return self.step_bytes * self.steps_per_second
+
+
+def generate(
+    weights: DecodeWeights,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    mode: Mode = "dense",
+    backend: kernels.Backend = "auto",
+    figures: Figures | None = None,
+) -> list[list[int]]:
+    """Continues every prompt; returns the new ids only, up to and without a stop token. Errors as `stream`."""
+    out: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(weights, prompts, sampling, mode=mode, backend=backend, figures=figures):
+        for row, token in zip(out, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return out
+
+
+def stream(
+    weights: DecodeWeights,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    mode: Mode = "dense",
+    backend: kernels.Backend = "auto",
+    figures: Figures | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields the next token of every sequence as it comes; None for those that have ended.
+
+    Given the same logits, the draws are those of `falcon_relu.generation.generate`.
+
+    Args:
+      weights: the model.
+      prompts: token ids, at least one to a prompt.
+      sampling: how to choose and when to stop.
+      mode: see `decode_step`.
+      backend: of the kernels.
+      figures: filled in while the caller iterates.
+
+    Raises:
+      FalconError: a prompt is unusable, or the weights cannot serve the mode.
+    """
+    c = weights.config
+    check_prompts(prompts, c.vocab_size, c.max_positions, sampling.max_new_tokens)
+    check_mode(weights, mode)
+    context = -(-(max(map(len, prompts)) + sampling.max_new_tokens) // _CONTEXT_STEP) * _CONTEXT_STEP
+    state = DecodeState.empty(c, len(prompts), context)
+    return _stream(weights, state, prompts, sampling, mode, backend, figures or Figures())
+
+
+class Conversation:
+    """A text that grows turn by turn; what was read or said before stays in the cache and is not read again.
+
+    Where the context would overflow, the older half of the text is forgotten.
+    """
+
+    def __init__(self, weights: DecodeWeights, *, mode: Mode = "dense", backend: kernels.Backend = "auto"):
+        check_mode(weights, mode)
+        self._weights, self._mode, self._backend = weights, mode, backend
+        self._text: list[int] = []
+        self._state: DecodeState | None = None  # holds the first of the text's tokens
+
+    def say(self, ids: Sequence[int], sampling: Sampling, figures: Figures | None = None) -> Iterator[int]:
+        """Adds tokens to the text, then continues it; yields what comes.
+
+        Raises:
+          FalconError: the new tokens alone do not fit the context.
+        """
+        c = self._weights.config
+        check_prompts([ids], c.vocab_size, c.max_positions, sampling.max_new_tokens)
+        self._text += ids
+        if len(self._text) + sampling.max_new_tokens > c.max_positions:
+            self._text = self._text[-max(len(ids), (c.max_positions - sampling.max_new_tokens) // 2) :]
+            self._state = None
+        state = self._state or DecodeState.empty(c, 1, c.max_positions)
+        unread = [self._text[int(state.length_B[0]) :]]
+        self._state = None  # given up by the first step; a turn that is broken off leaves all to be read again
+        steps = _stream(self._weights, state, unread, sampling, self._mode, self._backend, figures or Figures())
+        while True:
+            try:
+                (token,) = next(steps)
+            except StopIteration as end:
+                self._state = end.value
+                return
+            assert token is not None  # a single sequence ends the stream
+            self._text.append(token)
+            yield token
+
+
+def _stream(
+    weights: DecodeWeights,
+    state: DecodeState,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    mode: Mode,
+    backend: kernels.Backend,
+    figures: Figures,
+) -> Generator[list[int | None], None, DecodeState]:
+    """See `stream`; returns the state with as many of the tokens as were fed: the last is not, nor is a stop token."""
+    begun, compiled = time.perf_counter(), _Compiling.seconds
+    logits_BxV, state = read_prompts(weights, state, prompts, backend)
+    logits_BxV.block_until_ready()
+    figures.prompt_tokens += sum(map(len, prompts))
+    figures.prompt_seconds += max(time.perf_counter() - begun - (_Compiling.seconds - compiled), 1e-6)
+
+    keys = jax.random.split(jax.random.key(sampling.seed), sampling.max_new_tokens)
+    ended = np.zeros(len(prompts), bool)
+    begun = 0.0
+    for step, key in enumerate(keys):
+        token_B = _sample(logits_BxV, key, sampling)
+        reads = None
+        if step + 1 < sampling.max_new_tokens:  # under way before this token is looked at
+            logits_BxV, state, reads = decode_step(weights, state, token_B, mode=mode, backend=backend)
+        tokens = np.asarray(token_B)
+        ended |= np.isin(tokens, sampling.stop_tokens)
+        if ended.all():
+            return state if reads is None else dataclasses.replace(state, length_B=state.length_B - 1)
+        figures.tokens += int((~ended).sum())
+        yield [None if done else int(token) for token, done in zip(tokens, ended, strict=True)]
+        if reads is not None:
+            logits_BxV.block_until_ready()
+            now = time.perf_counter()
+            if begun:  # the first step may have compiled
+                figures.timed_steps += 1
+                figures.timed_tokens += int((~ended).sum())
+                figures.step_seconds += now - begun
+            _note(figures, weights, reads, mode)
+            begun = time.perf_counter()
+    return state
+
+
+def read_prompts(
+    weights: DecodeWeights, state: DecodeState, prompts: Sequence[Sequence[int]], backend: kernels.Backend = "auto"
+) -> tuple[jax.Array, DecodeState]:
+    """Prefills prompts of any lengths; the logits [B, V] after each one's last token, and the state."""
+    tokens_BxT, lengths_B = pad_prompts(prompts)
+    hidden_BxD = jnp.zeros((len(prompts), weights.config.d_model), jnp.float32)
+    start = 0
+    while (left := tokens_BxT.shape[1] - start) > 0:
+        T = next((size for size in _BLOCKS if size >= left), _BLOCKS[-1])
+        block_BxT = np.zeros((len(prompts), T), np.int32)
+        block_BxT[:, : min(left, T)] = tokens_BxT[:, start : start + T]
+        valid_B = np.clip(lengths_B - start, 0, T)
+        last_BxD, state = prefill(weights, state, block_BxT, valid_B, backend=backend)
+        hidden_BxD = jnp.where(jnp.asarray(valid_B > 0)[:, None], last_BxD, hidden_BxD)
+        start += T
+    return unembed(weights, hidden_BxD, backend=backend), state
+
+
+_sample = functools.partial(jax.jit, static_argnums=2)(sample)
+
+
+def _note(figures: Figures, weights: DecodeWeights, reads: Reads, mode: Mode) -> None:
+    figures.steps += 1
+    n_neurons = weights.config.d_ff * weights.config.n_layers
+    up, down = float(reads.up_L.sum()) / n_neurons, float(reads.down_L.sum()) / n_neurons
+    figures.neurons_read += (up - figures.neurons_read) / figures.steps
+    figures.mlp_read += ((up + down) / 2 - figures.mlp_read) / figures.steps
+    figures.step_bytes += (step_bytes(weights, reads, mode) - figures.step_bytes) / figures.steps
+
+
+class _Compiling:
+    """Seconds that this process has spent tracing and compiling programs."""
+
+    seconds = 0.0
+    _spans: ClassVar[list[tuple[float, float]]] = []  # start and length, none within another
+
+    @classmethod
+    def add(cls, event: str, duration_secs: float, **_: str | int) -> None:
+        if not event.startswith("/jax/core/compile/"):
+            return
+        start = time.perf_counter() - duration_secs
+        while cls._spans and cls._spans[-1][0] >= start:  # part of this one, and told of before it
+            cls.seconds -= cls._spans.pop()[1]
+        cls._spans.append((start, duration_secs))
+        cls.seconds += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_Compiling.add)

@@ -1,0 +1,213 @@
+"""Quality against neurons read: the Flax model with each MLP cut down to the neurons that a predictor selects."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from falcon_relu.config import FalconConfig
+from falcon_relu.model import Falcon, Params, Select
+from infer.predictor.calibration import calibrate, measure
+from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, select, stack
+from infer.predictor.recording import BATCH_KEYS, Batch, Recording
+
+
+@struct.dataclass
+class Selector:
+    """A predictor as data for the compiled model, all layers stacked.
+
+    Attributes:
+      maps: both maps, [L, R, D] and [L, F, R].
+      threshold_L: lowest logit of a neuron that is kept, float32.
+      budget_L: most neurons that are kept, int32.
+    """
+
+    maps: LayerPredictor
+    threshold_L: jax.Array
+    budget_L: jax.Array
+
+
+def selector(predictor: Predictor) -> Selector:
+    """The stacked form of a predictor."""
+    return Selector(
+        stack(predictor.layers),
+        jnp.asarray(predictor.thresholds, jnp.float32),
+        jnp.asarray(predictor.budgets, jnp.int32),
+    )
+
+
+def masked_forward(
+    config: FalconConfig,
+    params: Params,
+    chosen: Selector,
+    input: PredictorInput,
+    tokens_BxT: jax.Array,
+    positions_BxT: jax.Array | None = None,
+    segment_ids_BxT: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, jax.Array]:
+    """The model's final hidden states [B, T, D] when only selected neurons count, and how many were, [L, B, T].
+
+    A neuron that is selected but does not fire stays zero. Traceable; thresholds and budgets are data.
+    """
+    model = Falcon(config, dtype, select=_reading(input))
+    variables = {"params": params, "selector": {"layers": {"layer": chosen}}}
+    hidden_BxTxD, updates = model.apply(
+        variables, tokens_BxT, positions_BxT, segment_ids_BxT, method="hidden", mutable=["statistics"]
+    )
+    return hidden_BxTxD, updates["statistics"]["layers"]["mlp"]["kept"]
+
+
+def compare(
+    config: FalconConfig, params: Params, predictor: Predictor, batches: Iterable[Batch], *, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """Dense against sparse on text.
+
+    Returns:
+      Figures by name.
+
+      - kl: KL(dense || sparse), nats a token.
+      - agreement: share of tokens with the same most likely next token.
+      - dense_loss, sparse_loss: nats a next token.
+      - read, fired: share of the MLPs' neurons that were selected, that fire in the dense model.
+      - read_per_layer, fired_per_layer: the same for each layer.
+    """
+    chosen = selector(predictor)
+    totals: dict[str, np.ndarray] = {}
+    for batch in batches:
+        sums = _sums(config, predictor.input, dtype, params, chosen, *(batch[k] for k in BATCH_KEYS))
+        totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
+    tokens, targets = float(totals["tokens"]), float(totals["targets"])
+    read, fired = (totals[name] / (tokens * config.d_ff) for name in ("read_L", "fired_L"))
+    return {
+        "kl": float(totals["kl"]) / tokens,
+        "agreement": float(totals["agree"]) / tokens,
+        "dense_loss": float(totals["dense_loss"]) / targets,
+        "sparse_loss": float(totals["sparse_loss"]) / targets,
+        "read": float(read.mean()),
+        "fired": float(fired.mean()),
+        "read_per_layer": read.tolist(),
+        "fired_per_layer": fired.tolist(),
+    }
+
+
+def sensitivity(
+    config: FalconConfig, params: Params, predictor: Predictor, batches: Sequence[Batch], *, dtype: Any = jnp.float32
+) -> list[float]:
+    """KL(dense || sparse) for each unit of a layer's share of lost energy, when that layer alone is sparse.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      predictor: calibrated once, so that every layer loses a little.
+      batches: text; a few thousand tokens are enough, and are run once for every layer.
+      dtype: compute dtype.
+
+    Returns:
+      L weights for `calibrate`.
+    """
+    others = predictor.replace(thresholds=(EVERY,) * config.n_layers, budgets=(config.d_ff,) * config.n_layers)
+
+    def alone(i: int) -> Predictor:
+        thresholds = [*others.thresholds]
+        thresholds[i] = predictor.thresholds[i]
+        return others.replace(thresholds=tuple(thresholds))
+
+    return [
+        compare(config, params, alone(i), batches, dtype=dtype)["kl"] / max(1 - figures["energy"], 1e-6)
+        for i, figures in enumerate(predictor.measured)
+    ]
+
+
+def reading_curve(
+    config: FalconConfig,
+    params: Params,
+    predictor: Predictor,
+    recording: Recording,
+    batches: Sequence[Batch],
+    reads: Sequence[float],
+    *,
+    sensitivity: Sequence[float] | None = None,
+    dtype: Any = jnp.float32,
+) -> Iterator[tuple[Predictor, dict[str, Any]]]:
+    """The curve of quality against neurons read: for each of `reads`, calibrated to it, and what `compare` says.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      predictor: as fitted.
+      recording: of the model and of the predictor's input; its held-out tokens calibrate.
+      batches: text to compare on.
+      reads: neurons to read in all layers together, over the neurons that fire.
+      sensitivity: see `calibrate`.
+      dtype: compute dtype.
+    """
+    curves = [measure(layer, recording, i) for i, layer in enumerate(predictor.layers)]
+    firing = sum(curve.fired for curve in curves)
+    for read in reads:
+        point = calibrate(predictor, recording, neurons=read * firing, sensitivity=sensitivity, curves=curves)
+        yield point, {"read_over_firing": read} | compare(config, params, point, batches, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(
+    config: FalconConfig,
+    input: PredictorInput,
+    dtype: Any,
+    params: Params,
+    chosen: Selector,
+    tokens_BxT: jax.Array,
+    positions_BxT: jax.Array,
+    segments_BxT: jax.Array,
+) -> dict[str, jax.Array]:
+    model = Falcon(config, dtype)
+    batch = (tokens_BxT, positions_BxT, segments_BxT)
+    dense_BxTxD, updates = model.apply({"params": params}, *batch, method="hidden", mutable=["statistics"])
+    sparse_BxTxD, kept_LxBxT = masked_forward(config, params, chosen, input, *batch, dtype=dtype)
+    real_BxT = segments_BxT != 0
+
+    def of_sequence(rows: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        dense_TxD, sparse_TxD, tokens_T, segments_T = rows
+        p_TxV, q_TxV = (
+            jax.nn.log_softmax(model.apply({"params": params}, h[None], method="unembed")[0])
+            for h in (dense_TxD, sparse_TxD)
+        )
+        real_T = segments_T != 0
+        target_T = real_T[:-1] & (segments_T[1:] == segments_T[:-1])
+
+        def loss(log_TxV: jax.Array) -> jax.Array:
+            return -jnp.sum(jnp.take_along_axis(log_TxV[:-1], tokens_T[1:, None], axis=-1)[:, 0] * target_T)
+
+        return {
+            "kl": jnp.sum(jnp.sum(jnp.exp(p_TxV) * (p_TxV - q_TxV), axis=-1) * real_T),
+            "agree": jnp.sum((p_TxV.argmax(-1) == q_TxV.argmax(-1)) & real_T),
+            "dense_loss": loss(p_TxV),
+            "sparse_loss": loss(q_TxV),
+            "tokens": jnp.sum(real_T),
+            "targets": jnp.sum(target_T),
+        }
+
+    # One sequence's logits at a time: a batch's would be the largest arrays of all.
+    sums = jax.lax.map(of_sequence, (dense_BxTxD, sparse_BxTxD, tokens_BxT, segments_BxT))
+    fired_LxBxT = updates["statistics"]["layers"]["mlp"]["active"]
+    return jax.tree.map(lambda x: x.sum(0), sums) | {
+        "read_L": jnp.sum(kept_LxBxT * real_BxT[None], axis=(1, 2)),
+        "fired_L": jnp.sum(fired_LxBxT * real_BxT[None], axis=(1, 2)),
+    }
+
+
+@functools.cache  # the model is a static value: the same function for the same input keeps compiled programs
+def _reading(input: PredictorInput) -> Select:
+    def keep(variables: Any, block_input: jax.Array, mlp_input: jax.Array) -> jax.Array:
+        layer = variables["layer"]
+        x = block_input if input == "block_input" else mlp_input
+        return select(score(layer.maps, x), layer.threshold_L, layer.budget_L)
+
+    return keep

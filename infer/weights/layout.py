@@ -1,0 +1,364 @@
+"""Decode weights: a Falcon's parameters laid out for reading whole rows, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from falcon_relu.checkpoints.load import stream_model
+from falcon_relu.config import Activation, FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.model import Params
+from falcon_relu.sharding import Leaf
+from infer.predictor.predictor import Predictor, PredictorInput
+from infer.weights.formats import DTYPES, Array, Format, Rows, quantise
+from infer.weights.memory import need_memory
+
+Kind = Literal["attention", "mlp", "predictor", "head"]
+
+# Fields of LayerWeights and DecodeWeights that hold the matrices of each kind.
+KINDS: dict[Kind, tuple[str, ...]] = {
+    "attention": ("qkv", "out"),
+    "mlp": ("up", "down"),
+    "predictor": ("predictor",),
+    "head": ("embedding", "head"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Formats:
+    """The number format of each kind of matrix.
+
+    Attributes:
+      attention: fused query, key and value rows, and the output rows.
+      mlp: both maps of the MLP.
+      predictor: both maps of the predictor.
+      head: vocabulary head and embedding.
+    """
+
+    attention: Format = "bf16"
+    mlp: Format = "bf16"
+    predictor: Format = "bf16"
+    head: Format = "bf16"
+
+    @classmethod
+    def all(cls, format: Format) -> Formats:
+        """The same format for everything."""
+        return cls(attention=format, mlp=format, predictor=format, head=format)
+
+    @classmethod
+    def parse(cls, text: str) -> Formats:
+        """Reads "int8" (everything) or "int8,head=bf16,predictor=bf16" (all but some).
+
+        Raises:
+          FalconError: a format or a kind is unknown.
+        """
+        first, *others = text.split(",")
+        named = [tuple(other.split("=")) for other in others]
+        for pair in [("attention", first), *named]:
+            if len(pair) != 2 or pair[0] not in KINDS or pair[1] not in get_args(Format):
+                raise FalconError(
+                    f"number format {text!r} is not valid: give one of {', '.join(get_args(Format))}, then exceptions "
+                    f"such as head=bf16 after commas; kinds: {', '.join(KINDS)}"
+                )
+        return dataclasses.replace(cls.all(first), **dict(named))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        exceptions = (f"{kind}={getattr(self, kind)}" for kind in KINDS if getattr(self, kind) != self.mlp)
+        return ",".join([self.mlp, *exceptions])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A LayerNorm's scale and bias, [D] f32."""
+
+    scale_D: Array
+    bias_D: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PredictorWeights:
+    """A layer's predictor: fc1 [R, D], fc2 [F, R], and as data the lowest logit and the most neurons to read."""
+
+    fc1: Rows
+    fc2: Rows
+    threshold: Array
+    budget: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One block.
+
+    Attributes:
+      attention_norm: the norm before the attention; before the MLP too in "parallel" blocks.
+      mlp_norm: the norm before the MLP; None in "parallel" blocks.
+      qkv: [K * (G + 2) * H, D]; of each KV head its queries, its key, its value.
+      out: [D, K * G * H].
+      up: [F, D].
+      down: [F, D].
+      qkv_bias, out_bias, up_bias, down_bias: f32, one a row (down_bias: [D]); None without biases.
+      predictor: None where only `dense` and `exact` decoding is wanted.
+    """
+
+    attention_norm: Norm
+    mlp_norm: Norm | None
+    qkv: Rows
+    out: Rows
+    up: Rows
+    down: Rows
+    qkv_bias: Array | None = None
+    out_bias: Array | None = None
+    up_bias: Array | None = None
+    down_bias: Array | None = None
+    predictor: PredictorWeights | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class DecodeWeights:
+    """A whole model, one entry a layer.
+
+    Attributes:
+      config: the architecture.
+      predictor_input: what the predictors read; None without predictors.
+      embedding: [V, D].
+      layers: L blocks.
+      final_norm: before the head.
+      head: [V, D]; None where the embedding is the head.
+    """
+
+    config: FalconConfig = dataclasses.field(metadata=dict(static=True))
+    predictor_input: PredictorInput | None = dataclasses.field(metadata=dict(static=True))
+    embedding: Rows
+    layers: tuple[LayerWeights, ...]
+    final_norm: Norm
+    head: Rows | None = None
+
+    def __repr__(self) -> str:
+        c = self.config
+        formats = ", ".join(f"{kind} {format}" for kind, format in dataclasses.asdict(self.formats).items())
+        ranks = [layer.predictor.fc1.shape[0] for layer in self.layers if layer.predictor is not None]
+        predictor = f"predictors of rank {min(ranks)} to {max(ranks)}" if ranks else "no predictors"
+        return (
+            f"DecodeWeights(L={c.n_layers}, D={c.d_model}, F={c.d_ff}, V={c.vocab_size}, {c.activation}; {formats}; "
+            f"{predictor}; {self.nbytes / 1e6:,.1f} MB)"
+        )
+
+    @property
+    def head_rows(self) -> Rows:
+        """The vocabulary head [V, D]."""
+        return self.embedding if self.head is None else self.head
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def formats(self) -> Formats:
+        """The number formats."""
+        first = self.layers[0]
+        predictor = first.up.format if first.predictor is None else first.predictor.fc1.format
+        return Formats(attention=first.qkv.format, mlp=first.up.format, predictor=predictor, head=self.embedding.format)
+
+    def with_predictor(self, predictor: Predictor, format: Format = "bf16") -> DecodeWeights:
+        """The same weights with these predictors; nothing else is copied.
+
+        Raises:
+          FalconError: the predictor has another number of layers or other widths than the model.
+        """
+        check_predictor(predictor, self.config)
+        layers = tuple(
+            dataclasses.replace(
+                layer,
+                predictor=PredictorWeights(
+                    _device(quantise(maps.fc1_RxD, format)),
+                    _device(quantise(maps.fc2_FxR, format)),
+                    jnp.float32(threshold),
+                    jnp.int32(budget),
+                ),
+            )
+            for layer, maps, threshold, budget in zip(
+                self.layers, predictor.layers, predictor.thresholds, predictor.budgets, strict=True
+            )
+        )
+        return dataclasses.replace(self, layers=layers, predictor_input=predictor.input)
+
+
+def from_params(
+    params: Params, config: FalconConfig, formats: Formats | None = None, predictor: Predictor | None = None
+) -> DecodeWeights:
+    """Decode weights from the Flax parameters of `falcon_relu.model`, converted matrix by matrix.
+
+    Raises:
+      FalconError: a number is not finite or does not fit its format, or the predictor does not fit the model.
+    """
+    leaves = flatten_dict(params)
+    pieces = (
+        (leaf, layer, array if layer is None else array[layer])
+        for leaf, array in leaves.items()
+        for layer in (range(config.n_layers) if leaf[0] == "layers" else (None,))
+    )
+    return from_pieces(config, pieces, formats, predictor)
+
+
+def from_checkpoint(
+    source: str | Path,
+    formats: Formats | None = None,
+    predictor: Predictor | None = None,
+    *,
+    activation: Activation | None = None,
+) -> DecodeWeights:
+    """Decode weights straight from a checkpoint, one tensor at a time: the model is never held a second time.
+
+    Args:
+      source: native weights, a folder in the Hugging Face layout, or a hub id.
+      formats: number formats; bf16 if None.
+      predictor: its predictor, for sparse decoding.
+      activation: the user's word where a Hugging Face config does not state it.
+
+    Raises:
+      FalconError: as `falcon_relu.checkpoints.load.load_model` and `from_params`, or there is too little memory.
+    """
+    config, pieces = stream_model(source, activation=activation)
+    need_memory(skeleton(config, formats or Formats()).nbytes, f"the weights of {source}")
+    return from_pieces(config, pieces, formats, predictor)
+
+
+def from_pieces(
+    config: FalconConfig,
+    pieces: Iterable[tuple[Leaf, int | None, Array]],
+    formats: Formats | None = None,
+    predictor: Predictor | None = None,
+) -> DecodeWeights:
+    """Decode weights from every parameter of a model, layer by layer, in any order; see `from_params`."""
+    shapes = skeleton(config, formats or Formats())
+    found: dict[tuple[Leaf, int | None], Any] = {}
+    places = {_OURS[name]: name for name in _OURS}
+    for leaf, layer, array in pieces:
+        part = shapes.layers[layer] if layer is not None else shapes
+        wanted = _get(part, places[leaf])
+        if isinstance(wanted, Rows):
+            found[leaf, layer] = _device(quantise(array.reshape(wanted.shape), wanted.format))
+        else:
+            found[leaf, layer] = jnp.asarray(array, jnp.float32).reshape(wanted.shape)
+
+    def fill(part: Any, layer: int | None) -> Any:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, Norm):
+                changes[field.name] = Norm(*(found[_OURS[f"{field.name}.{name}"], layer] for name in _NORM))
+            elif field.name in _OURS and value is not None:
+                changes[field.name] = found[_OURS[field.name], layer]
+        return dataclasses.replace(part, **changes)
+
+    layers = tuple(fill(part, i) for i, part in enumerate(shapes.layers))
+    weights = dataclasses.replace(fill(shapes, None), layers=layers)
+    return weights if predictor is None else weights.with_predictor(predictor, (formats or Formats()).predictor)
+
+
+def skeleton(
+    config: FalconConfig,
+    formats: Formats,
+    ranks: Sequence[int] = (),
+    predictor_input: PredictorInput | None = None,
+) -> DecodeWeights:
+    """Shape and dtype of everything that the decode weights of a config hold, without memory behind it.
+
+    Args:
+      config: the architecture.
+      formats: number formats.
+      ranks: R of each layer's predictor; empty without predictors.
+      predictor_input: what the predictors read.
+    """
+    D, F, V = config.d_model, config.d_ff, config.vocab_size
+    heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def rows(M: int, N: int, format: Format) -> Rows:
+        return Rows(array(M, N, dtype=DTYPES[format]), array(M) if format == "int8" else None)
+
+    def predictor(R: int) -> PredictorWeights:
+        maps = rows(R, D, formats.predictor), rows(F, R, formats.predictor)
+        return PredictorWeights(*maps, array(), array(dtype=jnp.int32))
+
+    def layer(i: int) -> LayerWeights:
+        sizes = {"qkv_bias": heads, "out_bias": D, "up_bias": F, "down_bias": D} if config.use_bias else {}
+        return LayerWeights(
+            attention_norm=Norm(array(D), array(D)),
+            mlp_norm=None if config.block == "parallel" else Norm(array(D), array(D)),
+            qkv=rows(heads, D, formats.attention),
+            out=rows(D, D, formats.attention),
+            up=rows(F, D, formats.mlp),
+            down=rows(F, D, formats.mlp),
+            predictor=predictor(ranks[i]) if ranks else None,
+            **{name: array(size) for name, size in sizes.items()},
+        )
+
+    return DecodeWeights(
+        config=config,
+        predictor_input=predictor_input,
+        embedding=rows(V, D, formats.head),
+        layers=tuple(layer(i) for i in range(config.n_layers)),
+        final_norm=Norm(array(D), array(D)),
+        head=None if config.tied_embeddings else rows(V, D, formats.head),
+    )
+
+
+# Field of DecodeWeights or LayerWeights -> parameter of the Flax model.
+_NORM = ("scale", "bias")
+_OURS: dict[str, Leaf] = {
+    "embedding": ("embed", "embedding"),
+    "head": ("head", "kernel"),
+    **{f"final_norm.{name}": ("final_norm", name) for name in _NORM},
+    **{f"{norm}.{name}": ("layers", norm, name) for norm in ("attention_norm", "mlp_norm") for name in _NORM},
+    **{
+        f"{matrix}{bias}": ("layers", module, f"{matrix}{bias}")
+        for module, matrices in (("attention", ("qkv", "out")), ("mlp", ("up", "down")))
+        for matrix in matrices
+        for bias in ("", "_bias")
+    },
+}
+
+
+def _get(part: Any, name: str) -> Any:
+    field, _, within = name.partition(".")
+    value = getattr(part, field)
+    return getattr(value, f"{within}_D") if within else value
+
+
+def check_predictor(predictor: Predictor, config: FalconConfig) -> None:
+    """Refuses a predictor made for another model.
+
+    Raises:
+      FalconError: layers or widths differ.
+    """
+    if len(predictor.layers) != config.n_layers:
+        raise FalconError(f"the predictor has {len(predictor.layers)} layers, the model {config.n_layers}")
+    for i, maps in enumerate(predictor.layers):
+        R = maps.fc1_RxD.shape[0]
+        if maps.fc1_RxD.shape != (R, config.d_model) or maps.fc2_FxR.shape != (config.d_ff, R):
+            raise FalconError(
+                f"the predictor of layer {i} has maps of {maps.fc1_RxD.shape} and {maps.fc2_FxR.shape}; the model "
+                f"needs (R, {config.d_model}) and ({config.d_ff}, R)"
+            )
+
+
+def _device(rows: Rows) -> Rows:
+    """On the CPU device, which takes aligned memory over without a copy."""
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), rows)

@@ -1,0 +1,237 @@
+"""Our engines and lm-eval's own Hugging Face model on the same exported folder: every answer, every score."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval")
+torch = pytest.importorskip("torch")
+
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from falcon_relu import corpora  # noqa: E402
+from falcon_relu.checkpoints.load import export_hf, load_model  # noqa: E402
+from falcon_relu.checkpoints.native import save_params  # noqa: E402
+from falcon_relu.config import family  # noqa: E402
+from falcon_relu.errors import FalconError  # noqa: E402
+from falcon_relu.evaluation import questions as eval_data  # noqa: E402
+from falcon_relu.evaluation.harness import HarnessModel, Journal  # noqa: E402
+from falcon_relu.evaluation.scoring import Engine, FlaxEngine  # noqa: E402
+from falcon_relu.evaluation.suite import SUITES, Benchmark, evaluate  # noqa: E402
+from falcon_relu.model import Falcon  # noqa: E402
+from falcon_relu.sharding import init_params  # noqa: E402
+from falcon_relu.tokenizer import Tokenizer, train_bpe  # noqa: E402
+from infer.scoring import DecodeEngine  # noqa: E402
+from infer.weights.layout import Formats, from_params  # noqa: E402
+from tests.conftest import random_params  # noqa: E402
+from tests.falcon_relu.evaluation.questions import phrase, write_questions  # noqa: E402
+from tests.train.data.texts import prepare_texts  # noqa: E402
+from train.config import OptimizerConfig, TrainConfig  # noqa: E402
+from train.data.batches import DataConfig, Source  # noqa: E402
+from train.loop import train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> Path:
+    data = tmp_path_factory.mktemp("data")
+    write_questions(data)
+    return data
+
+
+SMALL = (
+    Benchmark("ARC-Challenge", "arc_challenge", 3, "acc_norm,none", "arc"),
+    Benchmark("Winogrande", "winogrande", 2, "acc,none", "winogrande"),
+    Benchmark("GSM8K", "gsm8k", 1, "exact_match,strict-match", "gsm8k"),
+)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory) -> Path:
+    """A random ReLU Falcon, exported with a tokenizer of its own."""
+    folder, rng = tmp_path_factory.mktemp("model"), np.random.default_rng(1)
+    tokenizer = train_bpe(
+        [f"Question: {phrase(rng, 20)}\nAnswer: {i} ####" for i in range(200)], 400, folder / "t.json"
+    )
+    config = family("tiny-40b").replace(
+        activation="relu",
+        vocab_size=tokenizer.vocab_size,
+        max_positions=400,
+        bos_token_id=tokenizer.eos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    save_params(folder / "native", config, random_params(config, 5))
+    export_hf(folder / "native", folder / "hf", tokenizer=folder / "t.json")
+    return folder / "hf"
+
+
+def engines(folder: Path) -> dict[str, Engine]:
+    config, params = load_model(folder)
+    weights = from_params(params, config, Formats.all("f32"))
+    return {"flax": FlaxEngine(Falcon(config), params), "exact": DecodeEngine(weights, "exact")}
+
+
+def answers(results: dict[str, Any]) -> dict[str, list]:
+    """Every answer of a run by task, in the order of the questions."""
+    return {
+        name: [[answer for (answer,) in record["resps"]] for record in sorted(records, key=lambda r: r["doc_id"])]
+        for name, records in results["samples"].items()
+    }
+
+
+def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, float]:
+    """Makes sure that all answers and scores agree; how many answers, and the largest difference of log-likelihoods."""
+    count, worst = 0, 0.0
+    found, wanted = answers(mine), answers(theirs)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        for a, b in zip(itertools.chain(*found[name]), itertools.chain(*wanted[name]), strict=True):
+            count += 1
+            if isinstance(b, str):
+                assert a == b, name
+            else:
+                worst = max(worst, abs(float(a[0]) - float(b[0])))
+                assert a[1] == b[1], name
+    assert worst < 1e-3
+    assert mine["rows"] == theirs["rows"]
+    return count, worst
+
+
+def test_answers_and_scores_are_those_of_transformers(small_data, small_model):
+    theirs = evaluate(
+        HFLM(str(small_model), device="cpu", dtype="float32", batch_size=1), SMALL, data=small_data, limit=4
+    )
+    for engine in engines(small_model).values():
+        mine = evaluate(HarnessModel(engine, Tokenizer(small_model)), SMALL, data=small_data, limit=4)
+        count, _ = compare(mine, theirs)
+        assert count == 4 * (4 + 2 + 2)  # GSM8K's texts count twice: it has two filters
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_table(small_data, small_model, tmp_path):
+    command = [sys.executable, "-m", "falcon_relu", "eval", small_model, "--tokenizer", small_model]
+    command += ["--out", tmp_path / "run", "--data", small_data, "--offline", "--engine", "exact", "--format", "f32"]
+    command = list(map(str, [*command, "--tasks", "arc_challenge", "gsm8k", "--shots", 2]))
+    kept = tmp_path / "run" / "answers.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and (not kept.exists() or kept.read_bytes().count(b"\n") < 9):
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "results.json").exists()
+    with kept.open("ab") as file:
+        file.write(b'["half a li')
+    before = kept.read_bytes().splitlines()[:9]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert kept.read_bytes().splitlines()[:9] == before
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    benchmarks = [b._replace(shots=2) for b in SUITES["open-llm-v1"] if b.task in ("arc_challenge", "gsm8k")]
+    whole = evaluate(HarnessModel(engines(small_model)["exact"], Tokenizer(small_model)), benchmarks, data=small_data)
+    assert results["rows"] == whole["rows"]
+    for name, records in whole["samples"].items():
+        lines = (tmp_path / "run" / "samples" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["resps"] for line in lines] == json.loads(json.dumps([r["resps"] for r in records]))
+
+    other = subprocess.run([*command, "--activation", "relu"], capture_output=True, text=True, timeout=300, check=False)
+    assert other.returncode == 1
+    assert "another model or way (activation)" in other.stderr
+
+
+def test_windows_of_long_texts_are_those_of_transformers(small_model):
+    rng = np.random.default_rng(3)
+    texts = [Instance("loglikelihood_rolling", {}, (phrase(rng, n),), 0) for n in (3, 900)]
+    wanted = HFLM(str(small_model), device="cpu", dtype="float32", batch_size=1).loglikelihood_rolling(texts)
+    for engine in engines(small_model).values():
+        found = HarnessModel(engine, Tokenizer(small_model)).loglikelihood_rolling(texts)
+        np.testing.assert_allclose(found, wanted, atol=1e-2, rtol=1e-5)
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    (tmp_path / "a").write_text('["key", [1.0, true]]\nnonsense\n')
+    with pytest.raises(FalconError, match="line 2"):
+        Journal(tmp_path / "a")
+
+
+# ---- the same on real questions
+
+
+@pytest.fixture(scope="module")
+def real_data(tmp_path_factory) -> Path:
+    data = tmp_path_factory.mktemp("real data")
+    try:
+        eval_data.build(data)
+    except FalconError as error:
+        pytest.skip(f"pip cannot reach a registry: {error}")
+    return data
+
+
+@pytest.fixture(scope="module", params=["random", "trained"])
+def real_model(request, tmp_path_factory) -> Path:
+    """A tiny ReLU Falcon with room for 25 examples, as it starts or after some steps on Wikipedia."""
+    folder = tmp_path_factory.mktemp(request.param)
+    texts = list(itertools.islice(corpora.documents("wikipedia-sample"), 60))
+    tokenizer = train_bpe(texts, 4096, folder / "tokenizer.json")
+    ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    config = family("tiny-40b").replace(activation="relu", vocab_size=4096, max_positions=4096, **ends)
+    weights = folder / "fresh"
+    save_params(weights, config, random_params(config) if request.param == "random" else init_params(config, 0))
+    if request.param == "trained":
+        weights = _train(folder, texts)
+    export_hf(weights, folder / "hf", tokenizer=folder / "tokenizer.json")
+    return folder / "hf"
+
+
+def _train(folder: Path, texts: list[str]) -> Path:
+    prepare_texts(folder / "tokens", texts, folder / "tokenizer.json", seq_len=128)
+    train(
+        TrainConfig(
+            out=folder / "run",
+            init_from=str(folder / "fresh"),
+            data=DataConfig(sources=(Source(folder / "tokens"),), seq_len=128, batch_size=16),
+            optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10),
+            steps=100,
+            compute_dtype="float32",
+            checkpoint_every=0,
+        )
+    )
+    return folder / "run" / "weights"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("task", "limit", "least"),
+    [
+        ("arc_challenge", 200, 200),
+        ("hellaswag", 200, 200),
+        ("mmlu", 4, 200),  # of each subject
+        ("winogrande", 200, 200),
+        ("gsm8k", 20, 20),
+    ],
+)
+def test_answers_to_real_questions_are_those_of_transformers(real_data, real_model, task, limit, least):
+    (benchmark,) = (b for b in SUITES["open-llm-v1"] if b.task == task)
+    start = time.perf_counter()
+    theirs = evaluate(
+        HFLM(str(real_model), device="cpu", dtype="float32", batch_size=1), [benchmark], data=real_data, limit=limit
+    )
+    assert theirs["rows"][0]["questions"] >= least
+    told = [f"{task}: {theirs['rows'][0]['questions']} questions, transformers {time.perf_counter() - start:.0f} s"]
+    for name, engine in engines(real_model).items():
+        start = time.perf_counter()
+        mine = evaluate(HarnessModel(engine, Tokenizer(real_model)), [benchmark], data=real_data, limit=limit)
+        count, worst = compare(mine, theirs)
+        told.append(f"{name} {time.perf_counter() - start:.0f} s, {count} answers, difference {worst:.1e} at most")
+    print("; ".join(told))

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from falcon_relu.config import family
+from falcon_relu.evaluation.sparsity import sparsity
+from falcon_relu.model import Falcon
+from tests.conftest import random_params
+
+
+def test_statistics_are_those_of_a_plain_count() -> None:
+    config = family("tiny-40b").with_activation("relu")
+    params = random_params(config)
+    rng = np.random.default_rng(0)
+    segments = np.array([[1] * 6 + [2] * 7 + [0] * 3, [1] * 16], np.int32)
+    positions = np.array([[*range(6), *range(7), 0, 0, 0], [*range(16)]], np.int32)
+    keys = ("tokens_BxT", "positions_BxT", "segment_ids_BxT")
+    batches = [
+        dict(zip(keys, (rng.integers(0, config.vocab_size, (2, 16), np.int32), positions, segments), strict=True))
+        for _ in range(2)
+    ]
+    got = sparsity(config, params, batches)
+
+    observe = jax.jit(lambda *batch: Falcon(config).apply({"params": params}, *batch, mutable=["activations"])[1])
+    for i in range(config.n_layers):
+        fired, again, later = [], 0, 0
+        for batch in batches:
+            seen = observe(*(batch[k] for k in keys))
+            fires = np.asarray(seen["activations"]["layers"]["mlp"]["neurons"][i]) != 0
+            for b, t in np.argwhere(segments != 0):
+                fired.append(fires[b, t])
+                if t and segments[b, t] == segments[b, t - 1]:
+                    again += (fires[b, t] & fires[b, t - 1]).sum()
+                    later += fires[b, t].sum()
+        rates = np.mean(fired, axis=0)
+        np.testing.assert_allclose(got["rates_LxF"][i], rates)
+        expected = {"zeros": 1 - rates.mean(), "overlap": again / later}
+        expected |= {"layer": i, "never": (rates == 0).mean(), "always": (rates == 1).mean()}
+        hottest = np.sort(rates)[::-1]
+        expected["hot"] = next(n for n in range(257) if hottest[:n].sum() >= 0.8 * rates.sum()) / config.d_ff
+        assert got["layers"][i].keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(got["layers"][i][name], value)
+    np.testing.assert_allclose(got["zeros"], 1 - got["rates_LxF"].mean())
+
+    assert [row["batch"] for row in got["union"]] == [1, 2]  # the batches have two rows
+    np.testing.assert_allclose(got["union"][0]["fires"], 1 - got["zeros"])
+    together = []
+    for batch in batches:
+        seen = observe(*(batch[k] for k in keys))
+        fires = np.asarray(seen["activations"]["layers"]["mlp"]["neurons"]) != 0
+        together.append((fires[:, 0, :13] | fires[:, 1, :13]).mean((1, 2)))  # where both rows have a token
+    np.testing.assert_allclose(got["union"][1]["layers"], np.mean(together, axis=0))

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from falcon_relu.errors import FalconError
+from infer import kernels
+from infer.kernels import native, xla
+from infer.weights.formats import DTYPES, Rows, dequantise, quantise
+
+INSTRUCTION_SETS = native.instruction_sets() if native.missing() is None else ()
+BACKENDS = ("xla", *INSTRUCTION_SETS)
+FORMATS = tuple(DTYPES)
+KERNELS = ("rows_dot", "gathered_rows_dot", "weighted_row_sum", "select", "attend")
+# Compiled once a shape: instruction sets are picked when a kernel runs.
+COMPILED = {
+    (module, name): jax.jit(getattr(module, name), static_argnums=4 if name == "weighted_row_sum" else ())
+    for module in (xla, native)
+    for name in KERNELS
+}
+
+
+def run(backend: str, kernel: str, *args):
+    """A kernel of "xla", or of the native library forced to an instruction set."""
+    if backend != "xla":
+        native.use_instruction_set(backend)
+    return (
+        np.asarray(out)
+        if isinstance(out := COMPILED[xla if backend == "xla" else native, kernel](*args), jax.Array)
+        else out
+    )
+
+
+@pytest.fixture(autouse=True)
+def _best_instruction_set():
+    yield
+    if native.missing() is None:
+        native.use_instruction_set(native.instruction_sets()[0])
+
+
+def draw_case(seed: int, format: str, M: int, D: int, B: int, share: float):
+    """Random rows, vectors, weights, and a sorted index of a share of the rows."""
+    rng = np.random.default_rng(seed)
+    w = quantise(rng.normal(size=(M, D)).astype(np.float32) * rng.uniform(0.1, 3, (M, 1)), format)
+    count = round(share * M)
+    index = np.full(M, M, np.int32)
+    index[:count] = np.sort(rng.choice(M, count, replace=False))
+    x = rng.normal(size=(B, D)).astype(np.float32)
+    h = rng.normal(size=(B, M)).astype(np.float32)
+    return w, np.asarray(dequantise(w), np.float64), index, np.int32(count), x, h
+
+
+def half_step(vectors: np.ndarray) -> np.ndarray:
+    """The most that rounding to 16 bits, as kernels of int8 rows do, may change an entry of each vector: [B, 1]."""
+    return 1.01 * np.abs(vectors).max(axis=1, initial=0, keepdims=True) / 2 / 32639
+
+
+def close(actual: jax.Array, expected: np.ndarray, magnitude: np.ndarray, rounding: np.ndarray) -> None:
+    """Within float32 rounding of sums whose terms have that total magnitude, and what rounding an input may change."""
+    np.testing.assert_array_less(np.abs(np.asarray(actual) - expected), 4e-5 * magnitude + rounding + 1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("M", "D", "B"), [(1, 1, 3), (70, 64, 5), (19, 1600, 2), (150, 257, 1)])
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.sampled_from([0.0, 0.3, 1.0]))
+def test_rows_match_plain_arithmetic(format, M, D, B, seed, share):
+    w, dense, index, count, x, h = draw_case(seed, format, M, D, B, share)
+    chosen = index[:count]
+    scale = np.ones(M) if w.scale is None else np.asarray(w.scale, np.float64)
+
+    def dot() -> tuple[np.ndarray, ...]:
+        rounding = half_step(x) * np.abs(dense).sum(axis=1) if format == "int8" else np.zeros((B, M))
+        return x @ dense.T, np.abs(x) @ np.abs(dense).T, rounding
+
+    def row_sum(h: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        units = np.abs(dense[rows] / scale[rows, None]).sum(axis=0)
+        rounding = half_step(h * scale[rows]) * units if format == "int8" else np.zeros((B, D))
+        return h @ dense[rows], np.abs(h) @ np.abs(dense[rows]), rounding
+
+    for name in BACKENDS:
+        close(run(name, "rows_dot", w, x), *dot())
+        gathered = run(name, "gathered_rows_dot", w, index, count, x)
+        close(gathered[:, :count], *(part[:, chosen] for part in dot()))
+        assert not gathered[:, count:].any()
+        close(run(name, "weighted_row_sum", w, h), *row_sum(h, np.arange(M)))
+        close(run(name, "weighted_row_sum", w, h, index, count), *row_sum(h[:, :count], chosen))
+        positive = np.maximum(h, 0)
+        skipped = run(name, "weighted_row_sum", w, positive, index, count, True)
+        close(skipped, *row_sum(positive[:, :count], chosen))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("M", "D", "T"), [(550, 2112, 83), (2, 64, 1), (37, 131, 20)])
+def test_products_with_many_vectors_match_plain_arithmetic(format, M, D, T):
+    w, dense, _, _, x, h = draw_case(0, format, M, D, T, 1.0)
+    for k in (xla, native)[: len(BACKENDS)]:
+        for product, a, b in ((k.rows_matmul, x, dense.T), (k.weighted_rows_matmul, h, dense)):
+            rounding = 2**-9 if format in ("bf16", "int8") else 4e-5  # of the vectors to bf16
+            for count in (None, 0, T // 2) if k is native and format in ("bf16", "int8") else (None,):
+                y = product(w, a, count)
+                assert np.isfinite(y).all()
+                wanted = a[:count]
+                difference = np.abs(y[: len(wanted)] - wanted @ b)
+                np.testing.assert_array_less(difference, rounding * (np.abs(wanted) @ np.abs(b)) + 1e-6)
+
+
+@pytest.mark.parametrize("name", BACKENDS[:2])
+@settings(max_examples=50, deadline=None)
+@given(
+    score=st.lists(
+        st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.5, np.inf, -np.inf, np.nan]), min_size=12, max_size=12
+    ),
+    B=st.sampled_from([1, 2, 3]),
+    threshold=st.sampled_from([-np.inf, 0.0, 0.5, np.inf]),
+    budget=st.integers(0, 14),
+)
+def test_select_takes_the_highest_and_of_equals_the_lowest(name, score, B, threshold, budget):
+    score = np.array(score, np.float32).reshape(B, -1)
+    F = score.shape[1]
+    best = np.max(np.where(np.isnan(score), -np.inf, score), axis=0)
+    found = [f for f in range(F) if (score[:, f] >= threshold).any()]
+    expected = sorted(sorted(found, key=lambda f: (-best[f], f))[:budget])
+    index, count = run(name, "select", score, np.float32(threshold), np.int32(budget))
+    assert int(count) == len(expected)
+    assert index.tolist() == expected + [F] * (F - len(expected))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("S", "H", "G", "biased"), [(7, 16, 1, True), (300, 64, 19, False), (65, 10, 3, True)])
+def test_attention_reads_the_valid_part_only(dtype, S, H, G, biased):
+    rng = np.random.default_rng(S)
+    B, T, K = 3, 2, 2
+    length = np.array([[1, 3], [S // 2 + 1, 1], [S - 1, S]], np.int32)
+    q = rng.normal(size=(B, T, K, G, H)).astype(np.float32)
+    k, v = (jnp.asarray(rng.normal(size=(B, S, K, H)), dtype) for _ in range(2))
+    bias = rng.normal(size=(K * G, S)).astype(np.float32) if biased else None
+    unseen = np.arange(S) >= length[..., None]
+    never = unseen.all(axis=1)
+    k_wide, v_wide = np.asarray(k, np.float32), np.asarray(v, np.float32)
+    score = np.einsum("btkgh,bskh->btkgs", q, k_wide) / np.sqrt(H)
+    score += 0 if bias is None else bias.reshape(1, 1, K, G, S)
+    weight = np.exp(np.where(unseen[:, :, None, None], -np.inf, score))
+    expected = np.einsum("btkgs,bskh->btkgh", weight / weight.sum(-1, keepdims=True), v_wide)
+    poison = lambda cache: jnp.where(never[:, :, None, None], 77, cache).astype(dtype)  # noqa: E731
+    for name in BACKENDS:
+        np.testing.assert_allclose(run(name, "attend", q, poison(k), poison(v), length, bias), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantisation_error_is_bounded(format):
+    x = np.random.default_rng(0).normal(size=(50, 33)).astype(np.float32)
+    x[7] = 0
+    error = np.abs(np.asarray(dequantise(quantise(x, format))) - x)
+    step = {
+        "f32": 0,
+        "bf16": np.abs(x) * 2**-8,
+        "f16": np.abs(x) * 2**-11 + 2**-25,
+        "int8": np.abs(x).max(1, keepdims=True) / 254,
+    }
+    assert (error <= step[format] * 1.001).all()
+
+
+def test_what_does_not_fit_a_format_is_refused():
+    with pytest.raises(FalconError, match="not finite"):
+        quantise(np.array([[np.nan]], np.float32), "bf16")
+    with pytest.raises(FalconError, match="too large for f16"):
+        quantise(np.array([[1e6]], np.float32), "f16")
+
+
+needs_native = pytest.mark.skipif(native.missing() is not None, reason="native kernels not built")
+
+
+@needs_native
+def test_results_are_bit_identical_from_run_to_run():
+    w, _, index, count, x, h = draw_case(0, "int8", 700, 1600, 2, 0.5)
+    first = native.rows_dot(w, x), native.weighted_row_sum(w, h, index, count)
+    for _ in range(20):
+        again = native.rows_dot(w, x), native.weighted_row_sum(w, h, index, count)
+        assert all((a == b).all() for a, b in zip(first, again, strict=True))
+
+
+@needs_native
+def test_bad_buffers_are_refused_and_nothing_crashes():
+    w, _, index, _, x, _ = draw_case(0, "bf16", 40, 64, 1, 1.0)
+    index[3] = 40
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"an index is 40, the matrix has 40 rows"):
+        native.gathered_rows_dot(w, index, np.int32(40), x).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="count 41 of 40"):
+        native.gathered_rows_dot(w, index, np.int32(41), x).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="differ in width"):
+        native.rows_dot(w, x[:, :-1]).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="need scales"):
+        native.rows_dot(Rows(np.zeros((4, 64), np.int8)), x).block_until_ready()
+    q, cache = np.zeros((1, 1, 1, 1, 4), np.float32), np.zeros((1, 8, 1, 4), np.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="length 9 in a cache of 8"):
+        native.attend(q, cache, cache, np.array([[9]], np.int32)).block_until_ready()
+
+
+@needs_native
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(FalconError, match="no native kernels for 'mmx'"):
+        native.use_instruction_set("mmx")
+
+
+def test_the_backend_can_be_forced_and_asked_for():
+    assert kernels.backend("xla") is xla
+    assert kernels.describe(xla) == "xla"
+    if native.missing() is None:
+        assert kernels.backend() is native
+        assert kernels.describe(native) == f"native ({native.instruction_sets()[0]})"
+
+
+def test_without_the_native_library_xla_is_used_and_native_says_why(monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: "they were not built")
+    assert kernels.backend("auto") is xla
+    with pytest.raises(FalconError, match="they were not built"):
+        kernels.backend("native")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.flax import save_file
+
+from falcon_relu.config import family
+from falcon_relu.errors import FalconError
+from infer.predictor.predictor import (
+    LayerPredictor,
+    Predictor,
+    export_powerinfer,
+    import_powerinfer,
+    load,
+    save,
+    score,
+    select,
+    stack,
+)
+
+CONFIG = family("tiny-40b").with_activation("relu")
+D, F = CONFIG.d_model, CONFIG.d_ff
+
+
+def random_predictor(ranks: tuple[int, ...] = (8, 4), dtype=jnp.float32) -> Predictor:
+    rng = np.random.default_rng(0)
+    layers = tuple(
+        LayerPredictor(jnp.asarray(rng.normal(size=(R, D)), dtype), jnp.asarray(rng.normal(size=(F, R)), dtype))
+        for R in ranks
+    )
+    figures = ({"recall": 0.5},) * len(ranks)
+    return Predictor(layers=layers, input="block_input", thresholds=(0.25, -1.0), budgets=(F, 17), measured=figures)
+
+
+def assert_same_maps(a: Predictor, b: Predictor) -> None:
+    for x, y in zip(a.layers, b.layers, strict=True):
+        for w, v in ((x.fc1_RxD, y.fc1_RxD), (x.fc2_FxR, y.fc2_FxR)):
+            assert w.dtype == v.dtype
+            np.testing.assert_array_equal(np.asarray(w), np.asarray(v))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_stored_predictor_comes_back_bit_for_bit(tmp_path: Path, dtype) -> None:
+    predictor = random_predictor(dtype=dtype)
+    save(predictor, tmp_path / "p.safetensors")
+    loaded = load(tmp_path / "p.safetensors", CONFIG)
+    assert_same_maps(predictor, loaded)
+    assert loaded.replace(layers=()) == predictor.replace(layers=())
+
+
+def _rewrite(path: Path, change) -> None:
+    """Stores the predictor again after `change(tensors, metadata)`."""
+    with safe_open(path, framework="flax") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = json.loads(file.metadata()["falcon_relu_predictor"])
+    change(tensors, metadata)
+    save_file(tensors, path, {"falcon_relu_predictor": json.dumps(metadata)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("layers.1.fc2.weight"), "has no layers.1.fc2.weight"),
+        (lambda t, m: t.update({"layers.0.fc1.weight": jnp.zeros((8, D + 1))}), r"layers.0.fc1.weight is .*\[8, 64\]"),
+        (lambda t, m: t.update({"layers.0.fc2.weight": jnp.zeros((F, 7))}), r"layers.0.fc2.weight"),
+        (lambda t, m: t.update({"layers.0.fc2.weight": jnp.zeros((F, 8))}), "damaged"),
+        (lambda t, m: t.update({"layers.2.fc1.weight": jnp.zeros((8, D))}), "only 2 layers"),
+        (lambda t, m: t.update({"layers.0.fc1.weight": jnp.zeros(())}), r"layers.0.fc1.weight"),
+        (lambda t, m: m.update(version=99), "format 99"),
+        (lambda t, m: m.update(input="elsewhere"), "input is 'elsewhere'"),
+        (lambda t, m: m.update(thresholds=[0.0]), "thresholds must be 2"),
+        (lambda t, m: m.update(thresholds=[0.0, "1"]), "thresholds must be 2"),
+        (lambda t, m: m.update(budgets=[0, F + 1]), "budgets must be 2"),
+        (lambda t, m: m.pop("budgets"), "budgets"),
+    ],
+)
+def test_predictor_that_does_not_fit_is_refused(tmp_path: Path, change, message: str) -> None:
+    path = tmp_path / "p.safetensors"
+    save(random_predictor(), path)
+    _rewrite(path, change)
+    with pytest.raises(FalconError, match=message):
+        load(path, CONFIG)
+
+
+def test_truncated_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    save(random_predictor(), path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FalconError, match="cannot be read"):
+        load(path, CONFIG)
+    save_file({"w": jnp.zeros(3)}, path)
+    with pytest.raises(FalconError, match="not a predictor"):
+        load(path, CONFIG)
+    with pytest.raises(FalconError, match="does not exist"):
+        load(tmp_path / "none", CONFIG)
+
+
+def test_powerinfer_files_round_trip(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    predictor = random_predictor().astype(jnp.float16).astype(jnp.float32)
+    export_powerinfer(predictor, tmp_path / "pt")
+    imported = import_powerinfer(tmp_path / "pt", CONFIG)
+    assert_same_maps(predictor, imported)
+    assert (imported.input, imported.thresholds, imported.budgets) == ("block_input", (0.0, 0.0), (F, F))
+    with pytest.raises(FalconError, match="mlp_input"):
+        export_powerinfer(predictor.replace(input="mlp_input"), tmp_path / "other")
+
+    torch.save({"fc1.weight": torch.zeros(4, D)}, tmp_path / "pt" / "model_1.pt")
+    with pytest.raises(FalconError, match=r"model_1.pt has no fc2.weight"):
+        import_powerinfer(tmp_path / "pt", CONFIG)
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "pt" / "model_1.pt")  # a pickled object: never run
+    with pytest.raises(FalconError, match=r"model_1.pt cannot be read"):
+        import_powerinfer(tmp_path / "pt", CONFIG)
+    (tmp_path / "pt" / "model_1.pt").unlink()
+    with pytest.raises(FalconError, match=r"model_1.pt does not exist"):
+        import_powerinfer(tmp_path / "pt", CONFIG)
+
+
+def test_stacking_layers_of_several_ranks_keeps_their_logits() -> None:
+    predictor = random_predictor()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, D)), jnp.float32)
+    stacked = stack(predictor.layers)
+    for i, layer in enumerate(predictor.layers):
+        wide = LayerPredictor(stacked.fc1_RxD[i], stacked.fc2_FxR[i])
+        np.testing.assert_allclose(score(wide, x), score(layer, x), rtol=1e-5, atol=1e-4)
+
+
+def test_selection_is_threshold_then_the_highest_within_budget() -> None:
+    logits = jnp.array([[0.5, -1.0, 2.0, 0.0], [-3.0, -1.0, -2.0, -4.0]])
+    np.testing.assert_array_equal(select(logits, 0.0, 4), [[1, 0, 1, 1], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(select(logits, 0.0, 2), [[1, 0, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(select(logits, -10.0, 1), [[0, 0, 1, 0], [0, 1, 0, 0]])
+    assert not select(logits, -10.0, 0).any()

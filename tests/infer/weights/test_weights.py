@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from falcon_relu.checkpoints import native
+from falcon_relu.errors import FalconError
+from infer.weights import memory, storage
+from infer.weights.formats import quantise
+from infer.weights.layout import Formats, from_checkpoint, from_params
+from infer.weights.memory import huge_empty
+from tests.infer.test_step import covering_predictor, relu_model
+
+
+def same(a, b) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    config, params = relu_model("tiny-40b")
+    weights = from_params(params, config, Formats(mlp="int8", attention="bf16"), covering_predictor(config))
+    storage.save(weights, tmp_path / "w")
+    return weights, tmp_path / "w"
+
+
+def test_weights_come_back_bit_for_bit(saved, tiny_name, tmp_path):
+    weights, path = saved
+    assert same(storage.load(path), weights)
+    config, params = relu_model(tiny_name)
+    plain = from_params(params, config, Formats.all("f16"))
+    storage.save(plain, tmp_path / "plain")
+    assert same(storage.load(tmp_path / "plain"), plain)
+
+
+def test_a_checkpoint_gives_the_same_weights_as_its_parameters(tiny_name, tmp_path):
+    config, params = relu_model(tiny_name)
+    native.save_params(tmp_path / "m", config, params)
+    assert same(from_checkpoint(tmp_path / "m", Formats.all("int8")), from_params(params, config, Formats.all("int8")))
+
+
+@pytest.mark.parametrize("position", [40, 600, -5])
+def test_a_damaged_file_is_refused(saved, position):
+    file = saved[1] / "layer_001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0x55
+    file.write_bytes(content)
+    with pytest.raises(FalconError, match="layer_001"):
+        storage.load(saved[1])
+
+
+def test_what_is_missing_or_of_another_version_is_refused(saved, tmp_path):
+    path = saved[1]
+    with pytest.raises(FalconError, match="does not exist"):
+        storage.load(tmp_path / "nothing")
+    file = path / "layer_000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(FalconError, match="cut short"):
+        storage.load(path)
+    file.unlink()
+    with pytest.raises(FalconError, match="missing"):
+        storage.load(path)
+    manifest = json.loads((path / "decode.json").read_text())
+    (path / "decode.json").write_text(json.dumps(manifest | {"version": 99}))
+    with pytest.raises(FalconError, match="version 99"):
+        storage.load(path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"meminfo": "MemTotal: 99 kB\nMemAvailable: 10 kB\n"},
+        {"memory.max": "2000000\n", "memory.stat": "anon 1990000\nfile 500000\n"},
+    ],
+)
+def test_too_little_memory_is_said_before_reading(files, monkeypatch):
+    def read_text(path):
+        if path.name not in files:
+            raise FileNotFoundError
+        return files[path.name]
+
+    monkeypatch.setattr(memory.Path, "read_text", read_text)
+    with pytest.raises(FalconError, match="smaller number format"):
+        memory.need_memory(20_000, "the weights")
+    memory.need_memory(9_000, "the weights")
+
+
+def test_huge_memory_is_taken_over_by_the_device_without_a_copy():
+    for shape in ((3, 5), (1 << 20, 3)):
+        array = huge_empty(shape, np.float32)
+        assert not array.any()
+        array[-1, -1] = 7
+        assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
+    rows = quantise(np.ones((4, 8), np.float32), "bf16")
+    assert rows.data.ctypes.data % 64 == 0

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from falcon_relu.cli import main
+from falcon_relu.config import family
+from train.plan import hlo
+
+D, HEADS, T, V = 8192, 128, 2048, 65024
+
+
+def _plan(folder: Path, *arguments: str) -> tuple[dict[str, Any], str, str]:
+    """Figures, compiled text and what was printed, of a plan in a process of its own."""
+    command = [sys.executable, "-m", "falcon_relu", "plan", *arguments]
+    outputs = ["--json", str(folder / "plan.json"), "--text", str(folder / "step.txt")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*command, *outputs], env=environment, capture_output=True, text=True, timeout=560)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "plan.json").read_text()), (folder / "step.txt").read_text(), done.stdout
+
+
+def _assert_no_large_arrays(text: str, rows: int, mesh: tuple[int, int, int]) -> None:
+    """Neither logits of a microbatch's rows on one device nor scores of all its heads are anywhere in the program."""
+    _, fsdp, tensor = mesh
+    vocabulary, widths = {V, V // tensor}, {D, D // fsdp}
+    seen = 0
+    for array in hlo.arrays(text):
+        shape = set(array.shape)
+        if shape & vocabulary and not shape & widths:  # logits, where what has a width is the head
+            seen += 1
+            assert array.size < rows * T * V // tensor, array
+        if array.shape.count(T) >= 2:
+            assert array.size < HEADS // tensor * T * T, array
+    assert seen
+
+
+def test_the_published_run_fits_on_40_devices_of_80_gb(tmp_path):
+    figures, text, printed = _plan(tmp_path, "--config", "falcon_40b", "--devices", "40")
+    assert figures["fits"]
+    assert len(figures["tried"]) == 1
+    assert figures["GB a device"] <= 80
+    assert figures["hardware / model FLOPs"] <= 1.10
+    assert "hardware / model FLOPs" in printed
+    # By hand: 8 N a token; attention over the whole square for teacher, student, once more, and twice for gradients.
+    model, tokens = family("falcon-40b"), 1920 * T
+    attention = 2 * 2 * model.n_layers * D * T
+    hand = tokens * (8 * model.n_params + 5 * attention) / 40
+    assert figures["hardware TFLOPs a step"] == pytest.approx(hand / 1e12, rel=0.002)
+    _assert_no_large_arrays(text, 1, (5, 8, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "topology", "mesh", "rows", "limit"),
+    [
+        ("falcon_40b_v5p_64", "v5p:4x4x4", (4, 16, 1), 2, 1.10),
+        ("falcon_40b_v5e_256", "v5e:16x16", (1, 128, 2), 1, 1.35),
+    ],
+)
+def test_the_published_run_fits_on_tpus(tmp_path, config, topology, mesh, rows, limit):
+    pytest.importorskip("libtpu")
+    figures, text, _ = _plan(tmp_path, "--config", config, "--topology", topology)
+    assert figures["fits"]
+    assert len(figures["tried"]) == 1
+    assert figures["hardware / model FLOPs"] <= limit
+    assert "splash_mha_fwd" in text
+    _assert_no_large_arrays(text, rows, mesh)
+
+
+SMALL = """
+import dataclasses
+from configs import falcon_40b
+PUBLISHED = falcon_40b.CONFIG
+CONFIG = dataclasses.replace(
+    PUBLISHED, init_from=None, init_activation=None, model="tiny-40b", teacher=None, mesh=(2, 2, 2), microbatches=1,
+    remat="none", loss=dataclasses.replace(PUBLISHED.loss, kd_weight=0.0),
+    data=dataclasses.replace(PUBLISHED.data, seq_len=256, batch_size=8),
+)
+"""
+
+
+def test_what_does_not_fit_is_made_to_by_the_knobs_that_the_plan_names(tmp_path):
+    (tmp_path / "small.py").write_text(SMALL)
+    arguments = ("--config", str(tmp_path / "small.py"), "--devices", "8", "--device-memory-gb", "0.006")
+    figures, _, _ = _plan(tmp_path, *arguments)
+    first, *others = figures["tried"]
+    assert first == {"change": "as configured", "GB a device": first["GB a device"], "fits": False}
+    assert figures["fits"]
+    assert "--microbatches" in others[-1]["change"]
+    assert others[-1]["GB a device"] <= 0.006 < first["GB a device"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--topology"),
+        (["--topology", "v9:2x2"], "v5p"),
+        (["--devices", "3"], "plan in a process of its own"),  # the tests' process has 8
+        (["--devices", "8", "--mesh", "1", "8", "1", "--microbatches", "480"], "change --microbatches"),
+    ],
+)
+def test_wrong_usage_says_what_to_do(arguments, says, capsys):
+    assert len(jax.devices()) == 8
+    assert main(["plan", "--config", "falcon_40b", *arguments]) == 1
+    assert says in " ".join("".join(capsys.readouterr()).split())

@@ -1,0 +1,314 @@
+"""Token shards to batches: a mixture of sources through Grain, shuffled, resumable, for any number of processes.
+
+The order of rows is laid out as a cheap pipeline of addresses. Only its last step reads, and a process reads only its
+own rows of a batch: the global batch is the same whatever the process count, and a position in the data is one number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+import grain
+import numpy as np
+
+from falcon_relu.errors import FalconError
+from train.data.shards import Manifest, Shard, decode_row, read_manifest
+from train.data.teacher_shards import Targets, TeacherManifest, decode_targets, read_teacher_manifest
+
+Address = tuple[int, int]  # (source, row)
+Row = tuple[np.ndarray, np.ndarray]  # token ids [T], lengths of the document pieces
+
+
+class Batch(TypedDict):
+    """Rows of packed documents; int32 [B, T] each.
+
+    tokens_BxT: token ids, 0 where padded. segment_ids_BxT: 1, 2, ... for the documents of a row, 0 where padded.
+    positions_BxT: 0, 1, ... within each document, 0 where padded. teacher: what a cached teacher said of each position,
+    where one is to teach.
+    """
+
+    tokens_BxT: np.ndarray
+    segment_ids_BxT: np.ndarray
+    positions_BxT: np.ndarray
+    teacher: NotRequired[Targets]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One folder of token shards.
+
+    Attributes:
+      path: a folder that `falcon-relu prepare` finished.
+      weight: its share of the rows, against the other sources' weights.
+    """
+
+    path: Path
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+      sources: folders of token shards and their weights.
+      seq_len: T; must be what the shards were made with.
+      batch_size: B, rows in a global batch, over all processes.
+      seed: of the order of rows.
+      teacher_cache: name of the folder within each source where `falcon-relu teacher-cache` left what the teacher said;
+        it is then read along.
+      threads: that read ahead.
+      prefetch: batches read ahead, at least one a thread.
+
+    Raises:
+      ValueError: a field is out of range; the message names it.
+    """
+
+    sources: tuple[Source, ...]
+    seq_len: int = 2048
+    batch_size: int = 8
+    seed: int = 0
+    teacher_cache: str | None = None
+    threads: int = 2
+    prefetch: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("DataConfig.sources is empty: name at least one folder of token shards")
+        for source in self.sources:
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                raise ValueError(
+                    f"DataConfig.sources: {source.path} has the weight {source.weight}; it must be above 0"
+                )
+        for name in ("seq_len", "batch_size", "threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DataConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.prefetch < self.threads:
+            raise ValueError(f"DataConfig.prefetch must be at least threads ({self.threads}), got {self.prefetch}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"DataConfig.seed must lie in [0, 2^32), got {self.seed}")
+
+
+def read_manifests(config: DataConfig) -> list[Manifest]:
+    """The manifest of each source, made sure to fit the config and each other.
+
+    Raises:
+      FalconError: a folder is unfinished, damaged or of another row length, or two were made by different tokenizers.
+    """
+    manifests = [read_manifest(source.path) for source in config.sources]
+    for source, manifest in zip(config.sources, manifests, strict=True):
+        if manifest.seq_len != config.seq_len:
+            raise FalconError(
+                f"{source.path} has rows of {manifest.seq_len} tokens, the config wants {config.seq_len}: change its "
+                "seq_len, or prepare the text again"
+            )
+        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
+            raise FalconError(f"{source.path} and {config.sources[0].path} were made by different tokenizers")
+    return manifests
+
+
+def read_teachers(config: DataConfig) -> list[TeacherManifest]:
+    """The manifest of each source's teacher shards; none where no cached teacher is to teach.
+
+    Raises:
+      FalconError: shards are unfinished, damaged or of other rows, or two sources were written by different teachers or
+        in different ways.
+    """
+    if config.teacher_cache is None:
+        return []
+    folders = [Path(source.path) / config.teacher_cache for source in config.sources]
+    teachers = [
+        read_teacher_manifest(folder, manifest)
+        for folder, manifest in zip(folders, read_manifests(config), strict=True)
+    ]
+    for folder, teacher in zip(folders, teachers, strict=True):
+        for name in ("top_k", "dtype", "temperature", "vocab_size"):
+            if getattr(teacher, name) != getattr(teachers[0], name):
+                raise FalconError(f"{folder} and {folders[0]} differ in {name}: write the cache of all sources alike")
+        if teacher.teacher["weights"] != teachers[0].teacher["weights"]:
+            raise FalconError(f"{folder} and {folders[0]} were written by different teachers")
+    return teachers
+
+
+def data_digests(config: DataConfig) -> dict[str, str]:
+    """A hash of what each folder of the config holds, wherever the folder lies: what a run must find unchanged."""
+    tokens = {f"source {i}": manifest.digest() for i, manifest in enumerate(read_manifests(config))}
+    taught = {f"source {i}'s teacher": teacher.digest() for i, teacher in enumerate(read_teachers(config))}
+    return tokens | taught
+
+
+def train_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
+    """Endless training batches: of each global batch, some rows, all by default.
+
+    Every source is gone through in a new random order each epoch, each row once. `get_state()` of the iterator is a
+    small dict that JSON can hold; `set_state` on an iterator of the same config goes on exactly there, whichever rows
+    it reads: the number of processes may change.
+
+    Args:
+      config: what to read.
+      rows: indices into the global batch, from 0.
+
+    Raises:
+      FalconError: the shards do not fit the config, or are missing or damaged.
+    """
+    wanted = _wanted(config, rows)
+    stored = _Rows(config, "train")
+    for source, count in zip(config.sources, stored.counts, strict=True):
+        if not count:
+            raise FalconError(f"{source.path} holds no training rows")
+    orders = [
+        # Grain's seed of an epoch is seed + epoch: the seeds of sources and runs must lie far apart.
+        _addresses(i, count).shuffle(int(np.random.SeedSequence([config.seed, i]).generate_state(1)[0])).repeat()
+        for i, count in enumerate(stored.counts)
+    ]
+    mixture = grain.MapDataset.mix(orders, [source.weight for source in config.sources])
+
+    def read(batch: Sequence[Address]) -> Batch:
+        return stored.read([batch[b] for b in wanted])
+
+    return _iterate(mixture.batch(config.batch_size, batch_fn=read), config)
+
+
+def validation_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
+    """Every validation row of all sources once, in order; the last batch is filled up with empty rows (segment 0).
+
+    Args and errors are those of `train_batches`; having no validation rows at all is an error too.
+    """
+    wanted = _wanted(config, rows)
+    stored = _Rows(config, "validation")
+    if not any(stored.counts):
+        raise FalconError("no source holds validation rows: prepare the text with a larger validation_fraction")
+    everything = grain.MapDataset.concatenate([_addresses(i, n) for i, n in enumerate(stored.counts) if n])
+
+    def read(batch: Sequence[Address]) -> Batch:
+        return stored.read([batch[b] if b < len(batch) else None for b in wanted])
+
+    return _iterate(everything.batch(config.batch_size, batch_fn=read), config)
+
+
+def _wanted(config: DataConfig, rows: np.ndarray | None) -> Sequence[int]:
+    return range(config.batch_size) if rows is None else rows.tolist()
+
+
+def _addresses(source: int, rows: int) -> grain.MapDataset[Address]:
+    return grain.MapDataset.range(rows).map(lambda row: (source, row))
+
+
+def _iterate(batches: grain.MapDataset[Batch], config: DataConfig) -> grain.DatasetIterator[Batch]:
+    return iter(batches.to_iter_dataset(grain.ReadOptions(config.threads, config.prefetch)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """ArrayRecord's "file instruction": with the rows known, it need not open every file at the start."""
+
+    filename: str
+    take: int
+    skip: int = 0
+
+    @property
+    def examples_in_shard(self) -> int:
+        return self.take
+
+
+class _Rows:
+    """One split of all sources, open for reading rows by their address.
+
+    Attributes:
+      counts: rows of each source.
+    """
+
+    def __init__(self, config: DataConfig, split: str):
+        manifests = read_manifests(config)
+        self._seq_len = config.seq_len
+        self._vocab_size = manifests[0].vocab_size
+        self._teachers = read_teachers(config)
+        self.counts = [manifest.splits[split].rows for manifest in manifests]
+        self._names = [str(source.path) for source in config.sources]
+        shards = [manifest.splits[split].shards for manifest in manifests]
+        _allow_open_files((2 if self._teachers else 1) * sum(map(len, shards)))
+        self._sources = [
+            _open(Path(source.path), of_source) for source, of_source in zip(config.sources, shards, strict=True)
+        ]
+        self._said = [
+            _open(Path(source.path) / str(config.teacher_cache), teacher.splits[split])
+            for source, teacher in zip(config.sources, self._teachers, strict=bool(self._teachers))
+        ]
+
+    def read(self, addresses: Sequence[Address | None]) -> Batch:
+        """The rows at `addresses`; None gives an empty row."""
+        rows: list[Row | None] = [None] * len(addresses)
+        said = self._teachers[0].targets(len(addresses)) if self._teachers else None
+        for b, address in enumerate(addresses):
+            if address is not None:
+                record, rows[b] = self._row(*address)
+                if said is not None:
+                    for name, array in self._targets(*address, record).items():
+                        said[name][b] = array  # type: ignore[literal-required]
+        batch = unpack(rows, self._seq_len)
+        return batch if said is None else Batch(**batch, teacher=said)
+
+    def _row(self, source: int, row: int) -> tuple[bytes, Row]:
+        with _named(row, self._names[source], "prepare"):
+            record = self._sources[source][row]
+            return record, decode_row(record, self._seq_len, self._vocab_size)
+
+    def _targets(self, source: int, row: int, record: bytes) -> Targets:
+        with _named(row, f"the teacher's shards in {self._names[source]}", "teacher-cache"):
+            return decode_targets(self._said[source][row], self._teachers[source], record)
+
+
+def unpack(rows: Sequence[Row | None], seq_len: int) -> Batch:
+    """Rows of token shards (token ids [T], lengths of the document pieces) as a batch; None gives an empty row."""
+    shape = (len(rows), seq_len)
+    batch = Batch(
+        tokens_BxT=np.zeros(shape, np.int32),
+        segment_ids_BxT=np.zeros(shape, np.int32),
+        positions_BxT=np.zeros(shape, np.int32),
+    )
+    for b, row in enumerate(rows):
+        if row is not None:
+            tokens_T, runs = row
+            n = int(runs.sum())
+            batch["tokens_BxT"][b] = tokens_T
+            batch["segment_ids_BxT"][b, :n] = np.repeat(np.arange(1, len(runs) + 1), runs)
+            batch["positions_BxT"][b, :n] = np.arange(n) - np.repeat(np.cumsum(runs) - runs, runs)
+    return batch
+
+
+def _open(folder: Path, shards: Sequence[Shard]) -> Sequence[bytes]:
+    if not shards:
+        return ()
+    return grain.sources.ArrayRecordDataSource([_File(str(folder / shard.file), shard.rows) for shard in shards])
+
+
+@contextlib.contextmanager
+def _named(row: int, where: str, command: str) -> Iterator[None]:
+    """Says which row could not be read, and what to do."""
+    try:
+        yield
+    except (FalconError, ValueError, IndexError, RuntimeError, OSError) as error:
+        raise FalconError(
+            f"cannot read row {row} of {where}: {error}; a shard is damaged: copy it again, or remove it and run the "
+            f"same `falcon-relu {command}` again"
+        ) from None
+
+
+def _allow_open_files(shards: int) -> None:
+    """Raises the soft limit on open files where the shards, which stay open, need it."""
+    needed = shards + 512  # the rest: libraries, sockets, checkpoints
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise FalconError(
+            f"{shards} token shards need more open files than this machine allows ({hard}): raise `ulimit -n`, or "
+            "prepare with a larger unit_mb"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,0 +1,371 @@
+"""Text to token shards: many processes, restartable, the same result however the work was split.
+
+The records of the inputs, in order, are grouped into units of about `unit_mb` of text. A unit is tokenised and packed
+by one process into one shard a split, and is finished once its file in `units/` is there. Running again keeps finished
+units; `shard` (i, n) does every n-th unit, for job arrays. Whoever finds all units finished writes the manifest.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json, remove, write_json
+from falcon_relu.progress import progress
+from falcon_relu.tokenizer import Tokenizer
+from train.data.shards import (
+    FORMAT,
+    SPLITS,
+    Manifest,
+    Shard,
+    Split,
+    check_shard,
+    manifest_path,
+    pack,
+    token_dtype,
+    write_shard,
+)
+from train.data.text import Record, TextReader, text_of
+
+_BATCH_BYTES = 1 << 19  # of text for one call of the tokenizer: its results take many times that
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What to prepare, and how.
+
+    Attributes:
+      inputs: text files, folders, globs, datasets; see `train.data.text.TextReader`.
+      tokenizer: a tokenizer.json or a folder with one.
+      out: the folder to fill.
+      seq_len: T, tokens in a row.
+      text_field: the JSON key or column that holds the text.
+      validation_fraction: share of the documents kept for validation, drawn by a hash of their text.
+      seed: of that draw.
+      unit_mb: MB of text that make one shard.
+      processes: that tokenise; 0 for one a CPU.
+      shard: (i, n): do every n-th unit from the i-th, from 0.
+
+    Raises:
+      FalconError: a value is out of range.
+    """
+
+    inputs: tuple[str, ...]
+    tokenizer: Path
+    out: Path
+    seq_len: int = 2048
+    text_field: str = "text"
+    validation_fraction: float = 0.005
+    seed: int = 0
+    unit_mb: float = 32.0
+    processes: int = 0
+    shard: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        index, count = self.shard
+        for wrong, message in (
+            (not self.inputs, "no input given"),
+            (self.seq_len < 2, f"seq_len must be at least 2, got {self.seq_len}"),
+            (
+                not 0 <= self.validation_fraction < 1,
+                f"validation_fraction must lie in [0, 1), not {self.validation_fraction}",
+            ),
+            (self.unit_mb <= 0, f"unit_mb must be more than 0, got {self.unit_mb}"),
+            (self.processes < 0, f"processes must not be negative, got {self.processes}"),
+            (
+                not 0 <= index < count,
+                f"shard {index}/{count}: the first number counts from 0 and lies below the second",
+            ),
+        ):
+            if wrong:
+                raise FalconError(message)
+
+
+class Prepared(NamedTuple):
+    """What one run did.
+
+    Attributes:
+      manifest: of the whole folder; None while other shards of a job array are still to come.
+      units: this run's, those that were finished before included.
+      new_tokens: tokenised in this run.
+      seconds: that it took.
+    """
+
+    manifest: Manifest | None
+    units: int
+    new_tokens: int
+    seconds: float
+
+
+def prepare(config: PrepareConfig) -> Prepared:
+    """Tokenises and packs `config.inputs` into `config.out`, going on where an earlier run stopped.
+
+    Raises:
+      FalconError: an input or the tokenizer is wrong, or the folder was begun with other settings or inputs.
+    """
+    tokenizer = Tokenizer(config.tokenizer)
+    reader = TextReader(config.inputs, config.text_field)
+    settings = _settings(config, tokenizer)
+    index, count = config.shard
+    started = time.monotonic()
+    units = own = 0
+    total_mb = None if reader.total_bytes is None else reader.total_bytes / 1e6
+    with progress("prepare", total_mb, "MB") as advance, _Workers(config, settings, advance) as workers:
+        for number, (records, megabytes) in enumerate(_units(reader, config.unit_mb)):
+            units += 1
+            mine = number % count == index
+            own += mine
+            if mine and not _is_finished(config.out, number, records, settings):
+                workers.submit(number, records, megabytes)
+            else:
+                advance(megabytes)
+        workers.drain()
+    manifest = _finish(config, tokenizer, reader, units)
+    return Prepared(manifest, own, workers.tokens, time.monotonic() - started)
+
+
+def _settings(config: PrepareConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a unit's content depends on, besides its records."""
+    names = ("seq_len", "text_field", "validation_fraction", "seed", "unit_mb")
+    return {"format": FORMAT, "tokenizer_sha256": tokenizer.sha256} | {name: getattr(config, name) for name in names}
+
+
+def _units(reader: TextReader, unit_mb: float) -> Iterator[tuple[list[Record], float]]:
+    """Groups of records, and the MB on disk that each took."""
+    unit: list[Record] = []
+    size = begun_at = 0
+    for record in reader:
+        unit.append(record)
+        size += len(record.data)
+        if size >= unit_mb * 1e6:
+            yield unit, (reader.position - begun_at) / 1e6
+            unit, size, begun_at = [], 0, reader.position
+    if unit:
+        yield unit, (reader.position - begun_at) / 1e6
+
+
+# --- one unit, in a worker process ---
+
+
+def prepare_unit(
+    number: int, records: Sequence[Record], settings: dict[str, Any], tokenizer: Tokenizer, out: Path
+) -> int:
+    """Tokenises and packs one unit: its shards first, then the file that says it is finished. Returns its tokens."""
+    documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    bad: list[str] = []
+    dtype = token_dtype(tokenizer.vocab_size)
+    for texts in _batches(records, settings["text_field"], bad):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            split = _split_of(text, settings["seed"], settings["validation_fraction"])
+            documents[split].append(np.array([*ids, tokenizer.eos_id], dtype))
+    splits: dict[str, dict[str, Any]] = {}
+    for split, arrays in documents.items():
+        path = out / f"{split}-{number:06d}.array_record"
+        remove(path)
+        if arrays:
+            shard = write_shard(path, pack(arrays, settings["seq_len"]))
+            counts = {"tokens": sum(map(len, arrays)), "documents": len(arrays)}
+            splits[split] = counts | {"shard": dataclasses.asdict(shard)}
+    unit = {"settings": settings, "crc32": _crc32(records), "splits": splits, "bad_lines": bad}
+    write_json(_unit_path(out, number), unit)
+    return sum(split["tokens"] for split in splits.values())
+
+
+def _batches(records: Sequence[Record], text_field: str, bad: list[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for record in records:
+        try:
+            batch.append(text_of(record, text_field))
+        except ValueError as error:
+            bad.append(f"{record.source}:{record.number}: {error}")
+            continue
+        size += len(record.data)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _split_of(text: str, seed: int, validation_fraction: float) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(16, "little")).digest()
+    return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2**64 else "train"
+
+
+def _crc32(records: Sequence[Record]) -> int:
+    crc = 0
+    for record in records:
+        crc = zlib.crc32(record.data, crc)
+    return crc
+
+
+def _unit_path(out: Path, number: int) -> Path:
+    return out / "units" / f"{number:06d}.json"
+
+
+def _is_finished(out: Path, number: int, records: Sequence[Record], settings: dict[str, Any]) -> bool:
+    path = _unit_path(out, number)
+    if not path.exists():
+        return False
+    unit = read_json(path)
+    changed = [name for name, value in settings.items() if unit["settings"].get(name) != value]
+    if changed:
+        were = ", ".join(f"{name} was {unit['settings'].get(name)}, now {settings[name]}" for name in changed)
+        raise FalconError(f"{out} was begun with other settings ({were}): choose another folder or remove it")
+    if unit["crc32"] != _crc32(records):
+        raise FalconError(
+            f"the text that begins at {records[0].source}:{records[0].number} is not what {path} was made from: the "
+            f"inputs or their order changed since; choose another folder or remove {out}"
+        )
+    try:
+        for split in unit["splits"].values():
+            check_shard(out, Shard(**split["shard"]))
+    except FalconError:
+        return False  # made again
+    return True
+
+
+class _Workers:
+    """Processes that prepare units, with a bounded number of units in their hands.
+
+    Attributes:
+      tokens: of the units that they have finished.
+    """
+
+    def __init__(self, config: PrepareConfig, settings: dict[str, Any], advance: Callable[..., None]):
+        self.tokens = 0
+        self._config, self._settings, self._advance = config, settings, advance
+        self._processes = config.processes or _cpus()
+        self._pending: dict[futures.Future[int], float] = {}
+        self._started = time.monotonic()
+
+    def __enter__(self) -> _Workers:
+        # Spawned, not forked: the caller may have threads, JAX's for one.
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = futures.ProcessPoolExecutor(self._processes, spawn, _start_worker, (self._config.tokenizer,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, number: int, records: list[Record], megabytes: float) -> None:
+        """Hands out a unit, once there is a free hand."""
+        while len(self._pending) > self._processes:
+            self._collect()
+        try:
+            unit = self._pool.submit(_work, number, records, self._settings, self._config.out)
+        except BrokenProcessPool:
+            raise _killed() from None
+        self._pending[unit] = megabytes
+
+    def drain(self) -> None:
+        """Waits for all units."""
+        while self._pending:
+            self._collect()
+
+    def _collect(self) -> None:
+        done, _ = futures.wait(self._pending, return_when=futures.FIRST_COMPLETED)
+        for unit in done:
+            try:
+                self.tokens += unit.result()
+            except BrokenProcessPool:
+                raise _killed() from None
+            except OSError as error:
+                raise FalconError(f"could not write to {self._config.out} (disk full?): {error}") from None
+            rate = self.tokens / (time.monotonic() - self._started)
+            self._advance(self._pending.pop(unit), f"{rate:,.0f} tokens/s")
+
+
+def _killed() -> FalconError:
+    return FalconError(
+        "a tokenising process was killed (out of memory?); finished units are kept: run the same command again, with "
+        "fewer processes or a smaller unit_mb if memory is short"
+    )
+
+
+def _cpus() -> int:
+    """CPUs that this process may use, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _start_worker(tokenizer: Path) -> None:
+    global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _worker_tokenizer = Tokenizer(tokenizer)
+
+
+def _die_with_parent() -> None:
+    # A killed parent leaves pool workers waiting for ever otherwise.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(number: int, records: list[Record], settings: dict[str, Any], out: Path) -> int:
+    return prepare_unit(number, records, settings, _worker_tokenizer, out)
+
+
+# --- the whole folder ---
+
+
+def _finish(config: PrepareConfig, tokenizer: Tokenizer, reader: TextReader, units: int) -> Manifest | None:
+    """Writes the manifest if all units are finished."""
+    paths = [_unit_path(config.out, number) for number in range(units)]
+    if not all(path.exists() for path in paths):
+        return None
+    if _unit_path(config.out, units).exists():
+        raise FalconError(f"{config.out} has more units than the inputs give now: choose another folder or remove it")
+    finished = [read_json(path) for path in paths]
+    bad = tuple(line for unit in finished for line in unit["bad_lines"])
+    splits = {name: _join([unit["splits"][name] for unit in finished if name in unit["splits"]]) for name in SPLITS}
+    if not any(split.documents for split in splits.values()):
+        first = f"; the first: {bad[0]}" if bad else ""
+        raise FalconError(f"the inputs hold no document: {len(bad)} lines could not be used{first}")
+    manifest = Manifest(
+        seq_len=config.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.sha256,
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+        sources=tuple(reader.sources),
+        splits=splits,
+        bad_lines=bad,
+    )
+    # Two jobs of an array may end at the same moment: each writes its own file, and the names are swapped in one step.
+    own = manifest_path(config.out).with_suffix(f".{config.shard[0]}.json")
+    write_json(own, manifest.to_json())
+    own.replace(manifest_path(config.out))
+    return manifest
+
+
+def _join(parts: list[dict[str, Any]]) -> Split:
+    shards = tuple(Shard(**part["shard"]) for part in parts)
+    return Split(
+        rows=sum(shard.rows for shard in shards),
+        tokens=sum(part["tokens"] for part in parts),
+        documents=sum(part["documents"] for part in parts),
+        shards=shards,
+    )

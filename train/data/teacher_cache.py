@@ -1,0 +1,309 @@
+"""Writing down once what a teacher says of token shards, for training without it: see `train.data.teacher_shards`.
+
+A file of token shards is the unit of work: it is finished once its file in `units/` is there, and running again keeps
+what is finished. Jobs of an array share the files; whoever finds all finished writes the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from array_record.python.array_record_module import ArrayRecordReader
+from jax.sharding import Mesh
+
+from falcon_relu.checkpoints.load import load_model
+from falcon_relu.config import Activation
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json, write_json
+from falcon_relu.model import Falcon, Params, head_kernel
+from falcon_relu.progress import progress
+from falcon_relu.sharding import batch_sharding, make_mesh, param_shardings, use_mesh
+from train.checkpoints import fingerprint
+from train.data.batches import Batch, unpack
+from train.data.shards import Manifest, Shard, decode_row, manifest_path, read_manifest, token_dtype, write_records
+from train.data.teacher_shards import LogProbDtype, TeacherManifest, encode_targets
+from train.loss import CachedTeacher, next_tokens
+
+# Adds what a cached teacher says to a batch: (parameters, batch) -> (what it says, logsumexp [B, T]).
+_Say = Callable[[Params, Batch], tuple[CachedTeacher, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherCacheConfig:
+    """Whose word on what to write down, and how much of it.
+
+    Attributes:
+      teacher: native weights, Hugging Face folder or hub id.
+      tokens: folders that `falcon-relu prepare` finished; each gets its own cache.
+      name: of the folder that is made in each of them.
+      teacher_activation: the teacher's activation, if its config does not say.
+      top_k: k, tokens whose log-probabilities are kept at each position; all the others share one bucket.
+      temperature: that students will be distilled at; 1 is always possible too.
+      dtype: of the log-probabilities on disk.
+      compute_dtype: of the teacher's parameters and products.
+      batch_size: rows that go through the teacher at a time.
+      chunk: positions of each row whose logits exist at a time.
+      query_chunk: queries that attention handles at a time; None for all.
+      mesh: devices along (data, fsdp, tensor); one -1 takes what is left.
+
+    Raises:
+      ValueError: a field is out of range; the message names it.
+    """
+
+    teacher: str
+    tokens: tuple[Path, ...]
+    name: str = "teacher"
+    teacher_activation: Activation | None = None
+    top_k: int = 64
+    temperature: float = 1.0
+    dtype: LogProbDtype = "bfloat16"
+    compute_dtype: LogProbDtype = "bfloat16"
+    batch_size: int = 8
+    chunk: int = 256
+    query_chunk: int | None = None
+    mesh: tuple[int, int, int] = (1, -1, 1)
+
+    def __post_init__(self) -> None:
+        for field in ("top_k", "batch_size", "chunk"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not self.tokens:
+            raise ValueError("no folder of token shards given")
+        if Path(self.name).name != self.name:
+            raise ValueError(f"name must be a folder's name, not a path, got {self.name!r}")
+
+
+class Cached(NamedTuple):
+    """What one run did.
+
+    Attributes:
+      manifests: of each folder; None where files of other shards are still to come.
+      new_rows: rows that went through the teacher.
+      bytes: of all that this run wrote.
+      seconds: that it took, loading included.
+    """
+
+    manifests: tuple[TeacherManifest | None, ...]
+    new_rows: int
+    bytes: int
+    seconds: float
+
+
+def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0, 1)) -> Cached:
+    """Runs the teacher over all rows of `config.tokens` and writes down what it says, going on where it stopped.
+
+    Args:
+      config: whose word on what.
+      shard: (i, n): do every n-th file only, from the i-th on, counted from 0.
+
+    Raises:
+      FalconError: an input is missing, damaged or does not fit, or a cache was begun with other settings, for other
+        tokens or by another teacher.
+    """
+    started = time.monotonic()
+    index, count = shard
+    if not 0 <= index < count:
+        raise FalconError(f"shard {index}/{count}: the first number counts from 0 and lies below the second")
+    tokens = [read_manifest(folder) for folder in config.tokens]
+    mesh = make_mesh(config.mesh)
+    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise FalconError(f"batch_size {config.batch_size} cannot be shared evenly by the mesh {dict(mesh.shape)}")
+    dtype = jnp.dtype(config.compute_dtype)
+    with use_mesh(mesh):
+        architecture, params = load_model(config.teacher, activation=config.teacher_activation, dtype=dtype, mesh=mesh)
+        if architecture.vocab_size < max(config.top_k, *(manifest.vocab_size for manifest in tokens)):
+            raise FalconError(
+                f"the teacher's vocabulary of {architecture.vocab_size} is smaller than the tokenizer's, or than top_k"
+            )
+        digest = hashlib.sha256(json.dumps(fingerprint(params), sort_keys=True).encode()).hexdigest()
+        teacher = {"source": config.teacher, "config": dataclasses.asdict(architecture), "weights": digest}
+        say = _make_say(Falcon(architecture, dtype, query_chunk=config.query_chunk), config, mesh)
+        folders = [
+            _Folder(config, path, manifest, teacher, job=index)
+            for path, manifest in zip(config.tokens, tokens, strict=True)
+        ]
+        own = [(folder, file) for folder in folders for file in folder.files()][index::count]
+        missing = [(folder, file) for folder, file in own if not folder.is_finished(file)]
+        rows, all_rows = (sum(file.rows for _, file in files) for files in (missing, own))
+        size = 0
+        with progress("teacher-cache", all_rows, "tokens", scale=tokens[0].seq_len, done=all_rows - rows) as advance:
+            for folder, file in missing:
+                size += folder.write(file, functools.partial(say, params), advance)
+    return Cached(tuple(folder.finish() for folder in folders), rows, size, time.monotonic() - started)
+
+
+def say_top_k(
+    hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array, *, top_k: int, temperature: float, chunk: int
+) -> tuple[CachedTeacher, jax.Array]:
+    """What a teacher says, from its final hidden states: its top k, the rest, and the logsumexp of its logits [B, T].
+
+    Products are in the dtype of the hidden states, all else in float32. B x chunk x V logits exist at a time.
+
+    Args:
+      hidden_BxTxD: final hidden states.
+      head_VxD: vocabulary head.
+      targets_BxT: next tokens.
+      top_k: k.
+      temperature: of the second rest.
+      chunk: positions at a time.
+    """
+    head = head_VxD.astype(hidden_BxTxD.dtype)
+
+    def of_chunk(piece: tuple[jax.Array, jax.Array]) -> tuple[CachedTeacher, jax.Array]:
+        h_BxCxD, targets_BxC = piece
+        logits = jnp.einsum("bcd,vd->bcv", h_BxCxD, head, preferred_element_type=jnp.float32)
+        total_BxC = jax.nn.logsumexp(logits, axis=-1)
+        log_p_BxCxV = logits - total_BxC[..., None]
+        top_BxCxk, ids_BxCxk = jax.lax.top_k(log_p_BxCxV, top_k)
+        drop = jax.vmap(jax.vmap(lambda row_V, ids_k: row_V.at[ids_k].set(-jnp.inf)))
+        others_BxCxV = drop(log_p_BxCxV, ids_BxCxk)
+        rest = [jax.nn.logsumexp(others_BxCxV / t, axis=-1) for t in (1.0, temperature)]
+        log_next_BxC = jnp.take_along_axis(log_p_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
+        return CachedTeacher(ids_BxCxk, top_BxCxk, jnp.stack(rest, axis=-1), log_next_BxC), total_BxC
+
+    B, T, _ = hidden_BxTxD.shape
+    size = max(c for c in range(1, min(chunk, T) + 1) if T % c == 0)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [T / size, B, size, ...]
+        return jnp.moveaxis(x.reshape(B, T // size, size, *x.shape[2:]), 1, 0)
+
+    said = jax.lax.map(of_chunk, (split(hidden_BxTxD), split(targets_BxT)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), said)
+
+
+def _make_say(teacher: Falcon, config: TeacherCacheConfig, mesh: Mesh) -> _Say:
+    def say(params: Params, batch: Batch) -> tuple[CachedTeacher, jax.Array]:
+        rows: Any = batch
+        tokens, segments = rows["tokens_BxT"], rows["segment_ids_BxT"]
+        hidden: Any = teacher.apply({"params": params}, tokens, rows["positions_BxT"], segments, method="hidden")
+        head, (targets_BxT, _) = head_kernel(teacher.config, params), next_tokens(tokens, segments)
+        said, total_BxT = say_top_k(
+            hidden, head, targets_BxT, top_k=config.top_k, temperature=config.temperature, chunk=config.chunk
+        )
+        ids = said.ids_BxTxk.astype(token_dtype(teacher.config.vocab_size))
+        log_probs = said.log_probs_BxTxk.astype(config.dtype)
+        return dataclasses.replace(said, ids_BxTxk=ids, log_probs_BxTxk=log_probs), total_BxT
+
+    return jax.jit(say, in_shardings=(param_shardings(teacher.config, mesh), batch_sharding(mesh)))
+
+
+class _Folder:
+    """The cache of one folder of token shards."""
+
+    def __init__(
+        self, config: TeacherCacheConfig, tokens_path: Path, tokens: Manifest, teacher: dict[str, Any], job: int
+    ):
+        """Makes the folder, or makes sure that it was begun for the same tokens and teacher in the same way."""
+        self._config, self._tokens_path, self._tokens, self._job = config, Path(tokens_path), tokens, job
+        self.path = self._tokens_path / config.name
+        self._manifest = TeacherManifest(
+            top_k=config.top_k,
+            dtype=config.dtype,
+            temperature=config.temperature,
+            seq_len=tokens.seq_len,
+            vocab_size=teacher["config"]["vocab_size"],
+            teacher=teacher,
+            tokens=tokens.digest(),
+            splits={},
+        )
+        path, settings = self.path / "settings.json", self._manifest.to_json()
+        if path.exists():
+            found = read_json(path)
+            known = found if isinstance(found, dict) else {}
+            before = known.get("teacher")
+            if isinstance(before, dict):
+                before["source"] = teacher["source"]  # the same weights may have moved
+            changed = [name for name in settings if known.get(name) != settings[name]]
+            if changed:
+                raise FalconError(
+                    f"{self.path} was begun with other settings ({', '.join(changed)}): choose another --name, or "
+                    "remove it"
+                )
+        else:
+            self._write_json(path, settings)
+
+    def files(self) -> Iterator[Shard]:
+        """The files of token shards, of all splits."""
+        for split in self._tokens.splits.values():
+            yield from split.shards
+
+    def is_finished(self, file: Shard) -> bool:
+        """Whether what the teacher says of a file of token shards is written down."""
+        unit, written = self._unit(file), self.path / file.file
+        return unit.exists() and written.exists() and written.stat().st_size == read_json(unit)["bytes"]
+
+    def write(self, file: Shard, say: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any) -> int:
+        """Writes it down; returns the bytes."""
+        written = write_records(self.path / file.file, self._records(file, say, advance))
+        self._write_json(self._unit(file), dataclasses.asdict(written))
+        return written.bytes
+
+    def finish(self) -> TeacherManifest | None:
+        """Writes the manifest if all files are finished."""
+        if not all(self._unit(file).exists() for file in self.files()):
+            return None
+        splits = {
+            name: tuple(Shard(**read_json(self._unit(file))) for file in split.shards)
+            for name, split in self._tokens.splits.items()
+        }
+        manifest = dataclasses.replace(self._manifest, splits=splits)
+        self._write_json(manifest_path(self.path), manifest.to_json())
+        return manifest
+
+    def _unit(self, file: Shard) -> Path:
+        return self.path / "units" / f"{file.file}.json"
+
+    def _write_json(self, path: Path, value: Any) -> None:
+        # Jobs of an array may write the same at the same moment: each has its own file, names are swapped in one step.
+        own = path.with_suffix(f".{self._job}.json")
+        write_json(own, value)
+        own.replace(path)
+
+    def _records(
+        self, file: Shard, say: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any
+    ) -> Iterator[bytes]:
+        """The records of a file, each batch fetched while the next one is computed."""
+        records = _read_records(self._tokens_path / file.file)
+        pending: list[tuple[list[bytes], tuple[CachedTeacher, jax.Array]]] = []
+        for start in range(0, len(records), self._config.batch_size):
+            now = records[start : start + self._config.batch_size]
+            pending.append((now, say(self._batch(now))))
+            if len(pending) > 1:
+                yield from _encode(*pending[0])
+                advance(len(pending.pop(0)[0]))
+        for before, said in pending:
+            yield from _encode(before, said)
+            advance(len(before))
+
+    def _batch(self, records: list[bytes]) -> Batch:
+        rows = [decode_row(record, self._tokens.seq_len, self._tokens.vocab_size) for record in records]
+        return unpack([*rows, *[None] * (self._config.batch_size - len(rows))], self._tokens.seq_len)
+
+
+def _read_records(path: Path) -> list[bytes]:
+    reader = ArrayRecordReader(str(path))
+    try:
+        records: list[bytes] = reader.read_all()
+    except (RuntimeError, ValueError) as error:
+        raise FalconError(f"cannot read {path}: {error}; copy it again, or prepare the text again") from None
+    finally:
+        reader.close()
+    return records
+
+
+def _encode(records: list[bytes], said: tuple[CachedTeacher, jax.Array]) -> Iterator[bytes]:
+    targets, total_BxT = jax.device_get(said)
+    for b, record in enumerate(records):
+        row: Any = {name: array[b] for name, array in vars(targets).items()}
+        yield encode_targets(row, total_BxT[b], record)

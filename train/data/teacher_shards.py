@@ -1,0 +1,170 @@
+"""Teacher shards, what a teacher said of token shards: the record format and the manifest.
+
+They lie in a folder of their own within the folder of token shards that they belong to: a `manifest.json`, and for each
+file of token shards a file of the same name with as many records. Record i speaks of row i, T = `seq_len` positions,
+V the vocabulary, k = `top_k`; little-endian, no padding:
+
+    token ids            [T, k] uint16 where V is at most 65,536, else uint32; likeliest first
+    log-probabilities    [T, k] bfloat16 or float32, at temperature 1
+    log-sum-exp          [T] float32, of the teacher's logits: logit = log-probability + log-sum-exp
+    next                 [T] float32, log-probability of the row's next token, among the k or not
+    rest                 [T, 2] float32, log of the sum over all other tokens of p and of p^(1/temperature), p at
+                         temperature 1; -inf where k = V
+    CRC-32               uint32, of the row's record in the token shards
+
+The second rest is what any other temperature needs: there, a token of log-probability l has the probability
+exp(l / temperature) / Z, the rest exp(rest) / Z, and Z makes the sum 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import ml_dtypes
+import numpy as np
+
+from falcon_relu.errors import FalconError
+from falcon_relu.files import read_json
+from train.data.shards import Manifest, Shard, manifest_path, token_dtype
+
+FORMAT = 1
+LogProbDtype = Literal["bfloat16", "float32"]
+_FLOATS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
+_CRC_BYTES = 4
+
+
+class Targets(TypedDict):
+    """What `train.loss.CachedTeacher` holds, as numpy arrays, of one row (T) or a batch of them (B, T)."""
+
+    ids_BxTxk: np.ndarray
+    log_probs_BxTxk: np.ndarray
+    log_rest_BxTx2: np.ndarray
+    log_next_BxT: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherManifest:
+    """What a folder of teacher shards holds, and what it was made from.
+
+    Attributes:
+      top_k: k.
+      dtype: of the log-probabilities.
+      temperature: that the second rest is for.
+      seq_len: T.
+      vocab_size: V, of the teacher, which may be larger than the tokenizer's.
+      teacher: where the teacher came from, its architecture, and a fingerprint of its weights.
+      tokens: `Manifest.digest()` of the token shards.
+      splits: the files of each split, in the order of the token shards.
+    """
+
+    top_k: int
+    dtype: LogProbDtype
+    temperature: float
+    seq_len: int
+    vocab_size: int
+    teacher: Mapping[str, Any]
+    tokens: str
+    splits: Mapping[str, tuple[Shard, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `manifest.json`."""
+        return {"format": FORMAT} | dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """A hash of what the folder holds, the same wherever it and the teacher lie."""
+        content = {name: value for name, value in self.to_json().items() if name != "teacher"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def targets(self, rows: int) -> Targets:
+        """Arrays for `rows` rows; what they say is to be filled in, or masked out."""
+        shape = (rows, self.seq_len)
+        return Targets(
+            ids_BxTxk=np.broadcast_to(np.arange(self.top_k, dtype=np.int32), (*shape, self.top_k)).copy(),
+            log_probs_BxTxk=np.zeros((*shape, self.top_k), _FLOATS[self.dtype]),
+            log_rest_BxTx2=np.zeros((*shape, 2), np.float32),
+            log_next_BxT=np.zeros(shape, np.float32),
+        )
+
+
+def read_teacher_manifest(folder: Path, tokens: Manifest) -> TeacherManifest:
+    """The manifest of a folder of teacher shards, made sure to belong to token shards and to be whole.
+
+    Raises:
+      FalconError: the folder is unfinished or damaged, or speaks of other rows.
+    """
+    path = manifest_path(folder)
+    if not path.exists():
+        raise FalconError(f"{folder} holds no finished teacher shards: run `falcon-relu teacher-cache` first")
+    value = read_json(path)
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise FalconError(f"{path} is not a teacher's manifest of format {FORMAT}: write the cache again")
+    try:
+        splits = {name: tuple(Shard(**shard) for shard in shards) for name, shards in value["splits"].items()}
+        manifest = TeacherManifest(**value | {"splits": splits})
+        counts = {name: [(shard.file, shard.rows) for shard in shards] for name, shards in splits.items()}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise FalconError(f"{path} is damaged: {error}") from None
+    belongs = {name: [(shard.file, shard.rows) for shard in split.shards] for name, split in tokens.splits.items()}
+    if manifest.tokens != tokens.digest() or counts != belongs:
+        raise FalconError(
+            f"{folder} was written for other token shards than those that lie beside it: remove it and run "
+            "`falcon-relu teacher-cache` again"
+        )
+    for shards in splits.values():
+        for shard in shards:
+            if not (folder / shard.file).is_file() or (folder / shard.file).stat().st_size != shard.bytes:
+                raise FalconError(
+                    f"{folder / shard.file} is missing or cut short: copy it again, or remove it and {path} and run "
+                    "the same `falcon-relu teacher-cache` again"
+                )
+    return manifest
+
+
+def encode_targets(row: Targets, logsumexp_T: np.ndarray, tokens_record: bytes) -> bytes:
+    """One record, from arrays without B; `log_probs_BxTxk` are stored in the dtype that they have."""
+    ids_Txk = row["ids_BxTxk"]
+    floats = (logsumexp_T, row["log_next_BxT"], row["log_rest_BxTx2"])
+    return b"".join(
+        (
+            ids_Txk.tobytes(),
+            row["log_probs_BxTxk"].tobytes(),
+            *(array.astype("<f4").tobytes() for array in floats),
+            zlib.crc32(tokens_record).to_bytes(_CRC_BYTES, "little"),
+        )
+    )
+
+
+def decode_targets(record: bytes, manifest: TeacherManifest, tokens_record: bytes) -> Targets:
+    """What the teacher said of one row.
+
+    Raises:
+      FalconError: the record is not one of the manifest's form, or does not belong to that row.
+    """
+    T, k = manifest.seq_len, manifest.top_k
+    fields: Iterable[tuple[str, np.dtype, tuple[int, ...]]] = (
+        ("ids_BxTxk", token_dtype(manifest.vocab_size), (T, k)),
+        ("log_probs_BxTxk", _FLOATS[manifest.dtype], (T, k)),
+        ("logsumexp", np.dtype("<f4"), (T,)),
+        ("log_next_BxT", np.dtype("<f4"), (T,)),
+        ("log_rest_BxTx2", np.dtype("<f4"), (T, 2)),
+    )
+    sizes = [int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in fields]
+    if len(record) != sum(sizes) + _CRC_BYTES:
+        raise FalconError(f"a record of {len(record)} bytes is no top {k} of {T} positions")
+    if int.from_bytes(record[-_CRC_BYTES:], "little") != zlib.crc32(tokens_record):
+        raise FalconError("the teacher's record is of another row")
+    found, place = {}, 0
+    for (name, dtype, shape), size in zip(fields, sizes, strict=True):
+        found[name] = np.frombuffer(record, dtype, int(np.prod(shape)), place).reshape(shape)
+        place += size
+    del found["logsumexp"]
+    if found["ids_BxTxk"].max() >= manifest.vocab_size:
+        raise FalconError(f"a record holds a token id beyond the vocabulary of {manifest.vocab_size}")
+    targets: Any = found
+    return targets

@@ -1,0 +1,70 @@
+"""How a run lies on its devices: every array, its axes, how they are cut, what a device holds of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from falcon_relu.sharding import MESH_AXES, abstract_params, batch_sharding, param_axes, param_shardings
+from train.config import TrainConfig
+from train.plan.plan import architectures
+from train.state import abstract_state, make_optimizer, state_shardings
+
+
+def sharding_table(config: TrainConfig, mesh_shape: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """A row for each array that a run holds: state, the step's working copy of it, teacher, batch.
+
+    Args:
+      config: the run; its own mesh is left aside.
+      mesh_shape: devices along (data, fsdp, tensor); none of them need be there.
+
+    Returns:
+      Rows of array, shape, dtype, logical axes, PartitionSpec (all text) and bytes a device (int).
+    """
+    mesh: Any = AbstractMesh(mesh_shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    student, teacher = architectures(config)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(student, optimizer, state_shardings(student, optimizer, mesh))
+    axes = {_path(path): spec for path, spec in _leaves(param_axes(student))}
+    rows = [_row("state/" + _path(path), leaf, leaf.sharding, axes) for path, leaf in _leaves(state)]
+    copies = [("working copy", student, config.compute_dtype)]
+    if teacher is not None:
+        copies.append(("teacher", teacher, config.teacher_dtype))
+    for kind, arch, dtype in copies:
+        shardings = jax.tree.leaves(param_shardings(arch, mesh))
+        for (path, leaf), sharding in zip(_leaves(abstract_params(arch)), shardings, strict=True):
+            norm = kind == "working copy" and path[-1].key in ("scale", "bias")
+            held = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if norm else jnp.dtype(dtype))
+            rows.append(_row(f"{kind}/{_path(path)}", held, sharding, axes))
+    batch = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len), jnp.int32)
+    for array in ("tokens_BxT", "segment_ids_BxT", "positions_BxT"):
+        rows.append(_row(f"batch/{array}", batch, batch_sharding(mesh), {}))
+    return rows
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _path(path: Any) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+
+
+def _row(name: str, leaf: Any, sharding: Any, axes: dict[str, PartitionSpec]) -> dict[str, Any]:
+    logical = next((spec for path, spec in axes.items() if name.endswith("/" + path)), ())
+
+    def listed(spec: Any) -> str:
+        return "(" + ", ".join("+".join(a) if isinstance(a, tuple) else a or "-" for a in spec) + ")"
+
+    return {
+        "array": name,
+        "shape": "x".join(str(n) for n in leaf.shape) or "scalar",
+        "dtype": leaf.dtype.name,
+        "logical axes": listed(logical),
+        "PartitionSpec": listed(sharding.spec),
+        "bytes a device": math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+    }
