@@ -23,7 +23,8 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from falcon_relu import corpora  # noqa: E402
-from falcon_relu.checkpoints.load import export_hf, load_model  # noqa: E402
+from falcon_relu.checkpoints.convert import export_hf  # noqa: E402
+from falcon_relu.checkpoints.load import load_model  # noqa: E402
 from falcon_relu.checkpoints.native import save_params  # noqa: E402
 from falcon_relu.config import family  # noqa: E402
 from falcon_relu.errors import FalconError  # noqa: E402
