@@ -155,7 +155,7 @@ def _python_library(cache: Path) -> Iterator[str]:
 def _download(archive: Archive, cache: Path | None) -> Path:
     folder = (cache or cache_dir()) / "archives" / f"{archive.package}-{archive.version}"
     if not folder.is_dir():
-        with write_aside(folder) as aside:
+        with write_aside(folder, folder=True) as aside:
             _pip_download(archive, aside)
     files = list(folder.iterdir())
     if len(files) != 1 or hashlib.sha256(files[0].read_bytes()).hexdigest() != archive.sha256:

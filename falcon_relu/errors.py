@@ -1,4 +1,8 @@
-"""The error that a user can act on."""
+"""The error that a user can act on, and the checks that raise it."""
+
+from __future__ import annotations
+
+import math
 
 
 class FalconError(Exception):
@@ -6,3 +10,39 @@ class FalconError(Exception):
 
     The message names what was wrong, where, and what to do. Commands print it without a traceback and exit with 1.
     """
+
+
+def check_number(
+    name: str, value: object, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+) -> None:
+    """Refuses what is not a finite number within bounds.
+
+    Args:
+      name: what the number is, as the user knows it.
+      value: an int or float.
+      low: the least that is allowed.
+      high: the most that is allowed.
+      above: what it must exceed.
+
+    Raises:
+      FalconError: it is no number, not finite, or out of bounds.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and math.isfinite(value) and value >= low and value <= high and value > above:  # type: ignore[operator, arg-type]
+        return
+    bounds = [
+        f"above {above:g}" if above > -math.inf else "",
+        f"at least {low:g}" if low > -math.inf else "",
+        f"at most {high:g}" if high < math.inf else "",
+    ]
+    raise FalconError(f"{name} must be a number {' and '.join(filter(None, bounds))}".rstrip() + f", got {value!r}")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Refuses a seed outside [0, 2^32): the range that every random generator in use takes, so that a seed is one seed.
+
+    Raises:
+      FalconError: it is outside.
+    """
+    if not 0 <= value < 1 << 32:
+        raise FalconError(f"{name} must be from 0 to {(1 << 32) - 1} (2^32 - 1), got {value}")

@@ -1,65 +1,154 @@
-"""Files and folders that are either whole or not there."""
+"""Files and folders: what is written appears whole or not at all, what is read is a regular file."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from falcon_relu.errors import FalconError
 
-_PARTIAL = ".partial"
+_TEXT_LIMIT = 256 << 20  # bytes of a text or JSON file that is read as a whole
+
+
+# ---- writing
 
 
 @contextlib.contextmanager
-def write_aside(target: Path, *, replace: bool = False, nbytes: int = 0) -> Iterator[Path]:
-    """Yields a sibling path to write a file or folder to; renames it to `target` once the block succeeds.
+def write_aside(
+    target: Path, *, folder: bool = False, replace: bool = False, locked: bool = True, nbytes: int = 0
+) -> Iterator[Path]:
+    """Yields a hidden sibling path to write to; flushes it to disk and renames it to `target` once the block succeeds.
 
-    When the block raises, what was written is removed and `target` stays as it was. What a killed process left
-    beside `target` is removed by the next call.
+    When the block raises, what was written is removed and `target` stays as it was. What a killed process left under
+    the hidden name is removed by the next call. What is no regular file, such as /dev/stdout, is written through.
 
     Args:
       target: the finished file or folder.
-      replace: whether an existing `target` may be replaced.
+      folder: whether the block makes a folder rather than a file.
+      replace: whether an existing `target` of the same kind may be replaced.
+      locked: whether to hold `lock(target)`; False where the caller holds it.
       nbytes: that the caller is about to write; large things fail before they begin.
 
     Raises:
-      FalconError: `target` exists and may not be replaced, or the disk is too full.
+      FalconError: as `check_output` and `lock`, or the disk is too full.
     """
     target = Path(target)
-    if target.exists() and not replace:
-        raise FalconError(f"{target} exists already; choose another path or remove it first")
+    check_output(target, folder=folder, replace=replace)
+    if not folder and _is_special(target):
+        yield target
+        return
+    target = target.resolve()  # a link stays a link, to what is written now
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = aside_path(target)
-    remove(aside)
-    free = shutil.disk_usage(target.parent).free
-    if nbytes > free:
-        raise FalconError(
-            f"{target} takes {nbytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free there: "
-            "make room, or choose another disk"
-        )
-    try:
-        yield aside
-        if target.is_dir():
-            remove(target)  # a folder cannot be renamed over one that holds something
-        aside.replace(target)
-    except BaseException:
+    with lock(target) if locked else contextlib.nullcontext():
+        aside = aside_path(target)
         remove(aside)
-        raise
+        if not target.exists() and (old := _beside(target, "old")).exists():
+            old.rename(target)  # a process was killed between the two renames below
+        free = shutil.disk_usage(target.parent).free
+        if nbytes > free:
+            raise FalconError(
+                f"{target} takes {nbytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free there: "
+                "make room, or choose another disk"
+            )
+        try:
+            yield aside
+            _flush(aside)
+            check_output(target, folder=folder, replace=replace)  # it may have appeared meanwhile
+            _exchange(aside, target)
+        except BaseException:
+            remove(aside)
+            raise
+
+
+def check_output(target: Path, *, folder: bool = False, replace: bool = False) -> None:
+    """Refuses a path that could not be written, before any work is done for it.
+
+    Args:
+      target: a file or folder to be made.
+      folder: whether it is to be a folder.
+      replace: whether an existing one of the same kind may be replaced.
+
+    Raises:
+      FalconError: it exists and may not be replaced, is of the other kind, or lies where nothing can be written.
+    """
+    target = Path(target)
+    try:
+        existing = _existing_kind(target)
+        if existing == "nothing" and not os.path.lexists(target):
+            parent = next(p for p in target.absolute().parents if os.path.lexists(p))
+            if not parent.is_dir():
+                raise FalconError(f"{target} cannot be made: {parent} is not a folder")
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise FalconError(f"{target} cannot be made: you may not write to {parent}")
+            return
+    except OSError as error:  # a loop of links, a name that is too long
+        raise FalconError(f"{target} cannot be made: {error.strerror}") from None
+    if existing == "nothing":
+        raise FalconError(f"{target} is a link to nothing; remove it, or choose another path")
+    if existing == "folder" and not folder:
+        raise FalconError(f"{target} is a folder; choose the name of a file, in it or elsewhere")
+    if existing != "folder" and folder:
+        raise FalconError(f"{target} is a file; choose the name of a folder that is to be made")
+    if existing != "special" and not replace:
+        raise FalconError(f"{target} exists already; choose another path or remove it first")
+
+
+@contextlib.contextmanager
+def lock(target: Path) -> Iterator[None]:
+    """Keeps other processes from writing `target`, a file or folder, while this one does.
+
+    The lock is a hidden file beside `target`, held with flock(2): it ends with the process, however that ends. (The
+    library filelock leaves its file behind, beside every output of the user's.) Disks without locks go without.
+
+    Raises:
+      FalconError: another process holds it.
+    """
+    target = Path(target).absolute()
+    path = _beside(target, "lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(held)
+                raise FalconError(
+                    f"{target} is being written by another process; wait for it, or choose another path"
+                ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(held), path.stat()):
+                break
+        os.close(held)  # its last holder removed the file just now
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(held)
 
 
 def aside_path(target: Path) -> Path:
     """Where `write_aside(target)` lets its caller write."""
-    return target.with_name(target.name + _PARTIAL)
+    return _beside(Path(target).resolve(), "partial")
 
 
-def write_json(target: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, replacing `target` in one step."""
-    with write_aside(target, replace=True) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+def write_text(target: Path, text: str, *, replace: bool = True) -> None:
+    """Writes UTF-8 text, replacing an existing file in one step unless told not to."""
+    with write_aside(target, replace=replace) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(target: Path, value: Any, *, replace: bool = True) -> None:
+    """Writes `value` as indented JSON, replacing an existing file in one step unless told not to."""
+    write_text(target, json.dumps(value, indent=2) + "\n", replace=replace)
 
 
 def write_texts(target: Path, texts: Iterable[str]) -> None:
@@ -68,23 +157,118 @@ def write_texts(target: Path, texts: Iterable[str]) -> None:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-      FalconError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise FalconError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FalconError(f"{path} is not valid JSON: {error}") from None
-
-
 def remove(path: Path) -> None:
     """Removes a file or folder if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
         path.unlink()
+
+
+# ---- reading
+
+
+def regular_file(path: Path) -> Path:
+    """`path`, made sure to be a regular file that may be read, or a link to one: a pipe or device would hang a reader.
+
+    Raises:
+      FalconError: it is missing, a folder, a device or pipe, a broken link, or may not be read.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise FalconError(f"{path} {'is a link to nothing' if path.is_symlink() else 'does not exist'}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise FalconError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(mode):
+        raise FalconError(f"{path} is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise FalconError(f"{path} is not a regular file but a device or pipe")
+    if not os.access(path, os.R_OK):
+        raise FalconError(f"{path} cannot be read: you lack the permission")
+    return path
+
+
+def read_text(path: Path, *, limit: int = _TEXT_LIMIT) -> str:
+    """The text of a UTF-8 file, without the byte order mark that it may begin with.
+
+    Raises:
+      FalconError: as `regular_file`, or it is larger than `limit` bytes, or not UTF-8.
+    """
+    size = regular_file(path).stat().st_size
+    if size > limit:
+        raise FalconError(f"{path} has {size:,} bytes; a file of this kind has {limit:,} at most")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FalconError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
+
+
+def read_json(path: Path, *, limit: int = _TEXT_LIMIT) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      FalconError: as `read_text`, or it is not JSON.
+    """
+    text = read_text(path, limit=limit)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise FalconError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise FalconError(f"{path} is not valid JSON: {error}") from None
+
+
+# ---- how
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.falcon-relu-{what}")
+
+
+def _existing_kind(target: Path) -> str:
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return "nothing"
+    except NotADirectoryError:  # a parent is a file
+        return "nothing"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "special" if _is_special(target) else "file"
+
+
+def _is_special(target: Path) -> bool:
+    """Whether a path leads to a device or pipe, or through /dev or /proc to a file that another process holds open."""
+    devices = {Path("/dev"), Path("/proc")} & set(target.absolute().parents)
+    return target.exists() and (bool(devices) or not target.is_file())
+
+
+def _flush(path: Path) -> None:
+    """Has the disk hold a file, or a folder and all in it, before anything says that it is there."""
+    if path.is_dir():
+        for child in path.iterdir():
+            _flush(child)
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+
+def _exchange(aside: Path, target: Path) -> None:
+    if target.is_dir():
+        old = _beside(target, "old")  # a folder cannot be renamed over one that holds something
+        remove(old)
+        target.rename(old)
+        aside.rename(target)
+        remove(old)
+    else:
+        aside.replace(target)
+    held = os.open(target.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks cannot flush a folder
+            os.fsync(held)
+    finally:
+        os.close(held)

@@ -69,10 +69,10 @@ def _run_demo(out: Path) -> None:
             process.stderr.read()
         assert process.returncode == (130 if sign == signal.SIGINT else -sign)
         assert not (out / "report.html").exists()
-        assert sign == signal.SIGKILL or not list(out.rglob("*.partial"))
+        assert sign == signal.SIGKILL or not list(out.rglob(".*.falcon-relu-*"))
     last = [*command, "--json", str(out.with_suffix(".json"))]
     finished = subprocess.run(last, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr
     assert "] tokens" not in finished.stderr  # finished stages are not run again
     assert "] decode" in finished.stderr
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob(".*.falcon-relu-*"))

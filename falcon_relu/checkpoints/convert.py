@@ -74,7 +74,7 @@ def export_hf(
         raise FalconError(f"{tokenizer} does not exist")
     sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in table.items()}
     with (
-        write_aside(out, nbytes=sum(sizes.values())) as aside,
+        write_aside(out, folder=True, nbytes=sum(sizes.values())) as aside,
         progress(f"exporting {source}", len(table), "tensors") as advance,
     ):
 

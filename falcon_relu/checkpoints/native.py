@@ -69,7 +69,11 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
     _check_shapes({leaf: x.shape for leaf, x in flatten_dict(params).items()}, config, ValueError, "params")
     first = jax.process_index() == 0
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    ours = write_aside(path, replace=replace, nbytes=nbytes) if first else contextlib.nullcontext(aside_path(path))
+    ours = (
+        write_aside(path, folder=True, replace=replace, nbytes=nbytes)
+        if first
+        else contextlib.nullcontext(aside_path(path))
+    )
     with ours as aside:
         _save(aside, params)
         if first:
@@ -91,7 +95,7 @@ def params_writer(
     path = Path(path).resolve()
     shapes = param_shapes(config)
     nbytes = sum(math.prod(shape) * np.dtype(dtypes[leaf]).itemsize for leaf, shape in shapes.items())
-    with write_aside(path, nbytes=nbytes) as aside:
+    with write_aside(path, folder=True, nbytes=nbytes) as aside:
         # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
         _save(aside, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
         stores = {

@@ -92,7 +92,7 @@ def local_note(data: Path, dataset: str) -> str:
 def _write(folder: Path, dataset: Dataset, cache: Path | None) -> None:
     counts: dict[str, int] = {}
     files: dict[str, list[dict[str, str]]] = {}
-    with open_zip(dataset.archive, cache) as archive, write_aside(folder) as aside:
+    with open_zip(dataset.archive, cache) as archive, write_aside(folder, folder=True) as aside:
         for config, split, documents in dataset.splits(archive):
             file = Path(config) / f"{split}.jsonl"
             (aside / config).mkdir(parents=True, exist_ok=True)

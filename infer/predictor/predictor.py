@@ -226,7 +226,7 @@ def export_powerinfer(predictor: Predictor, folder: Path) -> None:
     torch = _torch()
     if predictor.input != "block_input":
         raise FalconError(f"PowerInfer's predictors read block_input, this one reads {predictor.input}; fit another")
-    with write_aside(folder) as aside:
+    with write_aside(folder, folder=True) as aside:
         aside.mkdir()
         for i, layer in enumerate(predictor.layers):
             tensors = {name: torch.from_numpy(np.array(w, np.float32)).half() for name, w in _named(i, layer).items()}

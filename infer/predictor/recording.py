@@ -101,7 +101,7 @@ def record(
     if config.activation == "gelu":
         raise FalconError("a GELU model has no silent neurons to predict; record a model whose activation is a ReLU")
     done, nbytes = 0, tokens * config.n_layers * (INPUT_DTYPE.itemsize * config.d_model + config.d_ff)
-    with write_aside(folder, nbytes=nbytes) as aside, progress("record", tokens, "tokens") as advance:
+    with write_aside(folder, folder=True, nbytes=nbytes) as aside, progress("record", tokens, "tokens") as advance:
         aside.mkdir()
         for arrays in _observed(config, params, batches, input, dtype):
             kept = min(tokens - done, arrays[0].shape[1])

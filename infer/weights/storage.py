@@ -57,7 +57,7 @@ def save(weights: DecodeWeights, path: Path, *, replace: bool = False) -> None:
     checksums: dict[str, int] = {}
     files = sorted({_file(name) for name in leaves})
     with (
-        write_aside(path, replace=replace, nbytes=weights.nbytes) as aside,
+        write_aside(path, folder=True, replace=replace, nbytes=weights.nbytes) as aside,
         progress(f"writing {path}", len(files), "files") as advance,
     ):
         aside.mkdir()
