@@ -32,7 +32,7 @@ def test_what_the_user_had_stays(tmp_path, folder):
     for name in wrong:
         with pytest.raises(FalconError, match=name[0]), write_aside(tmp_path / name, folder=folder, replace=not folder):
             pytest.fail("the work began")
-    with pytest.raises(ZeroDivisionError), write_aside(tmp_path / "new", folder=folder) as aside:
+    with pytest.raises(ZeroDivisionError), write_aside(tmp_path / "new", folder=folder) as aside:  # noqa: PT012
         aside.mkdir() if folder else aside.touch()
         raise ZeroDivisionError
     assert _tree(tmp_path) == before
