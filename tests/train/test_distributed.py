@@ -40,7 +40,9 @@ def assert_same_run(config, alone):
     # A row that was left out or read twice would change how many positions count.
     assert [line["count"] for line in other] == [line["count"] for line in one]
     for name in ("loss", "cross_entropy", "gradient_norm", "zeros"):
-        np.testing.assert_allclose([line[name] for line in other], [line[name] for line in one], rtol=LOSS_TOLERANCE)
+        few = 1e-4 if name == "zeros" else 0  # neurons within rounding of 0 fall on either side
+        found, expected = ([line[name] for line in lines] for lines in (other, one))
+        np.testing.assert_allclose(found, expected, rtol=LOSS_TOLERANCE, atol=few, err_msg=name)
     params = [load_model(run.out / "weights")[1] for run in (alone, config)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *params)
 

@@ -92,9 +92,17 @@ def _gradients(**changes):
     return metrics, gradients
 
 
+def _assert_same_metrics(found, expected, rtol):
+    """Zeros are counted: a neuron within rounding of 0 may fall on either side on another CPU, so a few may differ."""
+    few = 3 / (expected["count"] * CONFIG.d_ff)
+    assert found.keys() == expected.keys()
+    for name, figure in expected.items():
+        np.testing.assert_allclose(found[name], figure, rtol=rtol, atol=few if name == "zeros" else 1e-7, err_msg=name)
+
+
 def _assert_same(found, expected):
-    """Every figure, and every gradient by the norm of its difference, to 1e-5."""
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found[0], expected[0])
+    """Every metric, and every gradient by the norm of its difference, to 1e-5."""
+    _assert_same_metrics(found[0], expected[0], rtol=1e-5)
     assert found[1].keys() == expected[1].keys()
     for name, theirs in expected[1].items():
         assert np.linalg.norm(theirs) > 0
@@ -175,7 +183,7 @@ def test_activations_blend_from_the_start_to_the_own():
 
     assert zeros(3) < 1e-3
     assert zeros(5) < 1e-3
-    assert zeros(6) == pytest.approx(_step()[2]["zeros"].mean())
+    assert zeros(6) == pytest.approx(_step()[2]["zeros"].mean(), abs=1e-4)  # a few neurons within rounding of 0
 
 
 def test_the_l1_term_makes_zeros():
@@ -196,7 +204,7 @@ def test_the_l1_term_makes_zeros():
 def test_microbatches_change_nothing_with_uneven_counts(alone):
     _, expected, metrics = alone
     _, state, pieces = _step(microbatches=4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), pieces, metrics)
+    _assert_same_metrics(pieces, metrics, rtol=1e-4)
     for mine, theirs in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(expected.opt_state), strict=True):
         assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs) + 1e-12
 
