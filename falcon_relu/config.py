@@ -7,9 +7,24 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from falcon_relu.errors import FalconError, check_number
+
 Activation = Literal["gelu", "relu", "shifted_relu", "relu2"]
 Block = Literal["parallel", "parallel_two_norms", "sequential"]
 Position = Literal["rotary", "alibi"]
+
+# The most that a size may be: far above any Falcon, and far below what would use up a machine.
+_MOST = {
+    "d_model": 1 << 20,
+    "n_layers": 1 << 12,
+    "n_heads": 1 << 14,
+    "n_kv_heads": 1 << 14,
+    "d_ff": 1 << 24,
+    "vocab_size": 1 << 24,
+    "max_positions": 1 << 24,  # the rotary angles are computed in float32, which counts no further
+    "bos_token_id": 1 << 24,
+    "eos_token_id": 1 << 24,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +53,7 @@ class FalconConfig:
       eos_token_id: id that ends a text.
 
     Raises:
-      ValueError: a field is out of range or two fields contradict each other; the message names them.
+      FalconError: a field is of another type or out of range, or two contradict each other; the message names them.
     """
 
     d_model: int
@@ -60,27 +75,36 @@ class FalconConfig:
     eos_token_id: int = 11
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"FalconConfig.{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            low = 0 if name.endswith("_id") else 1
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= most:
+                raise FalconError(f"FalconConfig.{name} must be an integer from {low} to {most:,}, got {value!r}")
+        check_number("FalconConfig.rope_theta", self.rope_theta, low=1, high=1e12)
+        check_number("FalconConfig.norm_eps", self.norm_eps, low=1e-12, high=1)
+        check_number("FalconConfig.activation_shift", self.activation_shift, low=-1e6, high=1e6)
+        for name in ("use_bias", "tied_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise FalconError(f"FalconConfig.{name} must be true or false, got {getattr(self, name)!r}")
         if self.d_model % self.n_heads:
-            raise ValueError(f"FalconConfig.d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads})")
+            raise FalconError(f"FalconConfig.d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads})")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
+            raise FalconError(
                 f"FalconConfig.n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
             )
         for name, allowed in (("activation", Activation), ("block", Block), ("position", Position)):
             if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"FalconConfig.{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
+                known = ", ".join(get_args(allowed))
+                raise FalconError(f"FalconConfig.{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.position == "rotary" and self.head_dim % 2:
-            raise ValueError(f"FalconConfig.head_dim must be even for rotary positions, got {self.head_dim}")
+            raise FalconError(f"FalconConfig.head_dim must be even for rotary positions, got {self.head_dim}")
         if self.activation != "shifted_relu" and self.activation_shift:
-            raise ValueError(
+            raise FalconError(
                 f"FalconConfig.activation_shift is only used by 'shifted_relu', not by {self.activation!r}"
             )
         for name in ("bos_token_id", "eos_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(f"FalconConfig.{name} must lie in the vocabulary of {self.vocab_size}")
+            if getattr(self, name) >= self.vocab_size:
+                raise FalconError(f"FalconConfig.{name} must lie in the vocabulary of {self.vocab_size}")
 
     @property
     def head_dim(self) -> int:
@@ -186,8 +210,8 @@ def family(name: str) -> FalconConfig:
     """The config of a named member of the family.
 
     Raises:
-      KeyError: no such member; the message lists the ones there are.
+      FalconError: no such member; the message lists the ones there are.
     """
     if name not in FAMILY:
-        raise KeyError(f"unknown model {name!r}; known: {', '.join(FAMILY)}")
+        raise FalconError(f"unknown model {name!r}; known: {', '.join(FAMILY)}")
     return FAMILY[name]

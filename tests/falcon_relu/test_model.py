@@ -8,6 +8,7 @@ import pytest
 from falcon_relu.activation import activation_fn
 from falcon_relu.attention import attend_chunked
 from falcon_relu.config import FAMILY, FalconConfig, family
+from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon
 from falcon_relu.sharding import abstract_params, batch_sharding, make_mesh, param_shardings, use_mesh
 from tests.conftest import random_params
@@ -35,10 +36,19 @@ def test_family_sizes_are_the_published_ones(name, billions):
         {"activation": "swish"},
         {"activation_shift": 1.0},
         {"eos_token_id": 512},
+        {"n_layers": 10**9},
+        {"n_layers": 2.0},
+        {"vocab_size": True},
+        {"max_positions": 10**12},
+        {"rope_theta": float("nan")},
+        {"rope_theta": 0.0},
+        {"norm_eps": -1.0},
+        {"norm_eps": "1e-5"},
+        {"use_bias": "false"},
     ],
 )
 def test_config_refuses_contradictions(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(FalconError, match=next(iter(wrong))):
         family("tiny-40b").replace(**wrong)
 
 
