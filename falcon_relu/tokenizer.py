@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -11,10 +15,13 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from falcon_relu.errors import FalconError
-from falcon_relu.files import write_aside
+from falcon_relu.files import regular_file, write_aside
 
 END_OF_TEXT = "<|endoftext|>"
 _BYTE_ALPHABET = 256
+_MOST_IDS = 1 << 31  # token ids are int32
+_STDERR = threading.Lock()
+_BYTE_TOKEN = re.compile(r"<0x..>", re.DOTALL)
 
 
 class Tokenizer:
@@ -39,21 +46,18 @@ class Tokenizer:
         Raises:
           FalconError: the file is missing or damaged, or `eos_token` is not in it.
         """
-        path = Path(path)
-        self.path = path / "tokenizer.json" if path.is_dir() else path
-        try:
-            raw = self.path.read_bytes()
-        except OSError as error:
-            raise FalconError(f"cannot read the tokenizer {self.path}: {error.strerror}") from None
-        try:
+        self.path = tokenizer_file(path)
+        raw = self.path.read_bytes()
+        with _explained(f"{self.path} is not a tokenizer.json of the `tokenizers` library"):
             self._engine = Engine.from_buffer(raw)
-        except Exception as error:  # the library raises plain Exception and ValueError
-            raise FalconError(f"{self.path} is not a tokenizer.json of the `tokenizers` library: {error}") from None
-        self._engine.no_truncation()
-        self._engine.no_padding()
+            self._engine.no_truncation()
+            self._engine.no_padding()
+            ids = self._engine.get_vocab(with_added_tokens=True).values()
+            eos_id = self._engine.token_to_id(eos_token)
         self.sha256 = hashlib.sha256(raw).hexdigest()
-        self.vocab_size = max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        eos_id = self._engine.token_to_id(eos_token)
+        self.vocab_size = max(ids, default=-1) + 1
+        if self.vocab_size > _MOST_IDS:
+            raise FalconError(f"{self.path} has a token of the id {self.vocab_size - 1}; ids are below {_MOST_IDS}")
         if eos_id is None:
             raise FalconError(f"{self.path} has no token {eos_token!r} to end a text with")
         self.eos_id: int = eos_id
@@ -71,17 +75,29 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
-        return self._engine.encode(text, add_special_tokens=False).ids
+        """Token ids of `text`.
+
+        Raises:
+          FalconError: the text is not Unicode, as bytes from a terminal may be, or the library fails on it.
+        """
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, on as many threads as the library uses."""
-        # The fast call gives the same ids and leaves out the offsets, which nothing here reads.
-        return [encoding.ids for encoding in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids of each text, on as many threads as the library uses; errors as `encode`."""
+        for text in texts:
+            _check_unicode(text)
+        with _explained(f"the tokenizer {self.path} cannot encode a text"):
+            # The fast call gives the same ids and leaves out the offsets, which nothing here reads.
+            return [encoding.ids for encoding in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`, special tokens included unless told otherwise; bytes not UTF-8 become U+FFFD."""
-        return self._engine.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with _explained(f"the tokenizer {self.path} cannot decode token ids"):
+            return self._engine.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token(self, token_id: int) -> str | None:
+        """The token of an id as the vocabulary has it; None where there is none, which `decode` leaves out."""
+        return self._engine.id_to_token(token_id)
 
     def stream(self) -> TextStream:
         """A decoder for ids that arrive one after another."""
@@ -96,20 +112,48 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._stream = decoders.DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
-        self._told = 0  # characters given out
+        self._ids: list[int] = []  # some whose text was given out, so that the next are not first; then the others
+        self._told = ""  # the text of the former
+        self._n_told = 0
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty where it ends inside a character."""
+        """The text that `token_id` completes; empty where what follows can still change it."""
+        token = self._tokenizer.token(int(token_id))
+        if token is None:
+            return ""
         self._ids.append(int(token_id))
-        text = self._stream.step(self._tokenizer._engine, int(token_id)) or ""
-        self._told += len(text)
-        return text
+        if _is_byte(token):  # a run of single bytes is text, or U+FFFD for each: known once it has ended
+            return ""
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") or not text.startswith(self._told):  # perhaps an unfinished character
+            return ""
+        piece = text[len(self._told) :]
+        latest = self._ids[self._n_told :]
+        alone = self._decode(latest)
+        # Decoders treat the beginning of a text in their own way (its first space may go): what is kept must show some.
+        self._ids, self._told = (latest, alone) if alone else (self._ids, text)
+        self._n_told = len(self._ids)
+        return piece
 
     def finish(self) -> str:
         """What was held back at the end: an unfinished character, as U+FFFD."""
-        return self._tokenizer.decode(self._ids)[self._told :]
+        return self._tokenizer.decode(self._ids)[len(self._told) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        try:
+            return self._tokenizer.decode(ids)
+        except FalconError:  # some decoders fail on a part of a text that they can decode as a whole
+            return ""
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The `tokenizer.json` that a user names: the file, or a folder with one.
+
+    Raises:
+      FalconError: there is none, or it cannot be read.
+    """
+    path = Path(path)
+    return regular_file(path / "tokenizer.json" if path.is_dir() else path)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
@@ -142,3 +186,65 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     with write_aside(path, replace=True) as aside:
         engine.save(str(aside))
     return Tokenizer(path)
+
+
+def _is_byte(token: str) -> bool:
+    """Whether a token may stand for one byte, as in vocabularies with byte fallback."""
+    return _BYTE_TOKEN.fullmatch(token) is not None
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FalconError(
+            f"{text[:40]!r} is not Unicode text at character {error.start + 1}: write it in UTF-8"
+        ) from None
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns what the library raises into one line that says what could not be done.
+
+    Its errors are plain exceptions; a fault in its Rust code is a PanicException, which is no `Exception`.
+    """
+    try:
+        with _without_panic_report():
+            yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise FalconError(f"{what}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _without_panic_report() -> Iterator[None]:
+    """Keeps what Rust writes to file descriptor 2 about a panic, a stack trace perhaps, from the user; nothing else."""
+    if not hasattr(os, "memfd_create"):
+        yield
+        return
+    with _STDERR, contextlib.ExitStack() as undo:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed
+            yield
+            return
+        undo.callback(os.close, stderr)
+        held = os.memfd_create("stderr")
+        undo.callback(os.close, held)
+        os.dup2(held, 2)
+        panic = False
+        try:
+            yield
+        except BaseException as error:
+            panic = _is_panic(error)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            if not panic and (size := os.lseek(held, 0, os.SEEK_CUR)):  # another thread's, a progress bar perhaps
+                os.write(2, os.pread(held, size, 0))
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"

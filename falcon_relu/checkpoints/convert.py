@@ -18,7 +18,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.files import write_aside, write_json
 from falcon_relu.progress import progress
 from falcon_relu.sharding import param_shapes
-from falcon_relu.tokenizer import END_OF_TEXT
+from falcon_relu.tokenizer import END_OF_TEXT, tokenizer_file
 
 Float = Literal["float32", "bfloat16", "float16"]
 
@@ -60,7 +60,7 @@ def export_hf(
       out: folder to make.
       dtype: of the weights written; as stored if None.
       max_shard_bytes: size that no safetensors shard exceeds unless a single tensor does; one shard is held in memory.
-      tokenizer: a `tokenizer.json` to put beside the weights.
+      tokenizer: a `tokenizer.json` to put beside the weights, or a folder with one.
 
     Raises:
       FalconError: `source` is not whole, transformers has no such model, `out` exists, or a value does not fit `dtype`.
@@ -70,8 +70,8 @@ def export_hf(
     table = hf_tensors(config)
     dtypes = {name: np.dtype(dtype or stored[tensor.leaf]) for name, tensor in table.items()}
     hf_config = config_to_hf(config, dtypes[EMBEDDING].name)
-    if tokenizer is not None and not tokenizer.is_file():
-        raise FalconError(f"{tokenizer} does not exist")
+    if tokenizer is not None:
+        tokenizer = tokenizer_file(tokenizer)
     sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in table.items()}
     with (
         write_aside(out, folder=True, nbytes=sum(sizes.values())) as aside,

@@ -29,7 +29,7 @@ class Args:
     max_shard_gb: float = 5.0
     """GB that no safetensors file exceeds, unless a single tensor does."""
     tokenizer: Path | None = None
-    """A tokenizer.json to put beside the weights."""
+    """A tokenizer.json, or a folder with one, to put beside the weights."""
     json: Path | None = None
     """Also write the figures to this file."""
 

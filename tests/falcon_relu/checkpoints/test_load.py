@@ -288,7 +288,7 @@ def test_the_commands_convert_and_export(tmp_path, capsys):
     native, out, figures = (str(tmp_path / name) for name in ("native", "out", "figures.json"))
     assert main(["convert", str(tmp_path / "hf"), native, "--dtype", "bfloat16", "--json", figures]) == 0
     assert json.loads(Path(figures).read_text())["parameters"] == config.n_params
-    assert main(["export", native, out, "--tokenizer", str(tokenizer), "--max-shard-gb", "0.0002"]) == 0
+    assert main(["export", native, out, "--tokenizer", str(tokenizer.parent), "--max-shard-gb", "0.0002"]) == 0
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert_equal(load_model(out)[1], jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
     assert main(["export", native, out]) == 1
