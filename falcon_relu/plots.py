@@ -102,7 +102,7 @@ def quality_against_reads(points: Rows) -> Figure:
 
     Args:
       points: mappings with read and fired (shares of the neurons), kl and agreement, as
-        `infer.predictor.quality.compare` gives.
+        `infer.compare_sparse` gives.
     """
     figure, axes = _panels(2)
     reads = [point["read"] / point["fired"] for point in points]

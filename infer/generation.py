@@ -23,7 +23,7 @@ _CONTEXT_STEP = 128  # cache sizes, so that few programs are compiled
 
 
 @dataclasses.dataclass
-class Figures:
+class DecodeStats:
     """What runs took, filled in as they go; several runs add up. Compiling programs is not counted.
 
     Attributes:
@@ -78,11 +78,11 @@ def generate(
     *,
     mode: Mode = "dense",
     backend: kernels.Backend = "auto",
-    figures: Figures | None = None,
+    stats: DecodeStats | None = None,
 ) -> list[list[int]]:
     """Continues every prompt; returns the new ids only, up to and without a stop token. Errors as `stream`."""
     out: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(weights, prompts, sampling, mode=mode, backend=backend, figures=figures):
+    for tokens in stream(weights, prompts, sampling, mode=mode, backend=backend, stats=stats):
         for row, token in zip(out, tokens, strict=True):
             if token is not None:
                 row.append(token)
@@ -96,7 +96,7 @@ def stream(
     *,
     mode: Mode = "dense",
     backend: kernels.Backend = "auto",
-    figures: Figures | None = None,
+    stats: DecodeStats | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields the next token of every sequence as it comes; None for those that have ended.
 
@@ -108,7 +108,7 @@ def stream(
       sampling: how to choose and when to stop.
       mode: see `decode_step`.
       backend: of the kernels.
-      figures: filled in while the caller iterates.
+      stats: filled in while the caller iterates.
 
     Raises:
       FalconError: a prompt is unusable, or the weights cannot serve the mode.
@@ -118,7 +118,7 @@ def stream(
     check_mode(weights, mode)
     context = -(-(max(map(len, prompts)) + sampling.max_new_tokens) // _CONTEXT_STEP) * _CONTEXT_STEP
     state = DecodeState.empty(c, len(prompts), context)
-    return _stream(weights, state, prompts, sampling, mode, backend, figures or Figures())
+    return _stream(weights, state, prompts, sampling, mode, backend, stats or DecodeStats())
 
 
 class Conversation:
@@ -133,7 +133,7 @@ class Conversation:
         self._text: list[int] = []
         self._state: DecodeState | None = None  # holds the first of the text's tokens
 
-    def say(self, ids: Sequence[int], sampling: Sampling, figures: Figures | None = None) -> Iterator[int]:
+    def say(self, ids: Sequence[int], sampling: Sampling, stats: DecodeStats | None = None) -> Iterator[int]:
         """Adds tokens to the text, then continues it; yields what comes.
 
         Raises:
@@ -148,7 +148,7 @@ class Conversation:
         state = self._state or DecodeState.empty(c, 1, c.max_positions)
         unread = [self._text[int(state.length_B[0]) :]]
         self._state = None  # given up by the first step; a turn that is broken off leaves all to be read again
-        steps = _stream(self._weights, state, unread, sampling, self._mode, self._backend, figures or Figures())
+        steps = _stream(self._weights, state, unread, sampling, self._mode, self._backend, stats or DecodeStats())
         while True:
             try:
                 (token,) = next(steps)
@@ -167,14 +167,14 @@ def _stream(
     sampling: Sampling,
     mode: Mode,
     backend: kernels.Backend,
-    figures: Figures,
+    stats: DecodeStats,
 ) -> Generator[list[int | None], None, DecodeState]:
     """See `stream`; returns the state with as many of the tokens as were fed: the last is not, nor is a stop token."""
     begun, compiled = time.perf_counter(), _Compiling.seconds
     logits_BxV, state = read_prompts(weights, state, prompts, backend)
     logits_BxV.block_until_ready()
-    figures.prompt_tokens += sum(map(len, prompts))
-    figures.prompt_seconds += max(time.perf_counter() - begun - (_Compiling.seconds - compiled), 1e-6)
+    stats.prompt_tokens += sum(map(len, prompts))
+    stats.prompt_seconds += max(time.perf_counter() - begun - (_Compiling.seconds - compiled), 1e-6)
 
     keys = jax.random.split(jax.random.key(sampling.seed), sampling.max_new_tokens)
     ended = np.zeros(len(prompts), bool)
@@ -188,16 +188,16 @@ def _stream(
         ended |= np.isin(tokens, sampling.stop_tokens)
         if ended.all():
             return state if reads is None else dataclasses.replace(state, length_B=state.length_B - 1)
-        figures.tokens += int((~ended).sum())
+        stats.tokens += int((~ended).sum())
         yield [None if done else int(token) for token, done in zip(tokens, ended, strict=True)]
         if reads is not None:
             logits_BxV.block_until_ready()
             now = time.perf_counter()
             if begun:  # the first step may have compiled
-                figures.timed_steps += 1
-                figures.timed_tokens += int((~ended).sum())
-                figures.step_seconds += now - begun
-            _note(figures, weights, reads, mode)
+                stats.timed_steps += 1
+                stats.timed_tokens += int((~ended).sum())
+                stats.step_seconds += now - begun
+            _note(stats, weights, reads, mode)
             begun = time.perf_counter()
     return state
 
@@ -223,13 +223,13 @@ def read_prompts(
 _sample = functools.partial(jax.jit, static_argnums=2)(sample)
 
 
-def _note(figures: Figures, weights: DecodeWeights, reads: Reads, mode: Mode) -> None:
-    figures.steps += 1
+def _note(stats: DecodeStats, weights: DecodeWeights, reads: Reads, mode: Mode) -> None:
+    stats.steps += 1
     n_neurons = weights.config.d_ff * weights.config.n_layers
     up, down = float(reads.up_L.sum()) / n_neurons, float(reads.down_L.sum()) / n_neurons
-    figures.neurons_read += (up - figures.neurons_read) / figures.steps
-    figures.mlp_read += ((up + down) / 2 - figures.mlp_read) / figures.steps
-    figures.step_bytes += (step_bytes(weights, reads, mode) - figures.step_bytes) / figures.steps
+    stats.neurons_read += (up - stats.neurons_read) / stats.steps
+    stats.mlp_read += ((up + down) / 2 - stats.mlp_read) / stats.steps
+    stats.step_bytes += (step_bytes(weights, reads, mode) - stats.step_bytes) / stats.steps
 
 
 class _Compiling:

@@ -17,33 +17,33 @@ from infer.weights.layout import KINDS, DecodeWeights, Kind
 K = TypeVar("K", bound=Hashable)
 
 
-class Way(NamedTuple):
-    """One way of decoding a model: with these weights, in this mode."""
+class DecodeSetting(NamedTuple):
+    """What is measured: decoding with these weights, in this mode."""
 
     weights: DecodeWeights
     mode: Mode = "dense"
 
 
-def decode_quality(
+def measure_quality(
     reference: DecodeWeights,
-    ways: Mapping[K, Way],
+    settings: Mapping[K, DecodeSetting],
     batches: Iterable[np.ndarray],
     *,
     backend: kernels.Backend = "auto",
 ) -> dict[K, dict[str, float]]:
-    """How far each way of decoding is from the reference's dense decoding, token by token on the same text.
+    """How far decoding in each setting is from the reference's dense decoding, token by token on the same text.
 
     Args:
       reference: the model in the format to be held against.
-      ways: by name.
+      settings: by name.
       batches: token ids [B, T], int32, each sequence read from its start; the sequences of a batch share their reads,
         as when they are decoded together, so that "sparse" reads the union of their choices.
       backend: of the kernels.
 
     Returns:
-      Figures of each way by name.
+      Metrics of each setting, by its name.
 
-      - kl: KL(reference || way), nats a token.
+      - kl: KL(reference || setting), nats a token.
       - agreement: share of tokens with the same likeliest next token.
       - loss: nats a next token.
       - read, fired: shares of the up-projections' and of the down-projections' rows that are read.
@@ -52,15 +52,15 @@ def decode_quality(
     Raises:
       FalconError: the weights cannot serve a mode.
     """
-    for way in ways.values():
-        check_mode(*way)
-    totals: dict[K, np.ndarray] = {name: np.zeros(6) for name in ways}
+    for setting in settings.values():
+        check_mode(*setting)
+    totals: dict[K, np.ndarray] = {name: np.zeros(6) for name in settings}
     tokens = targets = steps = 0
     for tokens_BxT in batches:
         B, T = tokens_BxT.shape
         expected, _ = teacher_forced(reference, tokens_BxT, backend=backend)
-        for name, way in ways.items():
-            logits, reads = teacher_forced(way.weights, tokens_BxT, mode=way.mode, backend=backend)
+        for name, setting in settings.items():
+            logits, reads = teacher_forced(setting.weights, tokens_BxT, mode=setting.mode, backend=backend)
             totals[name] += np.concatenate([np.asarray(_sums(expected, logits, tokens_BxT), np.float64), reads])
         tokens, targets, steps = tokens + B * T, targets + B * (T - 1), steps + T
     counts = dict(kl=tokens, agreement=tokens, loss=targets, read=steps, fired=steps, bytes=steps)

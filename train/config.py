@@ -95,7 +95,7 @@ class TrainConfig:
     """One run: where the student starts, what it learns from, how, and where the result goes.
 
     Attributes:
-      out: folder of the run, see `train.loop.train`; on a disk that all processes share.
+      out: folder of the run, see `train.loop.run`; on a disk that all processes share.
       model: member of the family to start from fresh; exactly one of `model` and `init_from` is given.
       init_from: native weights, Hugging Face folder or hub id to start from.
       init_activation: the activation that `init_from` was trained with, if its config does not say.

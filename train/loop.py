@@ -30,7 +30,7 @@ from train.validation import run_validation
 from train.watch import Figures, RunLog, Samples, Trace, Watch
 
 
-def train(config: TrainConfig, on_log: Callable[[Figures], None] | None = None) -> Figures:
+def run(config: TrainConfig, on_log: Callable[[Figures], None] | None = None) -> Figures:
     """Runs `config` to its end, or goes on with it where an earlier process stopped; a finished run returns at once.
 
     Every process of a run calls it (see `train.distributed.joined`). Leaves in `config.out`:

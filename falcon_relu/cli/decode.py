@@ -21,14 +21,13 @@ from falcon_relu.progress import console
 from falcon_relu.tokenizer import Tokenizer
 from infer import kernels
 from infer.bench import memory_bandwidth
-from infer.generation import Conversation, Figures, stream
+from infer.generation import Conversation, DecodeStats, stream
 from infer.kernels.threads import limit_threads
-from infer.predictor.predictor import Predictor, load
+from infer.predictor.predictor import Predictor, load_predictor
 from infer.step import DecodeState, Mode, check_mode
-from infer.weights.layout import DecodeWeights, Formats, from_checkpoint, skeleton
+from infer.weights.layout import DecodeWeights, Formats, skeleton, weights_from_checkpoint
 from infer.weights.memory import need_memory
-from infer.weights.storage import is_decode_weights, outline
-from infer.weights.storage import load as load_packed
+from infer.weights.storage import is_decode_weights, load_weights, outline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,20 +92,20 @@ def run(args: Args) -> None:
     need_memory(outline.nbytes + cache, f"the weights of {args.model} and the cache of {args.batch} x {longest} tokens")
 
     weights = _weights(args, predictor)
-    figures = Figures()
+    stats = DecodeStats()
     if not prompts:
-        _chat(args, weights, tokenizer, mode, sampling, figures)
+        _chat(args, weights, tokenizer, mode, sampling, stats)
         return
     texts: list[str] = []
     for start in range(0, len(prompts), args.batch):
         group = slice(start, start + args.batch)
-        steps = stream(weights, encoded[group], sampling, mode=mode, backend=args.backend, figures=figures)
+        steps = stream(weights, encoded[group], sampling, mode=mode, backend=args.backend, stats=stats)
         texts += _show(tokenizer, prompts[group], steps)
     bandwidth = memory_bandwidth()
-    console.print(_line(figures, bandwidth), markup=False, highlight=False, soft_wrap=True)
+    console.print(_line(stats, bandwidth), markup=False, highlight=False, soft_wrap=True)
     if args.json is not None:
         about = {"mode": mode, "kernels": kernels.describe(kernels.backend(args.backend))}
-        write_json(args.json, about | _row(figures, bandwidth) | {"prompts": prompts, "texts": texts})
+        write_json(args.json, about | _row(stats, bandwidth) | {"prompts": prompts, "texts": texts})
 
 
 def _outline(args: Args) -> tuple[DecodeWeights, Predictor | None]:
@@ -126,13 +125,13 @@ def _outline(args: Args) -> tuple[DecodeWeights, Predictor | None]:
 
 
 def _predictor(args: Args, config: FalconConfig) -> Predictor | None:
-    return None if args.predictor is None else load(args.predictor, config)
+    return None if args.predictor is None else load_predictor(args.predictor, config)
 
 
 def _weights(args: Args, predictor: Predictor | None) -> DecodeWeights:
     if not is_decode_weights(Path(args.model)):
-        return from_checkpoint(args.model, _formats(args), predictor, activation=args.activation)
-    weights = load_packed(Path(args.model))
+        return weights_from_checkpoint(args.model, _formats(args), predictor, activation=args.activation)
+    weights = load_weights(Path(args.model))
     return weights if predictor is None else weights.with_predictor(predictor, weights.formats.predictor)
 
 
@@ -167,7 +166,7 @@ def _show(tokenizer: Tokenizer, prompts: Sequence[str], steps: Iterable[Sequence
 
 
 def _chat(
-    args: Args, weights: DecodeWeights, tokenizer: Tokenizer, mode: Mode, sampling: Sampling, figures: Figures
+    args: Args, weights: DecodeWeights, tokenizer: Tokenizer, mode: Mode, sampling: Sampling, stats: DecodeStats
 ) -> None:
     """Continues what is typed, line after line, until the input ends; errors end a turn, not the loop."""
     begin = functools.partial(Conversation, weights, mode=mode, backend=args.backend)
@@ -181,7 +180,7 @@ def _chat(
             conversation = begin()
             continue
         drawn = dataclasses.replace(sampling, seed=sampling.seed + turn)
-        taken = Figures()
+        taken = DecodeStats()
         try:
             steps = conversation.say(tokenizer.encode(line), drawn, taken)
             _show(tokenizer, [""], ([token] for token in steps))
@@ -191,24 +190,24 @@ def _chat(
         console.print(_line(taken, bandwidth), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def _line(figures: Figures, bandwidth: float) -> str:
+def _line(stats: DecodeStats, bandwidth: float) -> str:
     return (
-        f"prompt {figures.prompt_tokens:,} tokens, {figures.prompt_tokens_per_second:,.4g} tokens/s; "
-        f"generation {figures.tokens:,} tokens, {figures.tokens_per_second:,.4g} tokens/s; "
-        f"{figures.step_bytes / 1e6:,.4g} MB a step; {figures.neurons_read:.1%} of the neurons read; "
-        f"{figures.bytes_per_second / 1e9:.3g} of {bandwidth / 1e9:.3g} GB/s"
+        f"prompt {stats.prompt_tokens:,} tokens, {stats.prompt_tokens_per_second:,.4g} tokens/s; "
+        f"generation {stats.tokens:,} tokens, {stats.tokens_per_second:,.4g} tokens/s; "
+        f"{stats.step_bytes / 1e6:,.4g} MB a step; {stats.neurons_read:.1%} of the neurons read; "
+        f"{stats.bytes_per_second / 1e9:.3g} of {bandwidth / 1e9:.3g} GB/s"
     )
 
 
-def _row(figures: Figures, bandwidth: float) -> dict[str, float]:
+def _row(stats: DecodeStats, bandwidth: float) -> dict[str, float]:
     return {
-        "prompt tokens": figures.prompt_tokens,
-        "prompt tokens/s": figures.prompt_tokens_per_second,
-        "tokens": figures.tokens,
-        "tokens/s": figures.tokens_per_second,
-        "MB a step": figures.step_bytes / 1e6,
-        "neurons read": figures.neurons_read,
-        "GB/s": figures.bytes_per_second / 1e9,
+        "prompt tokens": stats.prompt_tokens,
+        "prompt tokens/s": stats.prompt_tokens_per_second,
+        "tokens": stats.tokens,
+        "tokens/s": stats.tokens_per_second,
+        "MB a step": stats.step_bytes / 1e6,
+        "neurons read": stats.neurons_read,
+        "GB/s": stats.bytes_per_second / 1e9,
         "memory GB/s": bandwidth / 1e9,
     }
 

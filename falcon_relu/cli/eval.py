@@ -24,12 +24,11 @@ from falcon_relu.model import Falcon
 from falcon_relu.sharding import make_mesh, use_mesh
 from falcon_relu.tokenizer import Tokenizer
 from infer import kernels
-from infer.predictor.predictor import load
+from infer.predictor.predictor import load_predictor
 from infer.scoring import DecodeEngine
 from infer.weights.formats import Format
-from infer.weights.layout import Formats, from_checkpoint
-from infer.weights.storage import is_decode_weights
-from infer.weights.storage import load as load_packed
+from infer.weights.layout import Formats, weights_from_checkpoint
+from infer.weights.storage import is_decode_weights, load_weights
 
 EngineName = Literal["flax", "dense", "exact", "sparse"]
 
@@ -131,11 +130,11 @@ def engine(args: Args) -> Engine:
     if is_decode_weights(Path(args.model)):
         if args.format is not None or args.activation is not None:
             raise FalconError(f"{args.model} is packed already: its format and activation cannot be chosen any more")
-        weights = load_packed(Path(args.model))
+        weights = load_weights(Path(args.model))
     else:
-        weights = from_checkpoint(args.model, Formats.all(args.format or "bf16"), activation=args.activation)
+        weights = weights_from_checkpoint(args.model, Formats.all(args.format or "bf16"), activation=args.activation)
     if args.predictor is not None:
-        weights = weights.with_predictor(load(args.predictor, weights.config), args.format or "bf16")
+        weights = weights.with_predictor(load_predictor(args.predictor, weights.config), args.format or "bf16")
     return DecodeEngine(weights, args.engine, args.backend)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from falcon_relu.cli.report import report
-from falcon_relu.evaluation.questions import MISSING, build
+from falcon_relu.evaluation.questions import MISSING, build_eval_data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,4 +27,4 @@ class Args:
 
 def run(args: Args) -> None:
     """Builds what is not there and reports."""
-    report({"datasets": build(args.out, args.datasets), **MISSING}, args.json)
+    report({"datasets": build_eval_data(args.out, args.datasets), **MISSING}, args.json)

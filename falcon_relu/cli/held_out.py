@@ -14,8 +14,8 @@ from falcon_relu.checkpoints.load import load_model
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
-from infer.predictor.predictor import load
-from infer.predictor.quality import compare
+from infer.predictor.predictor import load_predictor
+from infer.predictor.quality import compare_sparse
 from train.data.batches import DataConfig, Source, validation_batches
 from train.data.shards import read_manifest
 from train.validation import validate
@@ -61,7 +61,7 @@ def run(args: Args) -> None:
     if args.predictor is not None:
         config, params = load_model(args.model, activation=args.activation)
         rows = itertools.islice(validation_batches(data), args.batches)
-        sparse = compare(config, params, load(args.predictor, config), rows)
+        sparse = compare_sparse(config, params, load_predictor(args.predictor, config), rows)
         names = ("kl", "agreement", "dense_loss", "sparse_loss", "read", "fired")
         figures["dense against sparse"] = [{name: sparse[name] for name in names}]
     report(figures, args.json, also={"zeros": found["zeros"], "sparse": sparse})

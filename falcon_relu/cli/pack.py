@@ -12,9 +12,9 @@ from falcon_relu.checkpoints.load import load_config
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
-from infer.predictor.predictor import load
-from infer.weights.layout import Formats, from_checkpoint
-from infer.weights.storage import save
+from infer.predictor.predictor import load_predictor
+from infer.weights.layout import Formats, weights_from_checkpoint
+from infer.weights.storage import save_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ def run(args: Args) -> None:
     formats = Formats.parse(args.format)
     predictor = None
     if args.predictor is not None:
-        predictor = load(args.predictor, load_config(args.model, activation=args.activation))
-    weights = from_checkpoint(args.model, formats, predictor, activation=args.activation)
-    save(weights, args.out)
+        predictor = load_predictor(args.predictor, load_config(args.model, activation=args.activation))
+    weights = weights_from_checkpoint(args.model, formats, predictor, activation=args.activation)
+    save_weights(weights, args.out)
     report(
         {
             "GB": weights.nbytes / 1e9,

@@ -14,7 +14,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.files import write_aside
 from falcon_relu.progress import console
 from train.config import TrainConfig
-from train.plan.plan import A100, Assumptions, Chip, plan, topology_devices, virtual_devices
+from train.plan.plan import A100, Assumptions, Chip, plan_run, topology_devices, virtual_devices
 
 EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
 
@@ -79,7 +79,7 @@ def run(args: Args) -> None:
         )
         devices = virtual_devices(args.devices)
     assumptions = Assumptions(efficiency=args.efficiency, tokens=args.tokens)
-    figures, program = plan(args.run, devices, chip, assumptions, lambda line: console.print(line, highlight=False))
+    figures, program = plan_run(args.run, devices, chip, assumptions, lambda line: console.print(line, highlight=False))
     if args.text is not None and program is not None:
         with write_aside(args.text, replace=True) as aside:
             aside.write_text(program.text)

@@ -15,11 +15,18 @@ from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Params
 from falcon_relu.progress import progress
-from infer.predictor.calibration import calibrate, neurons_for_bytes
-from infer.predictor.fitting import FitConfig, choose_rank, fit, up_rows
-from infer.predictor.predictor import Predictor, PredictorInput, export_powerinfer, import_powerinfer, load, save
-from infer.predictor.quality import compare, reading_curve, sensitivity
-from infer.predictor.recording import Recording, open_recording, record
+from infer.predictor.calibration import calibrate_predictor, neurons_for_bytes
+from infer.predictor.fitting import FitConfig, choose_rank, fit_predictor, up_rows
+from infer.predictor.predictor import (
+    Predictor,
+    PredictorInput,
+    export_powerinfer,
+    import_powerinfer,
+    load_predictor,
+    save_predictor,
+)
+from infer.predictor.quality import compare_sparse, reading_curve, sensitivity
+from infer.predictor.recording import Recording, open_recording, record_activations
 from train.data.batches import DataConfig, Source, train_batches, validation_batches
 from train.data.shards import read_manifest
 
@@ -147,11 +154,11 @@ def run(args: Args) -> None:
         case Import():
             config = load_config(step.model, activation=step.activation)
             predictor = import_powerinfer(step.source, config)
-            save(predictor, step.out)
+            save_predictor(predictor, step.out)
             figures = _sizes(predictor, config)
         case Export():
             config = load_config(step.model, activation=step.activation)
-            predictor = load(step.source, config)
+            predictor = load_predictor(step.source, config)
             export_powerinfer(predictor, step.out)
             figures = _sizes(predictor, config)
     report(figures, step.json)
@@ -160,7 +167,7 @@ def run(args: Args) -> None:
 def _record(step: Record) -> dict[str, Any]:
     config, params = load_model(step.model, activation=step.activation, dtype=None)
     batches = train_batches(_data(step.data, step.batch_size))
-    recording = record(config, params, batches, step.out, tokens=step.tokens, input=step.input)
+    recording = record_activations(config, params, batches, step.out, tokens=step.tokens, input=step.input)
     size = sum(file.stat().st_size for file in recording.folder.iterdir())
     return {
         "tokens": recording.tokens,
@@ -191,8 +198,8 @@ def _fit(step: Fit) -> dict[str, Any]:
         step.rank or next(row["rank"] for row in tried if row["layer"] == i and row["chosen"])
         for i in range(config.n_layers)
     ]
-    predictor = fit(recording, config, params, ranks, step.how)
-    save(predictor, step.out)
+    predictor = fit_predictor(recording, config, params, ranks, step.how)
+    save_predictor(predictor, step.out)
     tables = {"ranks tried": tried, "held out, as many read as fire": _rows(predictor, config)}
     return _sizes(predictor, config) | {name: table for name, table in tables.items() if table}
 
@@ -225,16 +232,16 @@ def _calibrate(step: Calibrate) -> dict[str, Any]:
     recording = open_recording(step.recording)
     config, params = load_model(step.model, activation=step.activation, dtype=None)
     recording.check(config)
-    predictor = load(step.predictor, config)
+    predictor = load_predictor(step.predictor, config)
     if not predictor.measured:
-        predictor = calibrate(predictor, recording, energy=_FIRST_ENERGY)
+        predictor = calibrate_predictor(predictor, recording, energy=_FIRST_ENERGY)
     data = _data(step.data, step.batch_size)
     neurons = step.neurons
     if step.megabytes is not None:
         neurons = neurons_for_bytes(predictor, step.megabytes * 1e6, step.weight_bytes)
     weighing = list(itertools.islice(train_batches(data), _WEIGHING_BATCHES))
     weights = sensitivity(config, params, predictor, weighing)
-    calibrated = calibrate(
+    calibrated = calibrate_predictor(
         predictor,
         recording,
         energy=step.energy,
@@ -244,8 +251,8 @@ def _calibrate(step: Calibrate) -> dict[str, Any]:
         sensitivity=weights,
     )
     rows = list(itertools.islice(validation_batches(data), step.batches))
-    quality = compare(config, params, calibrated, rows)
-    save(calibrated, step.out)
+    quality = compare_sparse(config, params, calibrated, rows)
+    save_predictor(calibrated, step.out)
     curve = []
     with progress("quality against neurons read", len(step.curve), "points") as advance:
         for _, found in reading_curve(config, params, predictor, recording, rows, step.curve, sensitivity=weights):

@@ -17,10 +17,10 @@ from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
 from falcon_relu.progress import progress
 from infer import kernels
-from infer.predictor.predictor import load
-from infer.quality import Way, decode_quality, one_kind
+from infer.predictor.predictor import load_predictor
+from infer.quality import DecodeSetting, measure_quality, one_kind
 from infer.step import Mode
-from infer.weights.layout import KINDS, DecodeWeights, Formats, from_checkpoint
+from infer.weights.layout import KINDS, DecodeWeights, Formats, weights_from_checkpoint
 from train.data.batches import DataConfig, Source, validation_batches
 from train.data.shards import read_manifest
 
@@ -61,9 +61,10 @@ def run(args: Args) -> None:
     kernels.backend(args.backend)
     rows = list(_rows(args))
     config = load_config(args.model, activation=args.activation)
-    predictor = None if args.predictor is None else load(args.predictor, config)
+    predictor = None if args.predictor is None else load_predictor(args.predictor, config)
     reference, small = (
-        from_checkpoint(args.model, f, predictor, activation=args.activation) for f in (reference_formats, formats)
+        weights_from_checkpoint(args.model, f, predictor, activation=args.activation)
+        for f in (reference_formats, formats)
     )
     ways = _ways(reference, small, str(reference_formats), str(formats))
     with progress("decode", len(rows), "batches") as advance:
@@ -73,7 +74,7 @@ def run(args: Args) -> None:
                 yield row
                 advance()
 
-        found = decode_quality(reference, ways, told(), backend=args.backend)
+        found = measure_quality(reference, ways, told(), backend=args.backend)
     about = {"tokens": sum(row.size for row in rows), "reference": f"{reference_formats}, dense"}
     table = [
         {"weights": weights, "mode": mode}
@@ -85,19 +86,21 @@ def run(args: Args) -> None:
 
 def _ways(
     reference: DecodeWeights, small: DecodeWeights, reference_name: str, small_name: str
-) -> dict[tuple[str, Mode], Way]:
+) -> dict[tuple[str, Mode], DecodeSetting]:
     """By weights and mode: both formats in every mode that the model can serve, and the small one kind by kind."""
     modes: list[Mode] = ["dense"]
     if reference.config.activation != "gelu":
         modes += ["exact"] if reference.predictor_input is None else ["exact", "sparse"]
     ways = {
-        (name, mode): Way(w, mode) for name, w in ((reference_name, reference), (small_name, small)) for mode in modes
+        (name, mode): DecodeSetting(w, mode)
+        for name, w in ((reference_name, reference), (small_name, small))
+        for mode in modes
     }
     for kind in KINDS:
         if kind != "predictor":
-            ways[f"{small_name} in {kind} alone", "dense"] = Way(one_kind(reference, small, kind))
+            ways[f"{small_name} in {kind} alone", "dense"] = DecodeSetting(one_kind(reference, small, kind))
         elif "sparse" in modes:
-            ways[f"{small_name} in {kind} alone", "sparse"] = Way(one_kind(reference, small, kind), "sparse")
+            ways[f"{small_name} in {kind} alone", "sparse"] = DecodeSetting(one_kind(reference, small, kind), "sparse")
     return ways
 
 

@@ -17,12 +17,12 @@ from falcon_relu.checkpoints.load import load_model
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
-from falcon_relu.evaluation.sparsity import sparsity
+from falcon_relu.evaluation.sparsity import measure_sparsity
 from falcon_relu.files import write_aside, write_json
 from falcon_relu.progress import progress
-from infer.predictor.calibration import calibrate
-from infer.predictor.predictor import load
-from infer.predictor.quality import compare, sensitivity
+from infer.predictor.calibration import calibrate_predictor
+from infer.predictor.predictor import load_predictor
+from infer.predictor.quality import compare_sparse, sensitivity
 from infer.predictor.recording import open_recording
 from train.data.batches import DataConfig, Source, train_batches, validation_batches
 from train.data.shards import read_manifest
@@ -77,7 +77,7 @@ def run(args: Args) -> None:
                 yield batch
                 advance()
 
-        found = sparsity(config, params, told())
+        found = measure_sparsity(config, params, told())
     rates_LxF = found.pop("rates_LxF")
     found["rates"] = np.quantile(rates_LxF, np.linspace(0, 1, _QUANTILES), axis=1).T.tolist()
     found["allowed"] = []
@@ -99,14 +99,14 @@ def _allowed(args: Args, config: Any, params: Any, data: DataConfig, rows: Seque
     assert args.recording is not None
     recording = open_recording(args.recording)
     recording.check(config)
-    fitted = calibrate(load(args.predictor, config), recording, energy=_FIRST_ENERGY)
+    fitted = calibrate_predictor(load_predictor(args.predictor, config), recording, energy=_FIRST_ENERGY)
     small = dataclasses.replace(data, batch_size=min(args.batch_size, 8))
     weights = sensitivity(config, params, fitted, list(itertools.islice(train_batches(small), _WEIGHING_BATCHES)))
     table = []
     with progress("allowed error", len(args.kl), "budgets") as advance:
         for allowed in sorted(args.kl):
-            predictor = calibrate(fitted, recording, kl=allowed, sensitivity=weights)
-            measured = compare(config, params, predictor, rows)
+            predictor = calibrate_predictor(fitted, recording, kl=allowed, sensitivity=weights)
+            measured = compare_sparse(config, params, predictor, rows)
             names = ("kl", "agreement", "read", "fired", "sparse_loss", "dense_loss")
             table.append(
                 {"allowed kl": allowed}

@@ -12,9 +12,9 @@ import tyro
 
 from falcon_relu.cli.configs import config_names, load_config
 from falcon_relu.cli.report import report
+from train import loop
 from train.config import TrainConfig
 from train.distributed import DistributedConfig, joined
-from train.loop import train
 from train.memory import keep_freed_memory
 from train.xla_flags import platform_here, recommend
 
@@ -46,6 +46,6 @@ def run(args: Args) -> None:
     recommend(platform_here())
     start = time.perf_counter()
     with joined(args.distributed):
-        figures = train(args.run)
+        figures = loop.run(args.run)
         if jax.process_index() == 0:
             report({"out": str(args.run.out)} | figures | {"seconds": time.perf_counter() - start}, args.json)

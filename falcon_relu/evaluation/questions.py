@@ -44,7 +44,7 @@ class Dataset(NamedTuple):
     task: Mapping[str, Any] | None = None
 
 
-def build(out: Path, names: Iterable[str] | None = None, cache: Path | None = None) -> list[dict[str, Any]]:
+def build_eval_data(out: Path, names: Iterable[str] | None = None, cache: Path | None = None) -> list[dict[str, Any]]:
     """Writes datasets below `out`; those that are there already stay as they are.
 
     Args:

@@ -16,7 +16,7 @@ from falcon_relu.model import Falcon, Params
 UNIONS = (1, 2, 4, 8, 16, 32)  # sequences decoded together
 
 
-def sparsity(
+def measure_sparsity(
     config: FalconConfig, params: Params, batches: Iterable[Mapping[str, Any]], *, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
     """Statistics of the neurons' activations, padding left out.

@@ -81,7 +81,7 @@ def measure(layer: LayerPredictor, recording: Recording, i: int) -> Curve:
     return Curve(threshold_P, read_Q[:-1] / tokens, recall_P, mass_P, energy_P, float(fired_Q[-1]) / tokens)
 
 
-def calibrate(
+def calibrate_predictor(
     predictor: Predictor,
     recording: Recording,
     *,

@@ -64,7 +64,7 @@ class FitConfig:
                 raise FalconError(f"{name} must be positive, got {getattr(self, name)}")
 
 
-def fit(
+def fit_predictor(
     recording: Recording, config: FalconConfig, params: Params, ranks: Sequence[int], how: FitConfig | None = None
 ) -> Predictor:
     """Fits all layers, in bfloat16, with the thresholds at which as many neurons are read as fire.

@@ -131,7 +131,7 @@ def stack(layers: Sequence[LayerPredictor]) -> LayerPredictor:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(widen, layers))
 
 
-def save(predictor: Predictor, path: Path, *, replace: bool = False) -> None:
+def save_predictor(predictor: Predictor, path: Path, *, replace: bool = False) -> None:
     """Writes one safetensors file: `layers.{i}.fc1.weight` [R, D], `layers.{i}.fc2.weight` [F, R], metadata.
 
     Raises:
@@ -150,7 +150,7 @@ def save(predictor: Predictor, path: Path, *, replace: bool = False) -> None:
         save_file(tensors, aside, {_METADATA: json.dumps(metadata)})
 
 
-def load(path: Path, config: FalconConfig) -> Predictor:
+def load_predictor(path: Path, config: FalconConfig) -> Predictor:
     """Reads a predictor and checks that it is whole and fits the model.
 
     Raises:

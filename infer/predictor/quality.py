@@ -13,7 +13,7 @@ from flax import struct
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.model import Falcon, Params, Select
-from infer.predictor.calibration import calibrate, measure
+from infer.predictor.calibration import calibrate_predictor, measure
 from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, select, stack
 from infer.predictor.recording import BATCH_KEYS, Batch, Recording
 
@@ -65,7 +65,7 @@ def masked_forward(
     return hidden_BxTxD, updates["statistics"]["layers"]["mlp"]["kept"]
 
 
-def compare(
+def compare_sparse(
     config: FalconConfig, params: Params, predictor: Predictor, batches: Iterable[Batch], *, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
     """Dense against sparse on text.
@@ -111,7 +111,7 @@ def sensitivity(
       dtype: compute dtype.
 
     Returns:
-      L weights for `calibrate`.
+      L weights for `calibrate_predictor`.
     """
     others = predictor.replace(thresholds=(EVERY,) * config.n_layers, budgets=(config.d_ff,) * config.n_layers)
 
@@ -121,7 +121,7 @@ def sensitivity(
         return others.replace(thresholds=tuple(thresholds))
 
     return [
-        compare(config, params, alone(i), batches, dtype=dtype)["kl"] / max(1 - figures["energy"], 1e-6)
+        compare_sparse(config, params, alone(i), batches, dtype=dtype)["kl"] / max(1 - figures["energy"], 1e-6)
         for i, figures in enumerate(predictor.measured)
     ]
 
@@ -137,7 +137,7 @@ def reading_curve(
     sensitivity: Sequence[float] | None = None,
     dtype: Any = jnp.float32,
 ) -> Iterator[tuple[Predictor, dict[str, Any]]]:
-    """The curve of quality against neurons read: for each of `reads`, calibrated to it, and what `compare` says.
+    """The curve of quality against neurons read: for each of `reads`, calibrated to it, and what `compare_sparse` says.
 
     Args:
       config: the model.
@@ -146,14 +146,14 @@ def reading_curve(
       recording: of the model and of the predictor's input; its held-out tokens calibrate.
       batches: text to compare on.
       reads: neurons to read in all layers together, over the neurons that fire.
-      sensitivity: see `calibrate`.
+      sensitivity: see `calibrate_predictor`.
       dtype: compute dtype.
     """
     curves = [measure(layer, recording, i) for i, layer in enumerate(predictor.layers)]
     firing = sum(curve.fired for curve in curves)
     for read in reads:
-        point = calibrate(predictor, recording, neurons=read * firing, sensitivity=sensitivity, curves=curves)
-        yield point, {"read_over_firing": read} | compare(config, params, point, batches, dtype=dtype)
+        point = calibrate_predictor(predictor, recording, neurons=read * firing, sensitivity=sensitivity, curves=curves)
+        yield point, {"read_over_firing": read} | compare_sparse(config, params, point, batches, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

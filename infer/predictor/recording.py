@@ -74,7 +74,7 @@ class Recording:
         return inputs, contributions
 
 
-def record(
+def record_activations(
     config: FalconConfig,
     params: Params,
     batches: Iterable[Batch],
@@ -121,7 +121,7 @@ def record(
 
 
 def open_recording(folder: Path) -> Recording:
-    """Opens what `record` wrote.
+    """Opens what `record_activations` wrote.
 
     Raises:
       FalconError: it is missing, of another version, or its files do not have the sizes that it states.

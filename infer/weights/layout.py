@@ -197,7 +197,7 @@ class DecodeWeights:
         return dataclasses.replace(self, layers=layers, predictor_input=predictor.input)
 
 
-def from_params(
+def weights_from_params(
     params: Params, config: FalconConfig, formats: Formats | None = None, predictor: Predictor | None = None
 ) -> DecodeWeights:
     """Decode weights from the Flax parameters of `falcon_relu.model`, converted matrix by matrix.
@@ -214,7 +214,7 @@ def from_params(
     return from_pieces(config, pieces, formats, predictor)
 
 
-def from_checkpoint(
+def weights_from_checkpoint(
     source: str | Path,
     formats: Formats | None = None,
     predictor: Predictor | None = None,
@@ -230,7 +230,7 @@ def from_checkpoint(
       activation: the user's word where a Hugging Face config does not state it.
 
     Raises:
-      FalconError: as `falcon_relu.checkpoints.load.load_model` and `from_params`, or there is too little memory.
+      FalconError: as `load_model` and `weights_from_params`, or there is too little memory.
     """
     config, pieces = stream_model(source, activation=activation)
     need_memory(skeleton(config, formats or Formats()).nbytes, f"the weights of {source}")
@@ -243,7 +243,7 @@ def from_pieces(
     formats: Formats | None = None,
     predictor: Predictor | None = None,
 ) -> DecodeWeights:
-    """Decode weights from every parameter of a model, layer by layer, in any order; see `from_params`."""
+    """Decode weights from every parameter of a model, layer by layer, in any order; see `weights_from_params`."""
     shapes = skeleton(config, formats or Formats())
     found: dict[tuple[Leaf, int | None], Any] = {}
     places = {_OURS[name]: name for name in _OURS}

@@ -39,7 +39,7 @@ def is_decode_weights(path: Path) -> bool:
     return (path / _MANIFEST).is_file()
 
 
-def save(weights: DecodeWeights, path: Path, *, replace: bool = False) -> None:
+def save_weights(weights: DecodeWeights, path: Path, *, replace: bool = False) -> None:
     """Writes decode weights, whole or not at all.
 
     Raises:
@@ -78,7 +78,7 @@ def outline(path: Path) -> DecodeWeights:
     return _manifest(path)[0]
 
 
-def load(path: Path) -> DecodeWeights:
+def load_weights(path: Path) -> DecodeWeights:
     """Reads decode weights.
 
     Raises:

@@ -127,7 +127,7 @@ def _ours(model: Path | None, way: str) -> Any:
     from falcon_relu.model import Falcon
     from falcon_relu.tokenizer import Tokenizer
     from infer.scoring import DecodeEngine
-    from infer.weights.layout import Formats, from_params
+    from infer.weights.layout import Formats, weights_from_params
     from train.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -135,7 +135,7 @@ def _ours(model: Path | None, way: str) -> Any:
     config, params = load_model(model)
     engine: Engine = FlaxEngine(Falcon(config), params)
     if way == "exact":
-        engine = DecodeEngine(from_params(params, config, Formats.all("f32")), "exact")
+        engine = DecodeEngine(weights_from_params(params, config, Formats.all("f32")), "exact")
     return HarnessModel(engine, Tokenizer(model))
 
 

@@ -7,15 +7,15 @@ from falcon_relu.errors import FalconError
 from falcon_relu.generation import Sampling
 from falcon_relu.generation import generate as flax_generate
 from falcon_relu.model import Falcon
-from infer.generation import Conversation, Figures, generate, stream
-from infer.weights.layout import Formats, from_params
+from infer.generation import Conversation, DecodeStats, generate, stream
+from infer.weights.layout import Formats, weights_from_params
 from tests.infer.test_step import BACKENDS, covering_predictor, relu_model
 
 
 @pytest.fixture(scope="module")
 def model():
     config, params = relu_model("tiny-40b")
-    return config, params, from_params(params, config, Formats.all("f32"), covering_predictor(config))
+    return config, params, weights_from_params(params, config, Formats.all("f32"), covering_predictor(config))
 
 
 def prompts(config) -> list[list[int]]:
@@ -43,14 +43,14 @@ def test_a_sequence_ends_at_its_stop_token_and_the_others_go_on(model):
 
 def test_figures_say_what_was_done(model):
     config, _, weights = model
-    figures = Figures()
-    generate(weights, prompts(config), Sampling(max_new_tokens=5), mode="sparse", figures=figures)
-    assert figures.prompt_tokens == 57
-    assert figures.tokens == 15
-    assert figures.steps == 4
-    assert figures.neurons_read == 1
-    assert 0 < figures.step_bytes < weights.nbytes
-    assert figures.bytes_per_second > 0
+    stats = DecodeStats()
+    generate(weights, prompts(config), Sampling(max_new_tokens=5), mode="sparse", stats=stats)
+    assert stats.prompt_tokens == 57
+    assert stats.tokens == 15
+    assert stats.steps == 4
+    assert stats.neurons_read == 1
+    assert 0 < stats.step_bytes < weights.nbytes
+    assert stats.bytes_per_second > 0
 
 
 def test_unusable_prompts_are_refused_before_anything_runs(model):
@@ -66,14 +66,14 @@ def test_a_conversation_says_what_its_whole_text_would_bring(model):
     config, _, weights = model
     first, second, _ = prompts(config)
     sampling = Sampling(max_new_tokens=6)
-    conversation, figures = Conversation(weights, mode="exact"), Figures()
+    conversation, stats = Conversation(weights, mode="exact"), DecodeStats()
     text: list[int] = []
     for ids in (first, second):
         text += ids
         expected = generate(weights, [text], sampling, mode="exact")[0]
-        assert list(conversation.say(ids, sampling, figures)) == expected
+        assert list(conversation.say(ids, sampling, stats)) == expected
         text += expected
-    assert figures.prompt_tokens == len(first) + 1 + len(second)
+    assert stats.prompt_tokens == len(first) + 1 + len(second)
 
     stop = Sampling(max_new_tokens=6, stop_tokens=(expected[2],))
     again = Conversation(weights, mode="exact")

@@ -14,7 +14,7 @@ from falcon_relu.model import Falcon
 from infer.kernels import matmul, native, xla
 from infer.predictor.predictor import LayerPredictor, uncalibrated
 from infer.step import DecodeState, check_mode, decode_step, prefill, step_bytes, unembed
-from infer.weights.layout import Formats, from_params
+from infer.weights.layout import Formats, weights_from_params
 from tests.conftest import random_params
 
 BACKENDS = ("xla", "native") if native.missing() is None else ("xla",)
@@ -59,7 +59,7 @@ def test_every_mode_equals_the_flax_model(tiny_name, backend):
         pytest.skip("the same kernels as for the 40B; slow to compile")
     activation = {"tiny-40b": "relu", "tiny-7b": "relu2", "tiny-11b": "shifted_relu", "tiny-rw": "relu"}[tiny_name]
     config, params = relu_model(tiny_name, activation)
-    weights = from_params(params, config, Formats.all("f32"), covering_predictor(config))
+    weights = weights_from_params(params, config, Formats.all("f32"), covering_predictor(config))
     ids = tokens(config, 2, 6)
     expected = flax_logits(config, params, ids)
     for mode in ("dense", "exact", "sparse") if backend == "native" else ("dense", "sparse"):
@@ -82,7 +82,7 @@ def rest_bytes(weights) -> int:
 def test_dense_gelu_equals_the_flax_model_and_has_nothing_to_skip():
     config = family("tiny-40b")
     params = random_params(config)
-    weights = from_params(params, config, Formats.all("f32"))
+    weights = weights_from_params(params, config, Formats.all("f32"))
     ids = tokens(config, 1, 4)
     np.testing.assert_allclose(
         decode(weights, ids, backend=BACKENDS[-1])[0], flax_logits(config, params, ids), atol=1e-4
@@ -96,7 +96,7 @@ def test_number_formats_stay_near_the_f32_model(format):
     config, params = relu_model("tiny-40b")
     ids = tokens(config, 2, 6)
     expected = np.asarray(flax_logits(config, params, ids))
-    logits, _ = decode(from_params(params, config, Formats.all(format)), ids, backend=BACKENDS[-1])
+    logits, _ = decode(weights_from_params(params, config, Formats.all(format)), ids, backend=BACKENDS[-1])
     error = np.sqrt(np.mean((logits - expected) ** 2)) / np.std(expected)
     assert error < {"bf16": 0.02, "f16": 0.002, "int8": 0.05}[format]
 
@@ -114,7 +114,7 @@ def test_sparse_reads_what_the_predictor_chooses_and_no_more():
     masked = jax.tree.map(lambda x: x, params)
     masked["layers"]["mlp"]["up"] = jnp.where(chosen[None, :, None], params["layers"]["mlp"]["up"], 0)
     expected = flax_logits(config, masked, ids)
-    weights = from_params(params, config, Formats.all("f32"), predictor)
+    weights = weights_from_params(params, config, Formats.all("f32"), predictor)
     for backend in BACKENDS:
         logits, reads = decode(weights, ids, "sparse", backend)
         np.testing.assert_allclose(logits, expected, atol=1e-4)
@@ -126,7 +126,7 @@ def test_sparse_reads_what_the_predictor_chooses_and_no_more():
 @pytest.mark.parametrize("name", ["tiny-40b", "tiny-rw"])
 def test_prefill_in_blocks_of_unequal_prompts_equals_the_flax_model(name):
     config, params = relu_model(name)
-    weights = from_params(params, config, Formats.all("f32"))
+    weights = weights_from_params(params, config, Formats.all("f32"))
     ids = tokens(config, 2, 12)
     lengths = np.array([12, 7])
     state = DecodeState.empty(config, 2, CONTEXT)
@@ -148,7 +148,7 @@ def test_prefill_in_blocks_of_unequal_prompts_equals_the_flax_model(name):
 
 def test_greedy_tokens_equal_the_flax_models():
     config, params = relu_model("tiny-40b")
-    weights = from_params(params, config, Formats.all("f32"), covering_predictor(config))
+    weights = weights_from_params(params, config, Formats.all("f32"), covering_predictor(config))
     prompt = tokens(config, 1, 5)[0].tolist()
     expected = generate(Falcon(config), params, [prompt], Sampling(max_new_tokens=30))[0]
     for mode in ("dense", "sparse"):
@@ -171,7 +171,7 @@ def test_nothing_the_size_of_a_weight_is_copied_converted_or_sliced(format, back
     config = family("tiny-40b").replace(d_model=512, d_ff=4096, n_heads=8, n_kv_heads=2, vocab_size=3001)
     config = config.with_activation("relu")
     params = random_params(config)
-    weights = from_params(params, config, Formats.all(format), covering_predictor(config, R=600))
+    weights = weights_from_params(params, config, Formats.all(format), covering_predictor(config, R=600))
     state = DecodeState.empty(config, 1, 16)
     program = decode_step.lower(weights, state, jnp.zeros(1, jnp.int32), mode="sparse", backend=backend).compile()
     assert not large_results(program.as_text(), 200_000)
@@ -203,6 +203,6 @@ def test_a_predictor_of_other_widths_is_refused():
     config, params = relu_model("tiny-40b")
     wrong = covering_predictor(config.replace(d_ff=128))
     with pytest.raises(FalconError, match="layer 0 has maps of"):
-        from_params(params, config, predictor=wrong)
+        weights_from_params(params, config, predictor=wrong)
     with pytest.raises(FalconError, match="needs a predictor"):
-        check_mode(from_params(params, config), "sparse")
+        check_mode(weights_from_params(params, config), "sparse")

@@ -20,12 +20,12 @@ from falcon_relu.generation import generate as flax_generate
 from falcon_relu.model import Falcon, Params
 from falcon_relu.tokenizer import Tokenizer
 from infer.generation import generate
-from infer.predictor.calibration import calibrate
-from infer.predictor.fitting import FitConfig, fit
-from infer.predictor.quality import compare, sensitivity
-from infer.predictor.recording import record
-from infer.quality import Way, decode_quality, one_kind, teacher_forced
-from infer.weights.layout import Formats, from_params
+from infer.predictor.calibration import calibrate_predictor
+from infer.predictor.fitting import FitConfig, fit_predictor
+from infer.predictor.quality import compare_sparse, sensitivity
+from infer.predictor.recording import record_activations
+from infer.quality import DecodeSetting, measure_quality, one_kind, teacher_forced
+from infer.weights.layout import Formats, weights_from_params
 from tests.infer import trained
 from tests.infer.test_step import BACKENDS, covering_predictor
 from train.data.batches import train_batches, validation_batches
@@ -59,7 +59,7 @@ def greedy(model) -> list[int]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mode_says_what_the_flax_model_says_for_256_tokens(model, greedy, backend):
-    weights = from_params(model.params, model.config, Formats.all("f32"), covering_predictor(model.config))
+    weights = weights_from_params(model.params, model.config, Formats.all("f32"), covering_predictor(model.config))
     for mode in ("dense", "exact", "sparse"):
         sampling = Sampling(max_new_tokens=NEW_TOKENS)
         assert generate(weights, [model.prompt], sampling, mode=mode, backend=backend)[0] == greedy, mode
@@ -82,7 +82,7 @@ def test_bf16_logits_are_no_further_from_f32_than_the_flax_models_in_bf16(model,
         jax.jit(Falcon(model.config, dtype).apply)({"params": model.params}, tokens_BxT)[0]
         for dtype in (jnp.float32, jnp.bfloat16)
     )
-    ours, _ = teacher_forced(from_params(model.params, model.config), tokens_BxT, backend=backend)
+    ours, _ = teacher_forced(weights_from_params(model.params, model.config), tokens_BxT, backend=backend)
     assert error(ours, f32[None]) <= error(bf16, f32)
 
 
@@ -92,10 +92,12 @@ def error(logits, reference) -> float:
 
 def test_int8_costs_less_than_the_limit_and_every_kind_of_matrix_is_told_apart(model):
     predictor = covering_predictor(model.config)
-    bf16, int8 = (from_params(model.params, model.config, Formats.all(f), predictor) for f in ("bf16", "int8"))
+    bf16, int8 = (weights_from_params(model.params, model.config, Formats.all(f), predictor) for f in ("bf16", "int8"))
     kinds = ("attention", "mlp", "head")
-    ways = {kind: Way(one_kind(bf16, int8, kind)) for kind in kinds}
-    found = decode_quality(bf16, ways | {"all": Way(int8), "exact": Way(bf16, "exact")}, validation_rows(model, 512))
+    ways = {kind: DecodeSetting(one_kind(bf16, int8, kind)) for kind in kinds}
+    found = measure_quality(
+        bf16, ways | {"all": DecodeSetting(int8), "exact": DecodeSetting(bf16, "exact")}, validation_rows(model, 512)
+    )
     assert 0 < found["all"]["kl"] <= 0.005
     assert found["all"]["agreement"] > 0.95
     for kind in kinds:
@@ -117,8 +119,8 @@ def fitted(model):
     """Predictors fitted to the model, and their recording."""
     batches = train_batches(trained.data(model.folder))
     folder = model.folder / "recording"
-    recording = record(model.config, model.params, batches, folder, tokens=20_000, input="mlp_input")
-    predictor = fit(recording, model.config, model.params, [32] * model.config.n_layers, FitConfig(epochs=4))
+    recording = record_activations(model.config, model.params, batches, folder, tokens=20_000, input="mlp_input")
+    predictor = fit_predictor(recording, model.config, model.params, [32] * model.config.n_layers, FitConfig(epochs=4))
     return predictor, recording
 
 
@@ -133,18 +135,18 @@ def test_sparse_keeps_the_quality_while_reading_half_more_than_fires(model, fitt
     data = trained.data(model.folder)
     weights = sensitivity(model.config, model.params, predictor, [next(train_batches(data))])
     firing = sum(figures["fired"] for figures in predictor.measured)
-    calibrated = calibrate(predictor, recording, neurons=1.5 * firing, sensitivity=weights)
-    found = compare(model.config, model.params, calibrated, validation_batches(data))
+    calibrated = calibrate_predictor(predictor, recording, neurons=1.5 * firing, sensitivity=weights)
+    found = compare_sparse(model.config, model.params, calibrated, validation_batches(data))
     assert found["read"] <= 1.55 * found["fired"]
     assert found["kl"] <= 0.01
     assert found["agreement"] >= 0.98
 
     # The decode step reads and says what the masked Flax model does.
-    dense = from_params(model.params, model.config, Formats.all("f32"))
+    dense = weights_from_params(model.params, model.config, Formats.all("f32"))
     rows = validation_rows(model, 256)
-    ways = {"sparse": Way(dense.with_predictor(calibrated, "f32"), "sparse")}
-    decoded = decode_quality(dense, ways, rows)["sparse"]
-    masked = compare(model.config, model.params, calibrated, [as_batch(row) for row in rows])
+    ways = {"sparse": DecodeSetting(dense.with_predictor(calibrated, "f32"), "sparse")}
+    decoded = measure_quality(dense, ways, rows)["sparse"]
+    masked = compare_sparse(model.config, model.params, calibrated, [as_batch(row) for row in rows])
     for figure in ("kl", "agreement", "read"):
         assert decoded[figure] == pytest.approx(masked[figure], rel=0.02, abs=1e-5)
 

@@ -17,9 +17,9 @@ from falcon_relu.corpora import documents
 from falcon_relu.sharding import init_params, make_mesh
 from falcon_relu.tokenizer import train_bpe
 from tests.train.data.texts import prepare_texts
+from train import loop
 from train.config import OptimizerConfig, TrainConfig
 from train.data.batches import DataConfig, Source
-from train.loop import train
 from train.loss import LossConfig
 from train.memory import keep_freed_memory
 
@@ -54,8 +54,8 @@ def make(folder: Path) -> None:
         teacher_dtype="float32",
         checkpoint_every=0,
     )
-    train(teacher)
-    train(
+    loop.run(teacher)
+    loop.run(
         dataclasses.replace(
             teacher,
             out=folder / "student",

@@ -58,7 +58,7 @@ def run_until_stopped(monkeypatch, config: TrainConfig, step: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Rows, "to_global", signal_at)
         with pytest.raises(Stopped):
-            train.loop.train(config)
+            train.loop.run(config)
     assert len(seen) == step
 
 

@@ -30,7 +30,7 @@ def data(tmp_path_factory) -> DataConfig:
 def alone(tmp_path_factory, data):
     """One process with eight devices, from beginning to end."""
     config = config_of(tmp_path_factory.mktemp("alone") / "run", data, steps=STEPS, checkpoint_every=10)
-    train.loop.train(config)
+    train.loop.run(config)
     return config
 
 
@@ -79,7 +79,7 @@ def test_from_one_process_to_two_and_back(tmp_path, data, alone, monkeypatch):
     stopped = processes.last_step(config.out)
     assert 10 < stopped < STEPS
     assert processes.whole_checkpoints(config.out)[-1] == stopped
-    train.loop.train(config)
+    train.loop.run(config)
     assert processes.starts(config.out) == [0, 10, stopped]
     assert_same_run(config, alone)
 

@@ -69,7 +69,7 @@ def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(tmp_path, data)
 
 
 def test_full_disks_and_lost_shards_lose_nothing(tmp_path, data, monkeypatch):
-    straight = train.loop.train(config_of(tmp_path / "straight", data))
+    straight = train.loop.run(config_of(tmp_path / "straight", data))
     config = config_of(tmp_path / "run", data)
     run_until_stopped(monkeypatch, config, 4)
     checkpoints = processes.whole_checkpoints(config.out)
@@ -79,7 +79,7 @@ def test_full_disks_and_lost_shards_lose_nothing(tmp_path, data, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # writing on fails as on a full disk
     try:
         with pytest.raises(FalconError, match=r"could not write a checkpoint to .*run.*disk full"):
-            train.loop.train(config)
+            train.loop.run(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert processes.whole_checkpoints(config.out) == checkpoints
@@ -88,8 +88,8 @@ def test_full_disks_and_lost_shards_lose_nothing(tmp_path, data, monkeypatch):
     away = shard.rename(shard.with_suffix(".away"))
     try:
         with pytest.raises(FalconError, match=f"{shard.name} is missing"):
-            train.loop.train(config)
+            train.loop.run(config)
     finally:
         away.rename(shard)
     assert processes.whole_checkpoints(config.out) == checkpoints
-    assert train.loop.train(config) == straight
+    assert train.loop.run(config) == straight

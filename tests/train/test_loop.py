@@ -49,7 +49,7 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def test_a_model_learns_and_a_swapped_student_is_won_back(tmp_path, data):
-    learned = train.loop.train(config_of(tmp_path / "teacher", data, steps=60, validate_every=30))
+    learned = train.loop.run(config_of(tmp_path / "teacher", data, steps=60, validate_every=30))
     assert learned["cross_entropy"] < 2.0 < np.log(400)
     weights = tmp_path / "teacher" / "weights"
     roundabout = weights / ".." / "weights"
@@ -64,7 +64,7 @@ def test_a_model_learns_and_a_swapped_student_is_won_back(tmp_path, data):
         loss=LossConfig(lm_weight=0.0, kd_weight=1.0),
         steps=30,
     )
-    tuned = train.loop.train(student)
+    tuned = train.loop.run(student)
     assert tuned["kl"] < 0.5 * swapped["kl"]
     assert tuned["teacher_cross_entropy"] == pytest.approx(learned["cross_entropy"], rel=1e-4)
     assert validate(tmp_path / "student" / "weights", data, teacher=weights)["kl"] == pytest.approx(
@@ -74,18 +74,18 @@ def test_a_model_learns_and_a_swapped_student_is_won_back(tmp_path, data):
     assert config.activation == "relu"
     lines = [json.loads(line) for line in (tmp_path / "teacher" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation" in line] == [30, 60]
-    assert train.loop.train(student) == tuned  # a finished run is not run again
+    assert train.loop.run(student) == tuned  # a finished run is not run again
 
 
 def test_a_stopped_run_goes_on_to_the_same_end_bit_for_bit(tmp_path, data, teacher, monkeypatch):
     taught = {"teacher": str(teacher), "loss": LossConfig(kd_weight=1.0)}
-    straight = train.loop.train(config_of(tmp_path / "straight", data, **taught))
+    straight = train.loop.run(config_of(tmp_path / "straight", data, **taught))
     stopped = config_of(tmp_path / "stopped", data, **taught)
     run_until_stopped(monkeypatch, stopped, 5)
     assert not (tmp_path / "stopped" / "weights").exists()
     log = tmp_path / "stopped" / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 6, "loss": 3.0}\n{"step": 7, "lo')  # lost work, and a torn line
-    assert train.loop.train(stopped) == straight
+    assert train.loop.run(stopped) == straight
     assert_same_weights(tmp_path / "stopped", tmp_path / "straight")
     names = ("step", "loss", "kl", "agreement", "gradient_norm", "learning_rate", "zeros")
     stopped_lines, straight_lines = (
@@ -97,12 +97,12 @@ def test_a_stopped_run_goes_on_to_the_same_end_bit_for_bit(tmp_path, data, teach
 
 
 def test_a_run_goes_on_elsewhere_with_other_settings_of_how(tmp_path, data, monkeypatch):
-    whole = train.loop.train(config_of(tmp_path / "whole", data))
+    whole = train.loop.run(config_of(tmp_path / "whole", data))
     run_until_stopped(monkeypatch, config_of(tmp_path / "run", data), 4)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     shards = shutil.copytree(data.sources[0].path, tmp_path / "tokens")
     here = dataclasses.replace(data, sources=(Source(shards),))
-    figures = train.loop.train(
+    figures = train.loop.run(
         config_of(moved, here, mesh=(2, 2, 2), microbatches=2, checkpoint_every=2, remat="full", query_chunk=8)
     )
     assert figures["cross_entropy"] == pytest.approx(whole["cross_entropy"], rel=1e-4)
@@ -125,18 +125,18 @@ def test_rows_prepared_again_are_noticed(tmp_path, data, monkeypatch):
     prepare(again)
     other = dataclasses.replace(data, sources=(Source(again.out),))
     with pytest.raises(FalconError, match="began with other rows than are there now in: source 0"):
-        train.loop.train(config_of(tmp_path / "run", other))
+        train.loop.run(config_of(tmp_path / "run", other))
 
 
 def test_damaged_checkpoints_are_passed_over_for_the_one_before(tmp_path, data, caplog):
     config = config_of(tmp_path / "run", data, checkpoint_every=2, keep_checkpoints=4)
-    straight = train.loop.train(config)
+    straight = train.loop.run(config)
     checkpoints = tmp_path / "run" / "checkpoints"
     for step, damage in ((8, flip_a_bit), (6, cut), (4, lose_a_file)):
         damage(checkpoints / str(step))
     (checkpoints / "9.orbax-checkpoint-tmp").mkdir()  # as a killed process leaves it
     (tmp_path / "run" / "figures.json").unlink()
-    assert train.loop.train(config) == straight
+    assert train.loop.run(config) == straight
     for step in (8, 6, 4):
         assert f"checkpoints/{step} is damaged" in caplog.text
         assert (checkpoints / f"{step}.damaged").is_dir()
@@ -145,7 +145,7 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(tmp_path, data, 
         lose_a_file(checkpoints / str(step))
     (tmp_path / "run" / "figures.json").unlink()
     with pytest.raises(FalconError, match=r"none of the checkpoints .* 8: .* 2: "):
-        train.loop.train(config)
+        train.loop.run(config)
     assert (checkpoints / "8").is_dir()  # nothing is set aside, nothing is trained anew
 
 
@@ -180,7 +180,7 @@ def test_a_run_shows_what_it_does(tmp_path, data, teacher):
         profile=(2, 3),
         samples=SamplesConfig(every=8, prompts=(prompt,), tokenizer=tokenizer, sampling=Sampling(max_new_tokens=4)),
     )
-    train.loop.train(config)
+    train.loop.run(config)
     lines = read_log(config.out / "log.jsonl")
     last = [line for line in lines if "loss" in line][-1]
     wanted = {"loss", "cross_entropy", "kl", "agreement", "zeros", "gradient_norm", "learning_rate"}
@@ -207,18 +207,18 @@ def test_a_run_shows_what_it_does(tmp_path, data, teacher):
 
 def test_runs_that_go_wrong_stop_with_a_message(tmp_path, data):
     with pytest.raises(FalconError, match="3 steps in a row"):
-        train.loop.train(
+        train.loop.run(
             config_of(
                 tmp_path / "hot", data, max_bad_steps=3, optimizer=OptimizerConfig(learning_rate=1e30, clip_norm=1e30)
             )
         )
-    train.loop.train(config_of(tmp_path / "run", data, steps=3))
+    train.loop.run(config_of(tmp_path / "run", data, steps=3))
     with pytest.raises(FalconError, match=r"other settings \(steps, seed\)"):
-        train.loop.train(config_of(tmp_path / "run", data, steps=4, seed=1))
+        train.loop.run(config_of(tmp_path / "run", data, steps=4, seed=1))
     small = family("tiny-40b").replace(vocab_size=50)
     save_params(tmp_path / "small", small, random_params(small))
     with pytest.raises(FalconError, match="vocabular"):
-        train.loop.train(config_of(tmp_path / "vocab", data, model=None, init_from=str(tmp_path / "small")))
+        train.loop.run(config_of(tmp_path / "vocab", data, model=None, init_from=str(tmp_path / "small")))
 
 
 def test_contradictory_configs_are_refused(tmp_path, data):

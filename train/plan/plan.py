@@ -338,7 +338,7 @@ def lighter(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
     return ladder
 
 
-def plan(
+def plan_run(
     config: TrainConfig,
     devices: Sequence[jax.Device],
     chip: Chip,

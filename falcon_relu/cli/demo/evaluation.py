@@ -13,9 +13,9 @@ from falcon_relu.evaluation.scoring import Engine, FlaxEngine
 from falcon_relu.model import Falcon
 from falcon_relu.progress import console
 from falcon_relu.tokenizer import Tokenizer
-from infer.predictor.predictor import load
+from infer.predictor.predictor import load_predictor
 from infer.scoring import DecodeEngine
-from infer.weights.layout import from_params
+from infer.weights.layout import weights_from_params
 
 CHANCE = {"ARC-Challenge": 0.25, "HellaSwag": 0.25, "MMLU": 0.25, "Winogrande": 0.5, "GSM8K": 0.0}
 
@@ -39,11 +39,11 @@ def benchmarks(root: Path, data: Path, questions: int) -> dict[str, Any]:
         return {"rows": [], "missing": 'lm-eval is not installed: pip install "falcon-relu[eval]"'}
     os.environ |= dict.fromkeys(("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_OFFLINE"), "1")
     from falcon_relu.evaluation.harness import HarnessModel, Journal
-    from falcon_relu.evaluation.questions import MISSING, build
+    from falcon_relu.evaluation.questions import MISSING, build_eval_data
     from falcon_relu.evaluation.suite import SUITES, evaluate
 
     try:
-        build(data)
+        build_eval_data(data)
     except FalconError as error:
         return {"rows": [], "missing": str(error)}
     most = [benchmark for benchmark in SUITES["open-llm-v1"] if benchmark.name in CHANCE and benchmark.task != "mmlu"]
@@ -65,7 +65,7 @@ def benchmarks(root: Path, data: Path, questions: int) -> dict[str, Any]:
 def _engines(root: Path) -> dict[str, Engine]:
     teacher_config, teacher = load_model(root / "teacher" / "weights")
     config, params = load_model(root / "lm_kl" / "weights")
-    weights = from_params(params, config, predictor=load(root / "predictor.safetensors", config))
+    weights = weights_from_params(params, config, predictor=load_predictor(root / "predictor.safetensors", config))
     return {
         "original": FlaxEngine(Falcon(teacher_config), teacher),
         "relu": FlaxEngine(Falcon(config), params),

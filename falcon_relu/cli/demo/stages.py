@@ -28,20 +28,20 @@ from falcon_relu.model import Falcon
 from falcon_relu.progress import console, progress
 from falcon_relu.tokenizer import Tokenizer, train_bpe
 from infer.bench import measure_widths
-from infer.generation import Figures as Decoded
+from infer.generation import DecodeStats
 from infer.generation import generate as decode
 from infer.kernels import Backend, native
-from infer.predictor.fitting import fit
-from infer.predictor.predictor import Predictor, load, save
+from infer.predictor.fitting import fit_predictor
+from infer.predictor.predictor import Predictor, load_predictor, save_predictor
 from infer.predictor.quality import reading_curve, sensitivity
-from infer.predictor.recording import open_recording, record
+from infer.predictor.recording import open_recording, record_activations
 from infer.step import MODES
-from infer.weights.layout import from_params
+from infer.weights.layout import weights_from_params
+from train import loop
 from train.config import TrainConfig
 from train.data.batches import DataConfig, train_batches, validation_batches
 from train.data.prepare import PrepareConfig, prepare
 from train.data.shards import read_manifest
-from train.loop import train
 from train.validation import validate
 
 PUBLISHED_RETENTION = 0.973  # average score of ReluFalcon-40B over that of Falcon-40B, six benchmarks
@@ -69,9 +69,9 @@ class Demo:
         stages: list[tuple[str, Callable[[], Any]]] = [
             ("text", self._text),
             ("tokens", self._tokens),
-            ("teacher", lambda: train(self._placed(self.recipe.teacher))),
-            ("lm_only", lambda: train(self._placed(self.recipe.lm_only))),
-            ("lm_kl", lambda: train(self._placed(self.recipe.lm_kl))),
+            ("teacher", lambda: loop.run(self._placed(self.recipe.teacher))),
+            ("lm_only", lambda: loop.run(self._placed(self.recipe.lm_only))),
+            ("lm_kl", lambda: loop.run(self._placed(self.recipe.lm_kl))),
             ("quality", lambda: self._quality(figures)),
             ("predictor", self._predictor),
             ("decode", self._decode),
@@ -151,10 +151,10 @@ class Demo:
         if folder.exists():
             recording = open_recording(folder)
         else:
-            recording = record(
+            recording = record_activations(
                 config, params, train_batches(self._data), folder, tokens=recipe.recorded_tokens, input="mlp_input"
             )
-        fitted = fit(recording, config, params, [recipe.rank] * config.n_layers, recipe.fit)
+        fitted = fit_predictor(recording, config, params, [recipe.rank] * config.n_layers, recipe.fit)
         weighing = list(itertools.islice(train_batches(self._data), _WEIGHING_BATCHES))
         weights = sensitivity(config, params, fitted, weighing)
         rows = list(itertools.islice(validation_batches(self._data), recipe.quality_batches))
@@ -169,14 +169,16 @@ class Demo:
                 advance()
         assert best is not None  # Recipe checks that `read` is among `reads`
         predictor, operating = best
-        save(predictor, self.root / "predictor.safetensors", replace=True)
+        save_predictor(predictor, self.root / "predictor.safetensors", replace=True)
         return {"layers": _predictor_rows(predictor, config.d_ff), "tradeoff": points, "operating_point": operating}
 
     def _decode(self) -> dict[str, Any]:
         recipe, tokenizer = self.recipe, Tokenizer(self.root / "tokenizer.json")
         prompts = list(itertools.islice(self._held_out_prompts(), recipe.prompts))
         config, params = load_model(self.root / "lm_kl" / "weights")
-        weights = from_params(params, config, predictor=load(self.root / "predictor.safetensors", config))
+        weights = weights_from_params(
+            params, config, predictor=load_predictor(self.root / "predictor.safetensors", config)
+        )
         texts: dict[str, list[list[int]]] = {}
         rows = []
         ways = [(mode, backend) for backend in _backends() for mode in MODES]
@@ -184,8 +186,8 @@ class Demo:
             for mode, backend in ways:
                 runs, new = [], []
                 for prompt in prompts:
-                    runs.append(Decoded())
-                    new += decode(weights, [prompt], recipe.sampling, mode=mode, backend=backend, figures=runs[-1])
+                    runs.append(DecodeStats())
+                    new += decode(weights, [prompt], recipe.sampling, mode=mode, backend=backend, stats=runs[-1])
                     advance(note=f"{mode}, {backend}")
                 texts.setdefault(mode, new)
                 rows.append(

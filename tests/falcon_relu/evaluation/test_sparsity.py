@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from falcon_relu.config import family
-from falcon_relu.evaluation.sparsity import sparsity
+from falcon_relu.evaluation.sparsity import measure_sparsity
 from falcon_relu.model import Falcon
 from tests.conftest import random_params
 
@@ -20,7 +20,7 @@ def test_statistics_are_those_of_a_plain_count() -> None:
         dict(zip(keys, (rng.integers(0, config.vocab_size, (2, 16), np.int32), positions, segments), strict=True))
         for _ in range(2)
     ]
-    got = sparsity(config, params, batches)
+    got = measure_sparsity(config, params, batches)
 
     observe = jax.jit(lambda *batch: Falcon(config).apply({"params": params}, *batch, mutable=["activations"])[1])
     for i in range(config.n_layers):

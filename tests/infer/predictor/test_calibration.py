@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from falcon_relu.errors import FalconError
-from infer.predictor.calibration import allocate, calibrate, measure, neurons_for_bytes
+from infer.predictor.calibration import allocate, calibrate_predictor, measure, neurons_for_bytes
 from infer.predictor.predictor import LayerPredictor, Predictor, uncalibrated
 from infer.predictor.recording import Recording
 from tests.infer.predictor.planted import write_recording
@@ -39,7 +39,7 @@ def counted(predictor: Predictor, recording: Recording, i: int) -> tuple[float, 
 
 def test_figures_are_those_of_a_plain_count(tmp_path: Path) -> None:
     predictor, recording = noisy_predictor(np.random.default_rng(0), tmp_path / "r", (0.1, 0.5))
-    calibrated = calibrate(predictor, recording, energy=0.97)
+    calibrated = calibrate_predictor(predictor, recording, energy=0.97)
     for i, figures in enumerate(calibrated.measured):
         got = [figures[name] for name in ("read", "fired", "energy")]
         np.testing.assert_allclose(got, counted(calibrated, recording, i), rtol=1e-3)
@@ -48,15 +48,15 @@ def test_figures_are_those_of_a_plain_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize("energy", [0.8, 0.95, 0.99, 1.0])
 def test_target_energy_is_covered_with_little_to_spare(tmp_path: Path, energy: float) -> None:
     predictor, recording = noisy_predictor(np.random.default_rng(0), tmp_path / "r", (0.1, 0.5, 1.0))
-    calibrated = calibrate(predictor, recording, energy=energy)
+    calibrated = calibrate_predictor(predictor, recording, energy=energy)
     covered = np.mean([figures["energy"] for figures in calibrated.measured])
     assert energy - 1e-9 <= covered <= energy + 0.02
 
 
 def test_target_neurons_is_kept_and_weights_move_it(tmp_path: Path) -> None:
     predictor, recording = noisy_predictor(np.random.default_rng(0), tmp_path / "r", (0.3, 0.3))
-    flat = calibrate(predictor, recording, neurons=16.0)
-    tilted = calibrate(predictor, recording, neurons=16.0, sensitivity=[9.0, 1.0])
+    flat = calibrate_predictor(predictor, recording, neurons=16.0)
+    tilted = calibrate_predictor(predictor, recording, neurons=16.0, sensitivity=[9.0, 1.0])
     for calibrated in (flat, tilted):
         assert 14.5 < sum(figures["read"] for figures in calibrated.measured) <= 16.0
     assert tilted.measured[0]["energy"] > flat.measured[0]["energy"]
@@ -65,7 +65,7 @@ def test_target_neurons_is_kept_and_weights_move_it(tmp_path: Path) -> None:
 
 def test_budget_leaves_all_but_a_thousandth_of_tokens_whole(tmp_path: Path) -> None:
     predictor, recording = noisy_predictor(np.random.default_rng(0), tmp_path / "r", (0.1,))
-    calibrated = calibrate(predictor, recording, energy=0.9)
+    calibrated = calibrate_predictor(predictor, recording, energy=0.9)
     x_nxD = recording.layer(0)[0][recording.held_out.start :].astype(np.float32)
     fc1, fc2 = (np.asarray(w) for w in (predictor.layers[0].fc1_RxD, predictor.layers[0].fc2_FxR))
     counts = (np.maximum(x_nxD @ fc1.T, 0) @ fc2.T >= calibrated.thresholds[0]).sum(1)
@@ -76,7 +76,7 @@ def test_budget_leaves_all_but_a_thousandth_of_tokens_whole(tmp_path: Path) -> N
 def test_expected_kl_is_the_weighted_loss(tmp_path: Path) -> None:
     predictor, recording = noisy_predictor(np.random.default_rng(0), tmp_path / "r", (0.1, 0.5))
     weights = np.array([0.5, 0.1])
-    calibrated = calibrate(predictor, recording, kl=0.01, sensitivity=weights)
+    calibrated = calibrate_predictor(predictor, recording, kl=0.01, sensitivity=weights)
     expected = weights @ [1 - figures["energy"] for figures in calibrated.measured]
     assert 0.005 < expected <= 0.01
 
@@ -85,9 +85,9 @@ def test_targets_that_cannot_be_are_refused(tmp_path: Path) -> None:
     predictor, recording = noisy_predictor(np.random.default_rng(0), tmp_path / "r", (0.1,))
     for targets in ({}, {"energy": 0.9, "neurons": 5.0}, {"kl": 0.01}):
         with pytest.raises(FalconError, match="one of"):
-            calibrate(predictor, recording, **targets)
+            calibrate_predictor(predictor, recording, **targets)
     with pytest.raises(FalconError, match="block_input"):
-        calibrate(predictor.replace(input="block_input"), recording, energy=0.9)
+        calibrate_predictor(predictor.replace(input="block_input"), recording, energy=0.9)
     with pytest.raises(FalconError, match="alone read"):
         neurons_for_bytes(predictor, 100.0, 2.0)
     assert neurons_for_bytes(predictor, 2.0 * (32 * (16 + 64) + 2 * 16 * 7), 2.0) == 7.0

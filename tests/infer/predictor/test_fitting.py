@@ -9,9 +9,9 @@ import pytest
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from infer.predictor.calibration import measure
-from infer.predictor.fitting import FitConfig, choose_rank, fit, fit_layer, linear_start, up_rows
+from infer.predictor.fitting import FitConfig, choose_rank, fit_layer, fit_predictor, linear_start, up_rows
 from infer.predictor.predictor import score
-from infer.predictor.recording import record
+from infer.predictor.recording import record_activations
 from tests.conftest import random_params
 from tests.infer.predictor.planted import planted_layer, random_batch, write_recording
 
@@ -68,8 +68,8 @@ def test_model_is_fitted_and_the_untrained_start_is_reported(tmp_path: Path) -> 
     params = random_params(config)
     batches = [random_batch(seed, config.vocab_size, 8, 64) for seed in range(8)]
     for input in ("block_input", "mlp_input"):
-        recording = record(config, params, batches, tmp_path / input, tokens=3500, input=input)
-        predictor = fit(recording, config, params, (16, 32), FitConfig(epochs=12, batch=64))
+        recording = record_activations(config, params, batches, tmp_path / input, tokens=3500, input=input)
+        predictor = fit_predictor(recording, config, params, (16, 32), FitConfig(epochs=12, batch=64))
         assert predictor.ranks == (16, 32)
         assert predictor.input == input
         for figures in predictor.measured:
@@ -82,7 +82,7 @@ def test_full_rank_start_at_the_mlp_input_is_exact(tmp_path: Path) -> None:
     config = family("tiny-7b").with_activation("relu")
     params = random_params(config)
     batches = [random_batch(seed, config.vocab_size) for seed in range(4)]
-    recording = record(config, params, batches, tmp_path / "r", tokens=400, input="mlp_input")
+    recording = record_activations(config, params, batches, tmp_path / "r", tokens=400, input="mlp_input")
     x_NxD, c_NxF = (np.asarray(a, np.float32) for a in recording.layer(1))
     start = linear_start(x_NxD, up_rows(config, params, 1, "mlp_input"), 2 * config.d_model)
     fires = c_NxF > 0

@@ -16,8 +16,8 @@ from infer.predictor.predictor import (
     Predictor,
     export_powerinfer,
     import_powerinfer,
-    load,
-    save,
+    load_predictor,
+    save_predictor,
     score,
     select,
     stack,
@@ -47,8 +47,8 @@ def assert_same_maps(a: Predictor, b: Predictor) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_stored_predictor_comes_back_bit_for_bit(tmp_path: Path, dtype) -> None:
     predictor = random_predictor(dtype=dtype)
-    save(predictor, tmp_path / "p.safetensors")
-    loaded = load(tmp_path / "p.safetensors", CONFIG)
+    save_predictor(predictor, tmp_path / "p.safetensors")
+    loaded = load_predictor(tmp_path / "p.safetensors", CONFIG)
     assert_same_maps(predictor, loaded)
     assert loaded.replace(layers=()) == predictor.replace(layers=())
 
@@ -81,23 +81,23 @@ def _rewrite(path: Path, change) -> None:
 )
 def test_predictor_that_does_not_fit_is_refused(tmp_path: Path, change, message: str) -> None:
     path = tmp_path / "p.safetensors"
-    save(random_predictor(), path)
+    save_predictor(random_predictor(), path)
     _rewrite(path, change)
     with pytest.raises(FalconError, match=message):
-        load(path, CONFIG)
+        load_predictor(path, CONFIG)
 
 
 def test_truncated_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    save(random_predictor(), path)
+    save_predictor(random_predictor(), path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FalconError, match="cannot be read"):
-        load(path, CONFIG)
+        load_predictor(path, CONFIG)
     save_file({"w": jnp.zeros(3)}, path)
     with pytest.raises(FalconError, match="not a predictor"):
-        load(path, CONFIG)
+        load_predictor(path, CONFIG)
     with pytest.raises(FalconError, match="does not exist"):
-        load(tmp_path / "none", CONFIG)
+        load_predictor(tmp_path / "none", CONFIG)
 
 
 def test_powerinfer_files_round_trip(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from falcon_relu.config import FalconConfig, family
 from falcon_relu.model import Falcon
 from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, score, select, uncalibrated
-from infer.predictor.quality import _reading, compare, masked_forward, selector, sensitivity
+from infer.predictor.quality import _reading, compare_sparse, masked_forward, selector, sensitivity
 from infer.predictor.recording import BATCH_KEYS
 from tests.conftest import random_params
 from tests.infer.predictor.planted import random_batch
@@ -68,12 +68,12 @@ def test_comparison_counts_real_tokens_only() -> None:
     params = random_params(CONFIG)
     batches = [random_batch(seed, CONFIG.vocab_size) for seed in range(2)]
     predictor = random_predictor(CONFIG, "mlp_input")
-    same = compare(CONFIG, params, predictor.replace(thresholds=(EVERY,) * 2), batches)
+    same = compare_sparse(CONFIG, params, predictor.replace(thresholds=(EVERY,) * 2), batches)
     assert same["kl"] == 0
     assert same["agreement"] == same["read"] == 1
     assert same["dense_loss"] == same["sparse_loss"]
 
-    got = compare(CONFIG, params, predictor, batches)
+    got = compare_sparse(CONFIG, params, predictor, batches)
     dense, sparse, targets, real = [], [], [], []
     for batch in batches:
         arguments = [batch[k] for k in BATCH_KEYS]
@@ -96,6 +96,6 @@ def test_sensitivity_is_the_divergence_of_each_layer_alone() -> None:
     batches = [random_batch(0, CONFIG.vocab_size)]
     predictor = random_predictor(CONFIG, "mlp_input").replace(measured=({"energy": 0.5}, {"energy": 0.75}))
     weights = sensitivity(CONFIG, params, predictor, batches)
-    alone = compare(CONFIG, params, predictor.replace(thresholds=(EVERY, 0.0)), batches)
+    alone = compare_sparse(CONFIG, params, predictor.replace(thresholds=(EVERY, 0.0)), batches)
     np.testing.assert_allclose(weights[1], alone["kl"] / 0.25, rtol=1e-5)
     assert weights[0] > 0

@@ -11,7 +11,7 @@ import infer.predictor.recording
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon
-from infer.predictor.recording import BATCH_KEYS, open_recording, record
+from infer.predictor.recording import BATCH_KEYS, open_recording, record_activations
 from tests.conftest import random_params
 from tests.infer.predictor.planted import random_batch
 
@@ -24,7 +24,7 @@ def test_recording_holds_what_the_model_saw_without_padding(tmp_path: Path, inpu
     batches = [random_batch(seed, CONFIG.vocab_size) for seed in range(3)]
     real = [batch["segment_ids_BxT"] != 0 for batch in batches]
     tokens = sum(int(r.sum()) for r in real) - 5  # ends within the last batch
-    made = record(CONFIG, params, batches, tmp_path / "r", tokens=tokens, input=input)
+    made = record_activations(CONFIG, params, batches, tmp_path / "r", tokens=tokens, input=input)
     assert open_recording(tmp_path / "r") == made
     made.check(CONFIG)
 
@@ -45,7 +45,7 @@ def test_contributions_out_of_range_still_tell_what_fires(tmp_path: Path) -> Non
     params = random_params(CONFIG)
     params["layers"]["mlp"]["down"] = params["layers"]["mlp"]["down"].at[0].multiply(1e-9).at[1].multiply(1e9)
     batch = random_batch(0, CONFIG.vocab_size)
-    made = record(CONFIG, params, [batch], tmp_path / "r", tokens=100, input="mlp_input")
+    made = record_activations(CONFIG, params, [batch], tmp_path / "r", tokens=100, input="mlp_input")
     for i in range(2):
         share = (made.layer(i)[1].astype(np.float32) > 0).mean()
         assert 0.2 < share < 0.8
@@ -55,12 +55,14 @@ def test_contributions_out_of_range_still_tell_what_fires(tmp_path: Path) -> Non
 def test_recordings_that_cannot_be_made_or_opened(tmp_path: Path) -> None:
     params, batch = random_params(CONFIG), random_batch(0, CONFIG.vocab_size)
     with pytest.raises(FalconError, match="GELU"):
-        record(CONFIG.with_activation("gelu"), params, [batch], tmp_path / "r", tokens=10, input="mlp_input")
+        record_activations(
+            CONFIG.with_activation("gelu"), params, [batch], tmp_path / "r", tokens=10, input="mlp_input"
+        )
     with pytest.raises(FalconError, match="ended after 112 of 1000"):
-        record(CONFIG, params, [batch], tmp_path / "r", tokens=1000, input="mlp_input")
+        record_activations(CONFIG, params, [batch], tmp_path / "r", tokens=1000, input="mlp_input")
     assert not list(tmp_path.iterdir())
 
-    record(CONFIG, params, [batch], tmp_path / "r", tokens=100, input="mlp_input")
+    record_activations(CONFIG, params, [batch], tmp_path / "r", tokens=100, input="mlp_input")
     with pytest.raises(FalconError, match="L, D, F"):
         open_recording(tmp_path / "r").check(family("tiny-7b"))
     with (tmp_path / "r" / "001.inputs").open("r+b") as file:
@@ -73,14 +75,14 @@ def test_recordings_that_cannot_be_made_or_opened(tmp_path: Path) -> None:
 
 def test_bf16_models_can_be_recorded(tmp_path: Path) -> None:
     params, batch = random_params(CONFIG), random_batch(0, CONFIG.vocab_size)
-    made = record(CONFIG, params, [batch], tmp_path / "r", tokens=50, input="mlp_input", dtype=jnp.bfloat16)
+    made = record_activations(CONFIG, params, [batch], tmp_path / "r", tokens=50, input="mlp_input", dtype=jnp.bfloat16)
     assert made.layer(0)[0].shape == (50, CONFIG.d_model)
 
 
 def test_pieces_see_the_context_before_them_and_are_no_larger_than_allowed(tmp_path: Path, monkeypatch) -> None:
     params = random_params(CONFIG)
     batches = [random_batch(seed, CONFIG.vocab_size, B=1) for seed in range(2)]
-    at_once = record(CONFIG, params, batches, tmp_path / "whole", tokens=50, input="mlp_input")
+    at_once = record_activations(CONFIG, params, batches, tmp_path / "whole", tokens=50, input="mlp_input")
     monkeypatch.setattr(
         infer.predictor.recording, "_PIECE_BYTES", 5 * 4 * CONFIG.n_layers * CONFIG.d_ff
     )  # 5 positions, T is 32
@@ -89,7 +91,7 @@ def test_pieces_see_the_context_before_them_and_are_no_larger_than_allowed(tmp_p
         for _, c_LxNxF in infer.predictor.recording._observed(CONFIG, params, batches, "mlp_input", jnp.float32)
     ]
     assert max(pieces) == 5
-    in_pieces = record(CONFIG, params, batches, tmp_path / "pieces", tokens=50, input="mlp_input")
+    in_pieces = record_activations(CONFIG, params, batches, tmp_path / "pieces", tokens=50, input="mlp_input")
     for i in range(CONFIG.n_layers):
         for a, b in zip(at_once.layer(i), in_pieces.layer(i), strict=True):
             np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=0.3, atol=1e-3)

@@ -10,7 +10,7 @@ from falcon_relu.checkpoints import native
 from falcon_relu.errors import FalconError
 from infer.weights import memory, storage
 from infer.weights.formats import quantise
-from infer.weights.layout import Formats, from_checkpoint, from_params
+from infer.weights.layout import Formats, weights_from_checkpoint, weights_from_params
 from infer.weights.memory import huge_empty
 from tests.infer.test_step import covering_predictor, relu_model
 
@@ -24,24 +24,27 @@ def same(a, b) -> bool:
 @pytest.fixture
 def saved(tmp_path):
     config, params = relu_model("tiny-40b")
-    weights = from_params(params, config, Formats(mlp="int8", attention="bf16"), covering_predictor(config))
-    storage.save(weights, tmp_path / "w")
+    weights = weights_from_params(params, config, Formats(mlp="int8", attention="bf16"), covering_predictor(config))
+    storage.save_weights(weights, tmp_path / "w")
     return weights, tmp_path / "w"
 
 
 def test_weights_come_back_bit_for_bit(saved, tiny_name, tmp_path):
     weights, path = saved
-    assert same(storage.load(path), weights)
+    assert same(storage.load_weights(path), weights)
     config, params = relu_model(tiny_name)
-    plain = from_params(params, config, Formats.all("f16"))
-    storage.save(plain, tmp_path / "plain")
-    assert same(storage.load(tmp_path / "plain"), plain)
+    plain = weights_from_params(params, config, Formats.all("f16"))
+    storage.save_weights(plain, tmp_path / "plain")
+    assert same(storage.load_weights(tmp_path / "plain"), plain)
 
 
 def test_a_checkpoint_gives_the_same_weights_as_its_parameters(tiny_name, tmp_path):
     config, params = relu_model(tiny_name)
     native.save_params(tmp_path / "m", config, params)
-    assert same(from_checkpoint(tmp_path / "m", Formats.all("int8")), from_params(params, config, Formats.all("int8")))
+    assert same(
+        weights_from_checkpoint(tmp_path / "m", Formats.all("int8")),
+        weights_from_params(params, config, Formats.all("int8")),
+    )
 
 
 @pytest.mark.parametrize("position", [40, 600, -5])
@@ -51,25 +54,25 @@ def test_a_damaged_file_is_refused(saved, position):
     content[position] ^= 0x55
     file.write_bytes(content)
     with pytest.raises(FalconError, match="layer_001"):
-        storage.load(saved[1])
+        storage.load_weights(saved[1])
 
 
 def test_what_is_missing_or_of_another_version_is_refused(saved, tmp_path):
     path = saved[1]
     with pytest.raises(FalconError, match="does not exist"):
-        storage.load(tmp_path / "nothing")
+        storage.load_weights(tmp_path / "nothing")
     file = path / "layer_000.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
     with pytest.raises(FalconError, match="cut short"):
-        storage.load(path)
+        storage.load_weights(path)
     file.unlink()
     with pytest.raises(FalconError, match="missing"):
-        storage.load(path)
+        storage.load_weights(path)
     manifest = json.loads((path / "decode.json").read_text())
     (path / "decode.json").write_text(json.dumps(manifest | {"version": 99}))
     with pytest.raises(FalconError, match="version 99"):
-        storage.load(path)
+        storage.load_weights(path)
 
 
 @pytest.mark.parametrize(

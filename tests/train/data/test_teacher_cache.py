@@ -196,7 +196,7 @@ def test_training_from_a_cache_of_the_whole_vocabulary_is_training_online(inputs
         log_every=1,
     )
     offline = dataclasses.replace(online, out=tmp_path / "offline", teacher=None, data=_data(inputs, "whole"))
-    figures = [train.loop.train(config) for config in (online, offline)]
+    figures = [train.loop.run(config) for config in (online, offline)]
     logs = [
         [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
         for config in (online, offline)
