@@ -12,7 +12,7 @@ from falcon_relu.checkpoints.hf_config import config_to_hf
 from falcon_relu.checkpoints.hf_files import write_shards
 from falcon_relu.checkpoints.hf_layout import EMBEDDING, hf_tensors
 from falcon_relu.checkpoints.load import open_hf, stored_dtypes, stream_hf
-from falcon_relu.checkpoints.native import params_reader, params_writer, read_config
+from falcon_relu.checkpoints.native import params_reader, params_writer
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import write_aside, write_json
@@ -65,8 +65,7 @@ def export_hf(
     Raises:
       FalconError: `source` is not whole, transformers has no such model, `out` exists, or a value does not fit `dtype`.
     """
-    config = read_config(source)
-    read, stored = params_reader(source, config)
+    config, read, stored = params_reader(source)
     table = hf_tensors(config)
     dtypes = {name: np.dtype(dtype or stored[tensor.leaf]) for name, tensor in table.items()}
     hf_config = config_to_hf(config, dtypes[EMBEDDING].name)

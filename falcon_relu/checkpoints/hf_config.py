@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from falcon_relu.checkpoints.schema import parse
 from falcon_relu.config import Activation, Block, FalconConfig
 from falcon_relu.errors import FalconError
 
@@ -16,63 +18,103 @@ _OLD_KEYS = {
     "n_embed": "hidden_size",
 }
 
-
 _ACTIVATIONS = ("gelu", "relu", "relu2")  # transformers' names of those that are ours too
-_INTEGERS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size",
-    "max_position_embeddings", "num_ln_in_parallel_attn",
-)  # fmt: skip
 
 
-def config_from_hf(hf: Mapping[str, Any], activation: Activation | None = None) -> FalconConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rope:
+    """`rope_parameters` of transformers 5, `rope_scaling` before; "type" is the older name of "rope_type"."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = None
+    partial_rotary_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _HfConfig:
+    """The fields of config.json that say what the model is, with transformers' defaults; null counts as left out."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_kv_heads: int | None = None
+    ffn_hidden_size: int | None = None
+    max_position_embeddings: int = 2048
+    num_ln_in_parallel_attn: Literal[1, 2] = 2
+    new_decoder_architecture: bool | None = None
+    multi_query: bool = True
+    parallel_attn: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    activation: str | None = None
+    alibi: bool = False
+    bias: bool = False
+    tie_word_embeddings: bool = True
+    layer_norm_epsilon: float = 1e-5
+    rope_theta: float | None = None
+    partial_rotary_factor: float | None = None
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+    bos_token_id: int | list[int] = 11
+    eos_token_id: int | list[int] = 11
+
+
+def config_from_hf(
+    hf: Mapping[str, Any], activation: Activation | None = None, where: object = "config.json"
+) -> FalconConfig:
     """The config of a Falcon checkpoint, from its `config.json`.
+
+    Of several token ids that end a text, the first is taken.
 
     Args:
       hf: the parsed file, of any age.
       activation: the user's word on the MLP activation. Required where the file has no `activation` field, as with all
         of the original checkpoints (GELU) and with ReLU ones made from them: nothing else tells those apart.
+      where: the file, for the errors.
 
     Raises:
       FalconError: a field is missing, of the wrong type, or asks for something that a Falcon does not have; or the
         activation is unknown or contradicts the file.
     """
     if not isinstance(hf, Mapping):
-        raise FalconError("config.json is not a JSON object")
+        raise FalconError(f"{where} is not a JSON object")
     if hf.get("model_type") not in ("falcon", "RefinedWeb", "RefinedWebModel"):
-        raise FalconError(f"config.json is of model_type {hf.get('model_type')!r}, not of a Falcon")
-    fields = {_OLD_KEYS.get(key, key): value for key, value in hf.items() if value is not None}
-    for key in _INTEGERS:
-        if type(fields.get(key, 0)) is not int:
-            raise FalconError(f"config.json: {key} must be an integer, got {fields[key]!r}")
-    new_decoder = fields.get("new_decoder_architecture", "n_head_kv" in hf)
+        raise FalconError(f"{where} is of model_type {str(hf.get('model_type'))[:40]!r}, not of a Falcon")
+    stated = {key: value for key, value in hf.items() if value is not None}
+    for old, new in _OLD_KEYS.items():
+        if old in stated and stated.setdefault(new, stated[old]) != stated[old]:
+            raise FalconError(f"{where}: {old} and {new} contradict each other")
+    known = {field.name for field in dataclasses.fields(_HfConfig)}
+    fields = parse(_HfConfig, {key: value for key, value in stated.items() if key in known}, where, unknown_keys=True)
+    new_decoder = fields.new_decoder_architecture
+    if new_decoder is None:
+        new_decoder = "n_head_kv" in hf
+    if new_decoder:
+        n_kv_heads = fields.num_attention_heads if fields.num_kv_heads is None else fields.num_kv_heads
+    else:
+        n_kv_heads = 1 if fields.multi_query else fields.num_attention_heads
     try:
-        d_model, n_heads = fields["hidden_size"], fields["num_attention_heads"]
-        if new_decoder:
-            n_kv_heads = fields.get("num_kv_heads", n_heads)
-        else:
-            n_kv_heads = 1 if fields.get("multi_query", True) else n_heads
         return FalconConfig(
-            d_model=d_model,
-            n_layers=fields["num_hidden_layers"],
-            n_heads=n_heads,
+            d_model=fields.hidden_size,
+            n_layers=fields.num_hidden_layers,
+            n_heads=fields.num_attention_heads,
             n_kv_heads=n_kv_heads,
-            d_ff=fields.get("ffn_hidden_size", 4 * d_model),
-            activation=_activation(fields, activation),
-            vocab_size=fields["vocab_size"],
-            max_positions=fields.get("max_position_embeddings", 2048),
+            d_ff=4 * fields.hidden_size if fields.ffn_hidden_size is None else fields.ffn_hidden_size,
+            activation=_activation(fields.activation, activation),
+            vocab_size=fields.vocab_size,
+            max_positions=fields.max_position_embeddings,
             block=_block(fields, new_decoder),
-            position="alibi" if fields.get("alibi", False) else "rotary",
-            rope_theta=float(_rope_theta(fields)),
-            norm_eps=float(fields.get("layer_norm_epsilon", 1e-5)),
-            use_bias=bool(fields.get("bias", False)),
-            tied_embeddings=bool(fields.get("tie_word_embeddings", True)),
-            bos_token_id=_one_id(fields.get("bos_token_id", 11)),
-            eos_token_id=_one_id(fields.get("eos_token_id", 11)),
+            position="alibi" if fields.alibi else "rotary",
+            rope_theta=_rope_theta(fields),
+            norm_eps=fields.layer_norm_epsilon,
+            use_bias=fields.bias,
+            tied_embeddings=fields.tie_word_embeddings,
+            bos_token_id=_first_id("bos_token_id", fields.bos_token_id),
+            eos_token_id=_first_id("eos_token_id", fields.eos_token_id),
         )
-    except KeyError as error:
-        raise FalconError(f"config.json has no {error.args[0]!r}") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise FalconError(f"config.json describes no Falcon: {error}") from None
+    except FalconError as error:
+        raise FalconError(f"{where}: {error}") from None
 
 
 def config_to_hf(config: FalconConfig, dtype: str) -> dict[str, Any]:
@@ -119,11 +161,10 @@ def config_to_hf(config: FalconConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _activation(fields: Mapping[str, Any], stated: Activation | None) -> Activation:
-    found = fields.get("activation")
+def _activation(found: str | None, stated: Activation | None) -> Activation:
     if found is None and stated is None:
         raise FalconError(
-            "config.json has no `activation` field, and a GELU and a ReLU Falcon look alike: "
+            "no `activation` field, and a GELU and a ReLU Falcon look alike: "
             "say which it is with --activation gelu or --activation relu"
         )
     for name in (found, stated):
@@ -131,33 +172,38 @@ def _activation(fields: Mapping[str, Any], stated: Activation | None) -> Activat
             raise FalconError(f"a checkpoint of activation {name!r} cannot be read; known: {', '.join(_ACTIVATIONS)}")
     if None not in (found, stated) and found != stated:
         raise FalconError(
-            f"config.json says activation {found!r} and you say {stated!r}: leave yours out, or correct the file if it "
+            f"the file says activation {found!r} and you say {stated!r}: leave yours out, or correct the file if it "
             "is wrong. (To swap a model's activation, load it as it is and use FalconConfig.with_activation.)"
         )
     return found or stated  # type: ignore[return-value]
 
 
-def _block(fields: Mapping[str, Any], new_decoder: bool) -> Block:
-    if fields.get("apply_residual_connection_post_layernorm", False):
-        raise FalconError("config.json asks for apply_residual_connection_post_layernorm, which no Falcon uses")
+def _block(fields: _HfConfig, new_decoder: bool) -> Block:
+    if fields.apply_residual_connection_post_layernorm:
+        raise FalconError("it asks for apply_residual_connection_post_layernorm, which no Falcon uses")
     if not new_decoder:
-        return "parallel" if fields.get("parallel_attn", True) else "sequential"
-    if not fields.get("parallel_attn", True):
-        raise FalconError("config.json says new_decoder_architecture but not parallel_attn; no Falcon is so")
-    return "parallel_two_norms" if fields.get("num_ln_in_parallel_attn", 2) == 2 else "parallel"
+        return "parallel" if fields.parallel_attn else "sequential"
+    if not fields.parallel_attn:
+        raise FalconError("it says new_decoder_architecture but not parallel_attn; no Falcon is so")
+    return "parallel_two_norms" if fields.num_ln_in_parallel_attn == 2 else "parallel"
 
 
-def _rope_theta(fields: Mapping[str, Any]) -> float:
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise FalconError(f"config.json asks for scaled or partial rotary positions ({rope}), which are not supported")
-    return rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
+def _rope_theta(fields: _HfConfig) -> float:
+    stated = [fields.rope_theta]
+    for rope in (fields.rope_scaling, fields.rope_parameters):
+        if rope is not None:
+            kind = rope.rope_type or rope.type or "default"
+            if kind != "default" or rope.partial_rotary_factor not in (None, 1.0):
+                raise FalconError(f"it asks for scaled or partial rotary positions ({kind}), which are not supported")
+            stated.append(rope.rope_theta)
+    if fields.partial_rotary_factor not in (None, 1.0):
+        raise FalconError("it asks for partial rotary positions, which are not supported")
+    return next((theta for theta in reversed(stated) if theta is not None), 10_000.0)
 
 
-def _one_id(token: Any) -> int:
-    if isinstance(token, list):
-        if len(token) != 1:
-            raise ValueError(f"one token id is expected, not {token}")
-        (token,) = token
-    return int(token)
+def _first_id(name: str, token: int | list[int]) -> int:
+    if isinstance(token, int):
+        return token
+    if not token:
+        raise FalconError(f"{name} is an empty list")
+    return token[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from falcon_relu.checkpoints.hf_layout import HEAD
+from falcon_relu.checkpoints.schema import read_as
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, write_json
+from falcon_relu.files import regular_file, write_json
+from falcon_relu.progress import console
 
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -28,11 +32,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What is known of a stored tensor without reading it: its file, shape and dtype."""
+    """What is known of a stored tensor without reading it."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
+    stored_name: str  # its name in the file
 
 
 def locate(source: str | Path) -> Path:
@@ -48,20 +53,26 @@ def locate(source: str | Path) -> Path:
 
 
 def fetch_weights(source: str | Path) -> Path:
-    """As `locate`, weights included: safetensors where there are any, else `.bin` files; nothing else.
+    """As `locate`, weights included: one safetensors file, else its shards, else the same of `.bin`; nothing else.
 
     Raises:
       FalconError: as `locate`.
     """
     if Path(source).is_dir():
         return Path(source)
-    if index := _index(_download(str(source))):
-        return _download(str(source), *sorted(set(index.values())))
-    folder = _download(str(source), _SAFETENSORS)
-    return folder if (folder / _SAFETENSORS).exists() else _download(str(source), _BIN)
+    folder = Path()
+    for weights in (_SAFETENSORS, _BIN):
+        folder = _download(str(source), weights)
+        if os.path.lexists(folder / weights):
+            break
+        if (index := _index(folder, weights)) is not None:
+            return _download(str(source), *sorted(set(index.values())))
+    return folder
 
 
 def _download(source: str, *files: str) -> Path:
+    if os.path.lexists(source):
+        raise FalconError(f"{source} is not a folder; give the folder that holds the checkpoint")
     if not _HUB_ID.fullmatch(source):
         raise FalconError(f"{source} is neither a folder nor the id of a model on the hub (owner/name)")
     from huggingface_hub import snapshot_download
@@ -70,23 +81,28 @@ def _download(source: str, *files: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json", *files]))
     except Exception as error:  # whatever the hub client raises: offline, no such model, no access, disk full
-        reason = str(error).strip().splitlines()[0]
-        raise FalconError(f"{source} is no folder here, and the hub does not give it: {reason}") from error
+        raise FalconError(f"{source} is no folder here, and the hub does not give it: {_first_line(error)}") from error
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
     """Every tensor of a checkpoint, file by file; opens each file but reads no tensor.
 
+    The files are those that transformers takes: model.safetensors, else the shards of its index, else the same of .bin.
+    A head that the index lists and no shard has is left out: transformers writes such indices of tied models.
+
     Raises:
       FalconError: there are no weights, a file is missing or damaged, a tensor is doubled or of a dtype other than
         float32, float16 and bfloat16, or the index and the files contradict each other.
     """
-    index = _index(folder)
-    if index is None:
-        files = [folder / name for name in (_SAFETENSORS, _BIN) if (folder / name).exists()][:1]
-        if not files:
-            raise FalconError(f"{folder} holds no {_SAFETENSORS}, no {_BIN} and no index of either")
+    weights = next((w for w in (_SAFETENSORS, _BIN) if any(map(os.path.lexists, _places(folder, w)))), None)
+    if weights is None:
+        raise FalconError(f"{folder} holds no {_SAFETENSORS}, no {_BIN} and no index of either")
+    index = None
+    if os.path.lexists(folder / weights):
+        files = [folder / weights]
+        _tell_of_unused_shards(folder, weights)
     else:
+        index = _index(folder, weights) or {}
         files = [folder / name for name in sorted(set(index.values()))]
     headers: dict[str, Header] = {}
     for file in files:
@@ -94,13 +110,15 @@ def read_headers(folder: Path) -> dict[str, Header]:
             for name, (shape, dtype, _) in tensors.items():
                 if name in headers:
                     raise FalconError(f"{name} is doubled: in {headers[name].file.name} and in {file.name}")
-                headers[name] = Header(file, shape, dtype)
+                headers[name] = Header(file, shape, dtype, name)
     if index is not None:
         placed = {name: header.file.name for name, header in headers.items()}
+        if HEAD not in placed:
+            index.pop(HEAD, None)
         if wrong := sorted(name for name in index.keys() | placed.keys() if index.get(name) != placed.get(name)):
             name = wrong[0]
             raise FalconError(
-                f"the index has {name} in {index.get(name, 'no file')}, "
+                f"the index has {name[:80]} in {index.get(name, 'no file')}, "
                 f"but it is in {placed.get(name, 'no file')} ({len(wrong)} such)"
             )
     return headers
@@ -113,10 +131,11 @@ def read_tensors(headers: Mapping[str, Header]) -> Iterator[tuple[str, np.ndarra
       FalconError: a file is damaged.
     """
     for file in dict.fromkeys(header.file for header in headers.values()):
+        names = {header.stored_name: name for name, header in headers.items() if header.file == file}
         with _open(file) as tensors:
-            for name, (_, _, read) in tensors.items():
-                if name in headers:
-                    yield name, read()
+            for stored_name, (_, _, read) in tensors.items():
+                if stored_name in names:
+                    yield names[stored_name], read()
 
 
 def write_shards(
@@ -156,30 +175,54 @@ def write_shards(
 _Tensors = dict[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]  # shape, dtype, read
 
 
-def _index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name, from the index of the preferred format; None where the weights are one file."""
-    for weights in (_SAFETENSORS, _BIN):
-        path = folder / f"{weights}.index.json"
-        if path.exists():
-            index = read_json(path)
-            files = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(files, dict) or not files:
-                raise FalconError(f"{path} has no weight_map")
-            suffix = Path(weights).suffix
-            for file in files.values():
-                if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
-                    raise FalconError(f"{path} names {file!r}, which is not a {suffix} file beside it")
-            return files
-        if (folder / weights).exists():
-            return None
-    return None
+def _places(folder: Path, weights: str) -> tuple[Path, Path]:
+    """Where weights are if they are one file, and their index if they are several."""
+    return folder / weights, folder / f"{weights}.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """model.safetensors.index.json or pytorch_model.bin.index.json: tensor name -> file name."""
+
+    weight_map: dict[str, str]
+
+
+def _index(folder: Path, weights: str) -> dict[str, str] | None:
+    """Tensor name -> file name, from the index of `weights`; None where there is none.
+
+    Raises:
+      FalconError: it is not valid, or names a file that does not lie beside it.
+    """
+    path = _places(folder, weights)[1]
+    if not os.path.lexists(path):
+        return None
+    files = read_as(_Index, path, unknown_keys=True).weight_map
+    if not files:
+        raise FalconError(f"{path} has an empty weight_map")
+    suffix = Path(weights).suffix
+    for file in files.values():
+        if Path(file).name != file or not file.endswith(suffix) or not file.isprintable():
+            raise FalconError(f"{path} names {file[:80]!r}, which is not a {suffix} file beside it")
+    return files
+
+
+def _tell_of_unused_shards(folder: Path, weights: str) -> None:
+    """Says which weights are used where a folder has both one file and an index of others."""
+    single, path = _places(folder, weights)
+    if os.path.lexists(path) and set((_index(folder, weights) or {}).values()) - {single.name}:
+        text = f"{single} is used, as transformers does; the shards that {path.name} lists beside it are not"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[_Tensors]:
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise FalconError(f"{file} does not exist; the checkpoint is not whole")
+    regular_file(file)
     with _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file) as tensors:
+        for name in tensors:
+            if not name.isprintable():
+                raise FalconError(f"{file} has a tensor of the name {name[:80]!r}, which no model has")
         yield tensors
 
 
@@ -188,7 +231,7 @@ def _open_safetensors(file: Path) -> Iterator[_Tensors]:
     try:
         opened = safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise FalconError(f"{file} is damaged or cut short: {error}") from error
+        raise FalconError(f"{file} is damaged or cut short: {_first_line(error)}") from error
     with opened as stored:
         tensors: _Tensors = {}
         for name in stored.keys():  # noqa: SIM118 - not a dict
@@ -205,14 +248,23 @@ def _open_bin(file: Path) -> Iterator[_Tensors]:
         import torch
     except ImportError:
         raise FalconError(f"{file} needs torch to be read; install falcon-relu[parity], or get safetensors") from None
+    with file.open("rb") as head:
+        zipped = head.read(4) == b"PK\3\4"  # files of torch before 1.6 are bare pickles, which cannot be mapped
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises many classes for a damaged or malicious file
-        raise FalconError(f"{file} is not a plain torch weights file: {str(error).splitlines()[0]}") from error
+        raise FalconError(f"{file} is not a plain torch weights file: {_first_line(error)}") from error
+    if not isinstance(stored, dict):
+        raise FalconError(f"{file} holds a {type(stored).__name__}, not tensors by name")
     tensors: _Tensors = {}
-    for name, tensor in stored.items() if isinstance(stored, dict) else ():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-            raise FalconError(f"{file}: {name} is a {type(tensor).__name__}, not a dense tensor")
+    for name, tensor in stored.items():
+        if not isinstance(name, str):
+            raise FalconError(f"{file} has an entry {str(name)[:80]!r} where a tensor's name is expected")
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_quantized
+        if not dense or tensor.is_meta or tensor.is_nested:
+            raise FalconError(
+                f"{file}: {name[:80]!r} is a {type(tensor).__name__}, not a dense tensor with its numbers"
+            )
         dtype = _dtype(file, name, str(tensor.dtype).removeprefix("torch."))
         tensors[name] = tuple(tensor.shape), dtype, functools.partial(_as_numpy, tensor)
     yield tensors
@@ -229,5 +281,10 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 
 def _dtype(file: Path, name: str, dtype: str) -> np.dtype:
     if dtype not in _DTYPES.values():
-        raise FalconError(f"{file}: {name} is of dtype {dtype}; only {', '.join(_DTYPES.values())} are read")
+        raise FalconError(f"{file}: {name[:80]!r} is of dtype {dtype}; only {', '.join(_DTYPES.values())} are read")
     return np.dtype(getattr(ml_dtypes, dtype, dtype))
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of a library's message, or what kind of error it is."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,15 +29,19 @@ from falcon_relu.files import read_json
 from falcon_relu.progress import progress
 from falcon_relu.sharding import Leaf, param_shapes, param_shardings
 
+_BLOCK = 1 << 18  # numbers looked at in one go, so that they stay in cache
+_EXPONENTS: dict[np.dtype, Any] = {
+    np.dtype(np.float32): np.uint32(0x7F800000),
+    np.dtype(np.float16): np.uint16(0x7C00),
+    np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80),
+}
+
 
 def load_config(source: str | Path, *, activation: Activation | None = None) -> FalconConfig:
     """The config of any checkpoint; no weights are fetched or read. Arguments and errors as `load_model`."""
     if not is_native(Path(source)):
-        return config_from_hf(_read_hf_config(locate(source)), activation)
-    config = read_config(Path(source))
-    if activation not in (None, config.activation):
-        raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
-    return config
+        return _hf_config(locate(source), source, activation)
+    return _agreed(read_config(Path(source)), source, activation)
 
 
 def load_model(
@@ -88,30 +94,39 @@ def _open(
         config, headers = open_hf(source, activation)
         dtypes = stored_dtypes(config, headers) if with_dtypes else {}
         return config, stream_hf(config, headers, f"loading {source}"), dtypes
-    config = load_config(source, activation=activation)
-    read, dtypes = params_reader(Path(source), config)
-    return config, _stream_native(config, read, f"loading {source}"), dtypes
+    config, read, dtypes = params_reader(Path(source))
+    return _agreed(config, source, activation), _stream_native(config, read, f"loading {source}"), dtypes
 
 
-def _read_hf_config(folder: Path) -> Any:
+def _agreed(config: FalconConfig, source: str | Path, activation: Activation | None) -> FalconConfig:
+    """The config, unless the user says that the activation is another."""
+    if activation not in (None, config.activation):
+        raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
+    return config
+
+
+def _hf_config(folder: Path, source: str | Path, activation: Activation | None) -> FalconConfig:
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FalconError(
             f"{folder} holds no model: no weights of ours (falcon.json), no Hugging Face checkpoint ({path.name})"
         )
-    return read_json(path)
+    return config_from_hf(read_json(path, limit=1 << 24), activation, f"{source}: {path.name}")
 
 
 def open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconConfig, dict[str, Header]]:
-    """Config and tensors of a checkpoint, names and shapes checked; no tensor is read, no weights fetched in vain."""
-    folder = locate(source)
-    hf = _read_hf_config(folder)
+    """Config and tensors of a checkpoint, names and shapes checked; no tensor is read, no weights fetched in vain.
+
+    A tied model may store its matrix as the embedding, as the head, or both; here it is found as the embedding.
+    """
+    config = _hf_config(locate(source), source, activation)
     try:
-        config = config_from_hf(hf, activation)
         headers = read_headers(fetch_weights(source))
+        if config.tied_embeddings and HEAD in headers and EMBEDDING not in headers:
+            headers[EMBEDDING] = headers.pop(HEAD)
         check_tensors(config, {name: header.shape for name, header in headers.items()})
     except FalconError as error:
-        raise FalconError(f"{source}: {error}") from error
+        raise error if str(source) in str(error) else FalconError(f"{source}: {error}") from error
     return config, {name: header for name, header in headers.items() if not is_leftover(name)}
 
 
@@ -121,15 +136,16 @@ def stream_hf(
     """Each tensor of a checkpoint in our shape, in the order of the files.
 
     Raises:
-      FalconError: the checkpoint of a tied model has a head that is not the embedding.
+      FalconError: a number is not finite, or the checkpoint of a tied model has a head that is not the embedding.
     """
     table = hf_tensors(config)
     twins = {EMBEDDING, HEAD} if HEAD in headers and HEAD not in table else set()
     digests = set()
     with progress(description, len(headers), "tensors") as advance:
         for name, array in read_tensors(headers):
+            check_finite(name, array)
             if name in twins:
-                digests.add(hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest())
+                digests.add(_digest_of_numbers(array))
             if name in table:
                 yield table[name], table[name].to_ours(array)
             advance()
@@ -139,6 +155,35 @@ def stream_hf(
         )
 
 
+def _digest_of_numbers(array: np.ndarray) -> bytes:
+    """Equal for equal numbers of whatever dtypes."""
+    digest = hashlib.sha256()
+    for rows in np.array_split(array, max(1, array.nbytes >> 24)):
+        digest.update(np.ascontiguousarray(rows, np.float32).view(np.uint8).data)
+    return digest.digest()
+
+
+def parameter_name(leaf: Leaf, layer: int | None) -> str:
+    """What a parameter, or a layer of one, is called in errors: "layers.3.mlp_norm.scale"."""
+    return ".".join(leaf if layer is None else (leaf[0], str(layer), *leaf[1:]))
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Refuses a parameter with NaN or infinity in it: what is made with it would be nonsense.
+
+    Raises:
+      FalconError: there is one; the message has the parameter's name.
+    """
+    mask = _EXPONENTS.get(array.dtype)
+    if mask is None:
+        finite = bool(np.isfinite(array).all())
+    else:  # a number is not finite where all bits of its exponent are set; five times as fast as isfinite
+        bits = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
+        finite = all((bits[i : i + _BLOCK] & mask).max() != mask for i in range(0, bits.size, _BLOCK))
+    if not finite:
+        raise FalconError(f"{name} holds NaN or infinity: the checkpoint is of a run that diverged, or damaged")
+
+
 def _stream_native(
     config: FalconConfig, read: Callable[[Leaf, int | None], np.ndarray], description: str
 ) -> Iterator[tuple[HfTensor, np.ndarray]]:
@@ -146,7 +191,9 @@ def _stream_native(
     table = hf_tensors(config)
     with progress(description, len(table), "tensors") as advance:
         for tensor in table.values():
-            yield tensor, read(tensor.leaf, tensor.layer)
+            array = read(tensor.leaf, tensor.layer)
+            check_finite(parameter_name(tensor.leaf, tensor.layer), array)
+            yield tensor, array
             advance()
 
 

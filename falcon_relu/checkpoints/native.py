@@ -1,4 +1,4 @@
-"""Native weights: a folder with `falcon.json` (the config) and `params/` (an Orbax checkpoint).
+"""Native weights: a folder with `falcon.json` (config and checksums) and `params/` (an Orbax checkpoint).
 
 Orbax is asked for one plain Zarr array a parameter, so that a layer of a stacked parameter can be written and read
 alone, with TensorStore, whatever the size of the model. Any Orbax reader restores the whole.
@@ -11,8 +11,9 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,35 +22,49 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from falcon_relu.checkpoints.chunks import DTYPES, METADATA, Chunks, Digests, bytes_digest, check_digest, digest
+from falcon_relu.checkpoints.schema import parse, unseal, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import aside_path, read_json, write_aside, write_json
+from falcon_relu.files import aside_path, read_json, write_aside
 from falcon_relu.sharding import Leaf, param_shapes
 
-_FORMAT = 1
-_CONFIG = "falcon.json"
+Read = Callable[[Leaf, int | None], np.ndarray]
+
+_FORMAT = 2
+_MANIFEST = "falcon.json"
 _PARAMS = "params"
 _CHUNK_BYTES = 256 * 2**20  # what reading one layer of a stacked parameter reads at most beyond that layer
+_READERS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    """What falcon.json holds.
+
+    Attributes:
+      format: of the folder.
+      config: the model's.
+      arrays: of each parameter, such as "layers.mlp.up", the bytes and CRC-32 of every file.
+    """
+
+    format: Literal[2]
+    config: FalconConfig
+    arrays: dict[str, Digests]
 
 
 def is_native(path: Path) -> bool:
     """Whether `path` is a folder of native weights."""
-    return (path / _CONFIG).is_file()
+    return (path / _MANIFEST).exists()
 
 
 def read_config(path: Path) -> FalconConfig:
     """The config of a folder of native weights.
 
     Raises:
-      FalconError: `path` is no such folder, or of a newer format, or its config is not valid.
+      FalconError: `path` is no such folder, or of another format, or its manifest was changed.
     """
-    stored = read_json(Path(path) / _CONFIG)
-    if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
-        raise FalconError(f"{path}/{_CONFIG} is not of format {_FORMAT}, the one that this version reads")
-    try:
-        return FalconConfig(**stored["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FalconError(f"{path}/{_CONFIG} holds no valid config: {error}") from None
+    return _read_manifest(Path(path)).config
 
 
 def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool = False) -> None:
@@ -58,17 +73,18 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
     Args:
       path: folder to make.
       config: the model's config.
-      params: parameter tree as in `falcon_relu.model`, of any float dtype, on any sharding.
+      params: parameter tree as in `falcon_relu.model`, in float32, bfloat16 or float16, on any sharding.
       replace: whether an existing folder may be replaced.
 
     Raises:
       FalconError: `path` exists and may not be replaced.
-      ValueError: the parameters are not those of the config.
+      ValueError: the parameters are not those of the config, or of another dtype.
     """
     path = Path(path).resolve()
-    _check_shapes({leaf: x.shape for leaf, x in flatten_dict(params).items()}, config, ValueError, "params")
+    leaves = flatten_dict(params)
+    _check_leaves(leaves, config)
     first = jax.process_index() == 0
-    nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    nbytes = sum(x.size * x.dtype.itemsize for x in leaves.values())
     ours = (
         write_aside(path, folder=True, replace=replace, nbytes=nbytes)
         if first
@@ -76,8 +92,9 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
     )
     with ours as aside:
         _save(aside, params)
+        digests = _digests_of_all(aside / _PARAMS, param_shapes(config))
         if first:
-            _write_config(aside, config)
+            _write_manifest(aside, config, digests)
     multihost_utils.sync_global_devices(f"saved {path}")
 
 
@@ -112,38 +129,97 @@ def params_writer(
             ).result()
             for leaf, shape in shapes.items()
         }
+        digests: dict[str, Digests] = {
+            _name(leaf): {METADATA: digest(aside / _PARAMS / _name(leaf) / METADATA)} for leaf in shapes
+        }
 
         def write(leaf: Leaf, layer: int | None, array: np.ndarray) -> None:
             store = stores[leaf] if layer is None else stores[leaf][layer]
             store.write(array, can_reference_source_data_indefinitely=True).result()
+            index = [0] * len(shapes[leaf])
+            index[0] = layer or 0  # a file holds one layer, uncompressed: its checksum is the array's
+            digests[_name(leaf)][".".join(map(str, index))] = bytes_digest(array)
 
         yield write
-        _write_config(aside, config)
+        _write_manifest(aside, config, digests)
 
 
-def params_reader(
-    path: Path, config: FalconConfig
-) -> tuple[Callable[[Leaf, int | None], np.ndarray], dict[Leaf, np.dtype]]:
-    """`read(leaf, layer)`, one layer of a stacked parameter or a whole other one straight from disk, and the dtypes.
+def params_reader(path: Path) -> tuple[FalconConfig, Read, dict[Leaf, np.dtype]]:
+    """Config, `read(leaf, layer)`, which reads one layer of a stacked parameter or a whole other one, and the dtypes.
+
+    Every file is held against its checksum when it is first read.
 
     Raises:
       FalconError: the folder is not whole or not of the config's shapes; or, on reading, it is damaged.
     """
     path = Path(path).resolve()
+    manifest = _read_manifest(path)
+    shapes = param_shapes(manifest.config)
+    if wrong := sorted(manifest.arrays.keys() ^ {_name(leaf) for leaf in shapes}):
+        raise FalconError(f"{path / _MANIFEST} and its config contradict each other about {wrong[0]}")
+    chunks: dict[Leaf, Chunks] = {}
+    for leaf, shape in shapes.items():
+        folder, digests = path / _PARAMS / _name(leaf), manifest.arrays[_name(leaf)]
+        if METADATA not in digests:
+            raise FalconError(f"{path / _MANIFEST} has no checksum of {_name(leaf)}/{METADATA}")
+        check_digest(folder / METADATA, digests[METADATA])
+        chunks[leaf] = Chunks.open(folder, shape)
+        chunks[leaf].check_listed(digests)
     spec = {"open": True, "fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
     try:
-        stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in param_shapes(config)}
+        stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in shapes}
     except ValueError as error:
         raise FalconError(f"{path} is not whole: {str(error).split(' [')[0]}") from error
-    _check_shapes({leaf: store.shape for leaf, store in stores.items()}, config, FalconError, str(path))
+    checked: set[Path] = set()
 
     def read(leaf: Leaf, layer: int | None) -> np.ndarray:
+        folder, digests = chunks[leaf].folder, manifest.arrays[_name(leaf)]
+        new = [folder / name for name in chunks[leaf].names(layer) if folder / name not in checked]
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(lambda file: check_digest(file, digests[file.name]), new))
+        checked.update(new)
         try:
             return (stores[leaf] if layer is None else stores[leaf][layer]).read().result()
         except ValueError as error:
-            raise FalconError(f"{path} is damaged at {'.'.join(leaf)}: {str(error).split(' [')[0]}") from error
+            raise FalconError(f"{path} is damaged at {_name(leaf)}: {str(error).split(' [')[0]}") from error
 
-    return read, {leaf: store.dtype.numpy_dtype for leaf, store in stores.items()}
+    return manifest.config, read, {leaf: part.dtype for leaf, part in chunks.items()}
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    file = path / _MANIFEST
+    stored = read_json(file)
+    found = stored.get("format") if isinstance(stored, dict) else None
+    if found != _FORMAT:
+        raise FalconError(
+            f"{file} is of format {found!r}, and this version reads format {_FORMAT}, which has checksums: "
+            "export the weights with the version that wrote them, then convert the result"
+        )
+    return parse(_Manifest, unseal(stored, file, "get or make the weights again"), file)
+
+
+def _write_manifest(folder: Path, config: FalconConfig, digests: Mapping[str, Digests]) -> None:
+    """Writes what makes a folder native weights, so it comes last."""
+    write_sealed(folder / _MANIFEST, {"format": _FORMAT, "config": dataclasses.asdict(config), "arrays": digests})
+
+
+def _digests_of_all(params: Path, shapes: Mapping[Leaf, tuple[int, ...]]) -> dict[str, Digests]:
+    """The digests of every file of a checkpoint, each read by one of the job's processes."""
+    files = [
+        params / _name(leaf) / name
+        for leaf, shape in shapes.items()
+        for name in (METADATA, *Chunks.open(params / _name(leaf), shape).names())
+    ]
+    rank, processes = jax.process_index(), jax.process_count()
+    checksums = np.zeros(len(files), np.uint32)
+    with ThreadPoolExecutor(_READERS) as pool:
+        checksums[rank::processes] = [checksum for _, checksum in pool.map(digest, files[rank::processes])]
+    if processes > 1:
+        checksums = np.asarray(multihost_utils.process_allgather(checksums)).sum(0, dtype=np.uint32)
+    digests: dict[str, Digests] = {}
+    for file, checksum in zip(files, checksums, strict=True):
+        digests.setdefault(file.parent.name, {})[file.name] = (file.stat().st_size, int(checksum))
+    return digests
 
 
 def _save(folder: Path, params: Any) -> None:
@@ -164,17 +240,20 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "Skipping merge of OCDBT" not in record.msg
 
 
-def _write_config(folder: Path, config: FalconConfig) -> None:
-    """Writes what makes a folder native weights, so it comes last."""
-    write_json(folder / _CONFIG, {"format": _FORMAT, "config": dataclasses.asdict(config)})
+def _name(leaf: Leaf) -> str:
+    return ".".join(leaf)
 
 
 def _spec(folder: Path, leaf: Leaf) -> dict[str, Any]:
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / _PARAMS / ".".join(leaf))}}
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / _PARAMS / _name(leaf))}}
 
 
-def _check_shapes(shapes: Mapping[Leaf, Any], config: FalconConfig, error: type[Exception], where: str) -> None:
+def _check_leaves(leaves: Mapping[Leaf, Any], config: FalconConfig) -> None:
     wanted = param_shapes(config)
-    for leaf in sorted(wanted.keys() | shapes.keys()):
-        if tuple(shapes.get(leaf, ())) != wanted.get(leaf):
-            raise error(f"{where}: {'.'.join(leaf)} is {shapes.get(leaf)}, but the config wants {wanted.get(leaf)}")
+    for leaf in sorted(wanted.keys() | leaves.keys()):
+        found = leaves.get(leaf)
+        if found is None or tuple(found.shape) != wanted.get(leaf):
+            shape = None if found is None else found.shape
+            raise ValueError(f"params: {_name(leaf)} is {shape}, but the config wants {wanted.get(leaf)}")
+        if found.dtype not in DTYPES.values():
+            raise ValueError(f"params: {_name(leaf)} is {found.dtype}; only float32, bfloat16 and float16 are stored")

@@ -62,7 +62,7 @@ def parse(kind: type[T], value: Any, where: object, *, unknown_keys: bool = Fals
             shown = repr(first["input"])
             message = first["msg"][:1].lower() + first["msg"][1:]
             what = f"{place}: {message}, got {shown[:60] + '...' if len(shown) > 60 else shown}"
-        raise FalconError(f"{where}: {' '.join(what.split())}") from None
+        raise FalconError(f"{where}: {what}") from None
 
 
 def read_as(kind: type[T], path: Path, *, unknown_keys: bool = False) -> T:
@@ -122,4 +122,5 @@ def _not_finite(value: Any, path: tuple[str | int, ...] = ()) -> tuple[str | int
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path)) or "the whole"
+    text = ".".join(map(str, path))[:200] or "the whole"
+    return "".join(c if c.isprintable() else "?" for c in text)  # keys are as others wrote them

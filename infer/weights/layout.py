@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from falcon_relu.checkpoints.load import stream_model
+from falcon_relu.checkpoints.load import check_finite, parameter_name, stream_model
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Params
@@ -184,14 +184,14 @@ class DecodeWeights:
             dataclasses.replace(
                 layer,
                 predictor=PredictorWeights(
-                    _device(quantise(maps.fc1_RxD, format)),
-                    _device(quantise(maps.fc2_FxR, format)),
+                    _rows(f"layers.{i}.predictor.fc1", maps.fc1_RxD, format),
+                    _rows(f"layers.{i}.predictor.fc2", maps.fc2_FxR, format),
                     jnp.float32(threshold),
                     jnp.int32(budget),
                 ),
             )
-            for layer, maps, threshold, budget in zip(
-                self.layers, predictor.layers, predictor.thresholds, predictor.budgets, strict=True
+            for i, (layer, maps, threshold, budget) in enumerate(
+                zip(self.layers, predictor.layers, predictor.thresholds, predictor.budgets, strict=True)
             )
         )
         return dataclasses.replace(self, layers=layers, predictor_input=predictor.input)
@@ -250,9 +250,11 @@ def from_pieces(
     for leaf, layer, array in pieces:
         part = shapes.layers[layer] if layer is not None else shapes
         wanted = _get(part, places[leaf])
+        name = parameter_name(leaf, layer)
         if isinstance(wanted, Rows):
-            found[leaf, layer] = _device(quantise(array.reshape(wanted.shape), wanted.format))
+            found[leaf, layer] = _rows(name, array.reshape(wanted.shape), wanted.format)
         else:
+            check_finite(name, np.asarray(array))
             found[leaf, layer] = jnp.asarray(array, jnp.float32).reshape(wanted.shape)
 
     def fill(part: Any, layer: int | None) -> Any:
@@ -359,6 +361,14 @@ def check_predictor(predictor: Predictor, config: FalconConfig) -> None:
             )
 
 
-def _device(rows: Rows) -> Rows:
-    """On the CPU device, which takes aligned memory over without a copy."""
+def _rows(name: str, matrix: Array, format: Format) -> Rows:
+    """A matrix in `format` on the CPU device, which takes aligned memory over without a copy.
+
+    Raises:
+      FalconError: a number is not finite or does not fit the format; the message has the matrix's name.
+    """
+    try:
+        rows = quantise(matrix, format)
+    except FalconError as error:
+        raise FalconError(f"{name}: {error}") from None
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), rows)

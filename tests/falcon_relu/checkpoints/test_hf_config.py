@@ -63,19 +63,37 @@ def test_published_configs_are_the_family(name, hf):
         ({"activation": "gelu_new"}, "activation 'gelu_new' cannot be read"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled or partial rotary"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "scaled or partial rotary"),
-        ({"rope_parameters": "long"}, "describes no Falcon"),
-        ({"hidden_size": None}, "no 'hidden_size'"),
-        ({"hidden_size": "8192"}, "hidden_size must be an integer"),
-        ({"num_hidden_layers": True}, "num_hidden_layers must be an integer"),
+        ({"rope_parameters": "long"}, "rope_parameters: input should be an object"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters.rope_theta must be a finite number"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "scaled or partial rotary"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "8192"}, "hidden_size: input should be a valid integer, got '8192'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: input should be a valid integer"),
+        ({"num_hidden_layers": 10**9}, "n_layers must be an integer from 1 to 4,096"),
+        ({"n_layer": 61}, "n_layer and num_hidden_layers contradict"),
         ({"num_kv_heads": 7}, "must be a multiple of n_kv_heads"),
+        ({"num_kv_heads": 0}, "n_kv_heads must be an integer from 1"),
+        ({"num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn: input should be 1 or 2"),
+        ({"alibi": "false"}, "alibi: input should be a valid boolean, got 'false'"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon: input should be a valid number, got '1e-5'"),
+        ({"layer_norm_epsilon": -1e-5}, "norm_eps must be a number at least 1e-12"),
+        ({"rope_theta": 0}, "rope_theta must be a number at least 1"),
+        ({"max_position_embeddings": 10**12}, "max_positions must be an integer from 1"),
         ({"parallel_attn": False}, "not parallel_attn"),
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual"),
-        ({"eos_token_id": [11, 12]}, "one token id"),
+        ({"eos_token_id": []}, "eos_token_id is an empty list"),
+        ({"eos_token_id": [11, "12"]}, "eos_token_id"),
+        ({"eos_token_id": 65024}, "eos_token_id must lie in the vocabulary"),
     ],
 )
 def test_what_no_falcon_is_gets_refused(change, message):
     with pytest.raises(FalconError, match=message):
         config_from_hf({"activation": "relu"} | MINIMAL | change)
+
+
+def test_of_several_ids_that_end_a_text_the_first_is_taken():
+    assert config_from_hf(MINIMAL | {"eos_token_id": [7, 12]}, "relu").eos_token_id == 7
 
 
 @st.composite

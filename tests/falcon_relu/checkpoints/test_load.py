@@ -22,15 +22,18 @@ import pytest
 from huggingface_hub import constants as hub_constants
 from safetensors.numpy import load_file, save_file
 
+from falcon_relu.checkpoints.chunks import digest
 from falcon_relu.checkpoints.convert import export_hf, import_hf
 from falcon_relu.checkpoints.hf_config import config_to_hf
 from falcon_relu.checkpoints.hf_files import write_shards
 from falcon_relu.checkpoints.hf_layout import HEAD, hf_tensors
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.checkpoints.native import save_params
+from falcon_relu.checkpoints.schema import write_sealed
 from falcon_relu.cli import main
 from falcon_relu.config import FalconConfig, family
 from falcon_relu.errors import FalconError
+from falcon_relu.files import aside_path
 from falcon_relu.sharding import make_mesh, param_shardings
 from tests.conftest import random_params
 
@@ -180,7 +183,7 @@ def test_an_index_cannot_lead_astray(tmp_path):
     name, file = next((n, f) for n, f in good.items() if list(good.values()).count(f) > 1)
     other = next(x for x in good.values() if x != file)
     shutil.copy(tmp_path / "hf" / file, tmp_path / "outside.safetensors")
-    for wrong in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "config.json", 3, ".."):
+    for wrong in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "config.json", ".."):
         edit_json(path, weight_map=good | {name: wrong})
         with pytest.raises(FalconError, match=r"which is not a \.safetensors file beside it"):
             load_model(tmp_path / "hf")
@@ -221,20 +224,53 @@ def test_native_weights_with_a_part_gone_are_refused(tmp_path):
     chunk = tmp_path / "native" / "params" / "layers.mlp.up" / "1.0.0"
     whole = chunk.read_bytes()
     chunk.unlink()
-    with pytest.raises(FalconError, match=r"is damaged at layers\.mlp\.up: NOT_FOUND"):
+    with pytest.raises(FalconError, match=r"layers\.mlp\.up/1\.0\.0 does not exist"):
         load_model(tmp_path / "native")
-    chunk.write_bytes(whole[:-20])
-    for read in (load_model, lambda path: export_hf(path, tmp_path / "hf")):
-        with pytest.raises(FalconError, match=r"is damaged at layers\.mlp\.up"):
-            read(tmp_path / "native")
-    edit_json(tmp_path / "native" / "falcon.json", format=2)
-    with pytest.raises(FalconError, match="not of format 1"):
-        load_model(tmp_path / "native")
+    for damage in (whole[:-20], whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]):
+        chunk.write_bytes(damage)
+        for read in (load_model, lambda path: export_hf(path, tmp_path / "hf")):
+            with pytest.raises(FalconError, match=r"layers\.mlp\.up/1\.0\.0 is damaged"):
+                read(tmp_path / "native")
+    manifest = json.loads((tmp_path / "native" / "falcon.json").read_text())
+    for old in (1, 3):
+        edit_json(tmp_path / "native" / "falcon.json", format=old)
+        with pytest.raises(FalconError, match=f"of format {old}, and this version reads format 2"):
+            load_model(tmp_path / "native")
+    (tmp_path / "native" / "falcon.json").write_text(json.dumps(manifest))
     shutil.rmtree(tmp_path / "native" / "params" / "embed.embedding")
-    edit_json(tmp_path / "native" / "falcon.json", format=1)
-    with pytest.raises(FalconError, match="is not whole"):
+    with pytest.raises(FalconError, match="does not exist"):
         load_model(tmp_path / "native")
     assert not list(tmp_path.glob("hf*"))
+
+
+def test_native_metadata_are_held_against_the_config_before_any_array_is_read(tmp_path):
+    """Even where the checksums agree, as in a folder made to harm: TensorStore ends the process at chunks of 2^40."""
+    config = family("tiny-7b")
+    path = tmp_path / "native"
+    save_params(path, config, random_params(config))
+    metadata, manifest = path / "params" / "layers.mlp.up" / ".zarray", path / "falcon.json"
+    good, stored = json.loads(metadata.read_text()), json.loads(manifest.read_text())
+    stored.pop("checksum")
+    for change, message in (
+        ({"dtype": "<i4"}, "dtype: input should be '<f4', '<f2' or 'bfloat16', got '<i4'"),
+        ({"order": "F"}, "order: input should be 'C'"),
+        ({"chunks": [1, 2**40, 2**40]}, "do not fit an array"),
+        ({"chunks": [1, 0, 48]}, "do not fit an array"),
+        ({"chunks": [2, 192, 48]}, "checksums are not those of the array's 1 files"),
+        ({"chunks": [1, 192]}, "do not fit an array"),
+        ({"shape": [2, 192, 47]}, "but the config wants"),
+        ({"filters": [{"id": "delta"}]}, "filters"),
+        ({"compressor": None}, "which cannot hold a chunk of"),
+        ({"zarr_format": 3}, "zarr_format"),
+    ):
+        metadata.write_text(json.dumps(good | change))
+        with pytest.raises(FalconError, match=r"\.zarray is damaged"):
+            load_model(path)
+        arrays = stored["arrays"] | {"layers.mlp.up": stored["arrays"]["layers.mlp.up"] | {".zarray": digest(metadata)}}
+        write_sealed(manifest, stored | {"arrays": arrays})
+        with pytest.raises(FalconError, match=message):
+            load_model(path)
+        write_sealed(manifest, stored)
 
 
 def test_the_activation_is_stated_or_asked_for(tmp_path):
@@ -347,7 +383,7 @@ def test_host_memory_is_bounded_by_the_largest_shard(tmp_path):
 
 
 CONVERT = (
-    "import sys; from pathlib import Path; from falcon_relu.checkpoints.load import import_hf; "
+    "import sys; from pathlib import Path; from falcon_relu.checkpoints.convert import import_hf; "
     "import_hf(sys.argv[1], Path(sys.argv[2]))"
 )
 
@@ -359,19 +395,18 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(tmp_path):
         [sys.executable, "-c", CONVERT, str(tmp_path / "hf"), str(out)], stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("native*/params/layers.mlp.up/2.0.0")):
+    while not (aside_path(out) / "params" / "layers.mlp.up" / "2.0.0").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    (left,) = tmp_path.glob("native*")
     with pytest.raises(FalconError):
-        load_model(left)
+        load_model(aside_path(out))
     import_hf(tmp_path / "hf", out)
     assert all((leaf == 0.5).all() for leaf in jax.tree.leaves(load_model(out)[1]))
-    assert list(tmp_path.glob("native*")) == [out]
+    assert [path for path in tmp_path.iterdir() if path.name != "hf"] == [out]
 
 
 PROCESS = """
@@ -382,6 +417,7 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
+from falcon_relu.checkpoints.chunks import digest
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.checkpoints.native import save_params
 from falcon_relu.sharding import make_mesh
