@@ -200,7 +200,7 @@ def read_text(path: Path, *, limit: int = _TEXT_LIMIT) -> str:
     if size > limit:
         raise FalconError(f"{path} has {size:,} bytes; a file of this kind has {limit:,} at most")
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")  # line ends as they are
     except UnicodeDecodeError as error:
         raise FalconError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
 

@@ -13,10 +13,12 @@ import numpy as np
 from flax import struct
 from jax.experimental import multihost_utils
 
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number, check_seed
 from falcon_relu.model import Falcon, KVCache, Params
 
 _STEPS_BETWEEN_LOOKS = 32  # tokens added before `until` is asked
+_MOST_IDS = 1 << 31  # token ids are int32
+_LEAST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # what is smaller counts as 0 in a product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,11 @@ class Sampling:
       temperature: divides the logits; 0 takes the likeliest token (greedy).
       top_k: sample among the k likeliest tokens only; 0 for all.
       top_p: sample among the likeliest tokens that together hold this probability (nucleus, arXiv:1904.09751).
-      seed: of the random draws; the same seed and prompts give the same text.
+      seed: of the random draws, from 0 to 2^32 - 1; the same seed and prompts give the same text.
       stop_tokens: ids that end a sequence; the stop token itself is not returned.
+
+    Raises:
+      FalconError: a field is out of range or not finite.
     """
 
     max_new_tokens: int = 64
@@ -40,20 +45,27 @@ class Sampling:
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise FalconError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise FalconError(
-                "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"
-            )
+        check_number("max_new_tokens", self.max_new_tokens, low=1)
+        check_number("temperature", self.temperature, low=0)
+        check_number("top_k", self.top_k, low=0)
+        check_number("top_p", self.top_p, above=0, high=1)
+        check_seed("seed", self.seed)
+        for token in self.stop_tokens:
+            check_number("a stop token", token, low=0, high=_MOST_IDS - 1)
+
+    def of_program(self) -> Sampling:
+        """What a compiled program depends on: all but the seed, which is an argument."""
+        return dataclasses.replace(self, seed=0)
 
 
 def sample(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """The next token of each sequence, [B] int32."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    logits_BxV = logits_BxV.astype(jnp.float32) / sampling.temperature
+    logits_BxV = logits_BxV.astype(jnp.float32)
+    # The likeliest at 0, so that no quotient is infinite but those of tokens that are never drawn.
+    logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
+    logits_BxV = logits_BxV / max(sampling.temperature, _LEAST_TEMPERATURE)
     if sampling.top_k and sampling.top_k < logits_BxV.shape[-1]:
         kth = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV >= kth, logits_BxV, -jnp.inf)
@@ -90,12 +102,13 @@ def generate(
     """
     check_prompts(prompts, model.config.vocab_size, model.config.max_positions, sampling.max_new_tokens)
     tokens_BxT, lengths_B = pad_prompts(prompts, padded_length(max(map(len, prompts))))
-    carry = _read_prompts(model, sampling, params, tokens_BxT, lengths_B)
+    key, program = jax.random.key(sampling.seed), sampling.of_program()
+    carry = _read_prompts(model, program, params, tokens_BxT, lengths_B)
     N = sampling.max_new_tokens
     last = N if until is None else 0
     while True:
         last = min(last + _STEPS_BETWEEN_LOOKS, N)
-        carry = _add_tokens(model, sampling, params, lengths_B, carry, last)
+        carry = _add_tokens(model, program, params, lengths_B, carry, last, key)
         rows, done_B = _new_tokens(carry), _on_host(carry.done_B)
         if until is not None:
             done_B = np.array([done or until(row) for row, done in zip(rows, done_B, strict=True)])
@@ -180,10 +193,16 @@ def _read_prompts(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _add_tokens(
-    model: Falcon, sampling: Sampling, params: Params, lengths_B: jax.Array, carry: _Carry, last: jax.Array
+    model: Falcon,
+    sampling: Sampling,
+    params: Params,
+    lengths_B: jax.Array,
+    carry: _Carry,
+    last: jax.Array,
+    key: jax.Array,
 ) -> _Carry:
     """Goes on until `last` tokens have been added to every sequence that is not done."""
-    keys = jax.random.split(jax.random.key(sampling.seed), sampling.max_new_tokens)
+    keys = jax.random.split(key, sampling.max_new_tokens)
     stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
     segments_Bx1 = jnp.ones((len(lengths_B), 1), jnp.int32)
     apply: Any = functools.partial(model.apply, {"params": params})

@@ -177,10 +177,12 @@ def _stream(
     stats.prompt_seconds += max(time.perf_counter() - begun - (_Compiling.seconds - compiled), 1e-6)
 
     keys = jax.random.split(jax.random.key(sampling.seed), sampling.max_new_tokens)
+    # Of all settings the program depends on these alone: another seed or length compiles nothing.
+    drawing = dataclasses.replace(sampling.of_program(), max_new_tokens=1, stop_tokens=())
     ended = np.zeros(len(prompts), bool)
     begun = 0.0
     for step, key in enumerate(keys):
-        token_B = _sample(logits_BxV, key, sampling)
+        token_B = _sample(logits_BxV, key, drawing)
         reads = None
         if step + 1 < sampling.max_new_tokens:  # under way before this token is looked at
             logits_BxV, state, reads = decode_step(weights, state, token_B, mode=mode, backend=backend)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,7 @@ import tyro
 from falcon_relu.checkpoints.load import load_config
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import write_json
+from falcon_relu.files import read_text, write_json
 from falcon_relu.generation import Sampling, check_prompts
 from falcon_relu.progress import console
 from falcon_relu.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ class Args:
     tokenizer: Path
     """A tokenizer.json, or a folder with one."""
     file: Path | None = None
-    """Read further prompts from this file, one a line."""
+    """Read further prompts from this UTF-8 file, one a line; blank lines do not count."""
     mode: Mode | None = None
     """dense reads everything; exact skips rows of the down-projection that count for nothing (same output as dense);
     sparse reads the neurons that the predictor chooses. The sparsest that the model can serve, if not given."""
@@ -63,7 +63,7 @@ class Args:
     """MLP activation, where a Hugging Face config does not state it."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     json: Path | None = None
-    """Also write the figures and texts to this file."""
+    """Also write the figures and texts, or a chat's turns, to this file."""
 
 
 def run(args: Args) -> None:
@@ -74,7 +74,7 @@ def run(args: Args) -> None:
         raise FalconError(f"--batch must be at least 1, got {args.batch}")
     kernels.backend(args.backend)
     tokenizer = Tokenizer(args.tokenizer)
-    prompts = [*args.prompts, *_lines(args.file)]
+    prompts = [*args.prompts, *(_lines(args.file) if args.file else ())]
     encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     sampling = dataclasses.replace(args.sampling, stop_tokens=(*args.sampling.stop_tokens, tokenizer.eos_id))
 
@@ -93,8 +93,14 @@ def run(args: Args) -> None:
 
     weights = _weights(args, predictor)
     stats = DecodeStats()
+    about = {"mode": mode, "kernels": kernels.describe(kernels.backend(args.backend))}
     if not prompts:
-        _chat(args, weights, tokenizer, mode, sampling, stats)
+        turns: list[dict[str, object]] = []
+        try:
+            _chat(args, weights, tokenizer, mode, sampling, turns)
+        finally:  # Ctrl-C, too, ends a chat
+            if args.json is not None:
+                write_json(args.json, about | {"turns": turns})
         return
     texts: list[str] = []
     for start in range(0, len(prompts), args.batch):
@@ -104,7 +110,6 @@ def run(args: Args) -> None:
     bandwidth = memory_bandwidth()
     console.print(_line(stats, bandwidth), markup=False, highlight=False, soft_wrap=True)
     if args.json is not None:
-        about = {"mode": mode, "kernels": kernels.describe(kernels.backend(args.backend))}
         write_json(args.json, about | _row(stats, bandwidth) | {"prompts": prompts, "texts": texts})
 
 
@@ -166,27 +171,37 @@ def _show(tokenizer: Tokenizer, prompts: Sequence[str], steps: Iterable[Sequence
 
 
 def _chat(
-    args: Args, weights: DecodeWeights, tokenizer: Tokenizer, mode: Mode, sampling: Sampling, stats: DecodeStats
+    args: Args,
+    weights: DecodeWeights,
+    tokenizer: Tokenizer,
+    mode: Mode,
+    sampling: Sampling,
+    turns: list[dict[str, object]],
 ) -> None:
-    """Continues what is typed, line after line, until the input ends; errors end a turn, not the loop."""
+    """Continues what is typed, line after line, until the input ends; errors end a turn, not the loop.
+
+    `turns` gets what was typed, what came, the figures, and whether the text started anew there.
+    """
     begin = functools.partial(Conversation, weights, mode=mode, backend=args.backend)
-    conversation, bandwidth = begin(), memory_bandwidth()
+    conversation, bandwidth, anew = begin(), memory_bandwidth(), True
     for turn in itertools.count():
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             break
         if not line.strip():
-            conversation = begin()
+            conversation, anew = begin(), True
             continue
-        drawn = dataclasses.replace(sampling, seed=sampling.seed + turn)
+        drawn = dataclasses.replace(sampling, seed=(sampling.seed + turn) % (1 << 32))
         taken = DecodeStats()
         try:
             steps = conversation.say(tokenizer.encode(line), drawn, taken)
-            _show(tokenizer, [""], ([token] for token in steps))
+            (text,) = _show(tokenizer, [""], ([token] for token in steps))
         except FalconError as error:
             console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
             continue
+        turns.append({"anew": anew, "prompt": line, "text": text} | _row(taken, bandwidth))
+        anew = False
         console.print(_line(taken, bandwidth), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -212,10 +227,8 @@ def _row(stats: DecodeStats, bandwidth: float) -> dict[str, float]:
     }
 
 
-def _lines(file: Path | None) -> Iterator[str]:
-    if file is None:
-        return
-    try:
-        yield from (line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise FalconError(f"{file} cannot be read: {error}") from None
+def _lines(file: Path) -> list[str]:
+    lines = [line.removesuffix("\r") for line in read_text(file).split("\n")]
+    if not (prompts := [line for line in lines if line.strip()]):
+        raise FalconError(f"{file} holds no prompt: all of its lines are blank")
+    return prompts

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from falcon_relu import generation
+from falcon_relu.cli import main
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from falcon_relu.generation import Sampling, generate, sample
@@ -82,7 +87,43 @@ def test_unusable_prompts_are_refused(prompts):
         generate(Falcon(config), None, prompts, Sampling(max_new_tokens=16))
 
 
-def test_unusable_sampling_is_refused():
-    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}):
-        with pytest.raises(FalconError):
-            Sampling(**wrong)
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300])
+def test_a_temperature_next_to_zero_takes_the_likeliest(temperature):
+    """Quotients beyond float32 would make all tokens alike, or none the likeliest."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(-200, 50, (64, 30)), jnp.float32)
+    tokens = sample(logits, jax.random.key(0), Sampling(temperature=temperature))
+    np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=-1))
+
+
+def test_another_seed_compiles_nothing():
+    config = family("tiny-40b")
+    params, model = random_params(config), Falcon(config)
+    how = Sampling(max_new_tokens=3, temperature=1.5)
+    generate(model, params, [[1]], how)
+    programs = generation._add_tokens._cache_size(), generation._read_prompts._cache_size()
+    generate(model, params, [[1]], dataclasses.replace(how, seed=7))
+    assert programs == (generation._add_tokens._cache_size(), generation._read_prompts._cache_size())
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", [-1.0, math.nan, math.inf]),
+        ("top_p", [0.0, 1.1, math.nan]),
+        ("top_k", [-1]),
+        ("max_new_tokens", [0, -5]),
+        ("seed", [-1, 1 << 32, 1180591620717411303424]),
+        ("stop_tokens", [(-1,), (1 << 31,)]),
+    ],
+)
+def test_unusable_sampling_is_refused(field, values, capsys):
+    for value in values:
+        with pytest.raises(FalconError, match=f"(?i){field.replace('stop_tokens', 'stop token')} must be"):
+            Sampling(**{field: value})
+        if field != "stop_tokens":
+            option = f"--{field.replace('_', '-')}={value}"
+            for command in ("generate", "decode"):
+                assert main([command, "no-model", "text", "--tokenizer", "none", option]) == 2
+                error = capsys.readouterr().err
+                assert field.replace("_", "") in error.replace("_", "").replace("-", "")
+                assert "Traceback" not in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -174,6 +175,38 @@ def test_chat_at_a_terminal(home, packed):
     assert lines[0] == lines[2] != lines[1]  # after the empty line the text starts anew
     # The second turn reads its own tokens and the last one of the first answer, which no step had read.
     assert int(lines[1][0]) < int(lines[0][0]) + 6
+
+
+def test_chat_writes_its_turns_and_goes_on_after_a_bad_line(home, monkeypatch, capfd):
+    typed = "The number 3\nis \udcff odd\nis odd\n\nThe number 3\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    asked = ["--tokenizer", home / "tokenizer.json", "--max-new-tokens", 4, "--temperature", 1, "--seed", 2**32 - 1]
+    told = figures(home, "decode", home / "model", *asked)
+    out, err = capfd.readouterr()
+    assert "from character 4" in err or "at character 4" in err
+    turns = told["turns"]
+    assert [(turn["prompt"], turn["anew"]) for turn in turns] == [
+        ("The number 3\n", True),
+        ("is odd\n", False),
+        ("The number 3\n", True),
+    ]
+    assert out == "".join(turn["text"] + "\n\n" for turn in turns)
+    assert all(turn["tokens"] for turn in turns)
+
+
+def test_prompt_files_are_lines_and_nothing_else(home, tmp_path, capsys):
+    """A byte order mark is dropped; only line feeds, with or without a carriage return, separate prompts."""
+    lines = ["one\u2028still one", "two\x0cstill\x1ctwo\x85", "th\rree"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("\ufeff".encode() + "\r\n\n".join(lines).encode() + b"\n \r\n")
+    asked = ["decode", home / "model", "--tokenizer", home / "tokenizer.json", "--max-new-tokens", 1, "--file", prompts]
+    assert figures(home, *asked)["prompts"] == lines
+    for content, reason in ((b" \n\r\n\n", "no prompt"), (b"", "no prompt"), (b"a\xff\n", "not UTF-8")):
+        prompts.write_bytes(content)
+        assert reason in refused(capsys, *asked)
+    prompts.unlink()
+    os.mkfifo(prompts)
+    assert "device or pipe" in refused(capsys, *asked)
 
 
 def until(terminal: int, text: str) -> str:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+import infer.generation
 from falcon_relu.errors import FalconError
 from falcon_relu.generation import Sampling
 from falcon_relu.generation import generate as flax_generate
@@ -39,6 +42,15 @@ def test_a_sequence_ends_at_its_stop_token_and_the_others_go_on(model):
     stop = free[0][3]
     stopped = generate(weights, prompts(config), Sampling(max_new_tokens=8, stop_tokens=(stop,)))
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
+
+
+def test_another_seed_or_length_compiles_no_sampler(model):
+    config, _, weights = model
+    how = Sampling(max_new_tokens=2, temperature=0.8)
+    generate(weights, prompts(config), how)
+    programs = infer.generation._sample._cache_size()
+    generate(weights, prompts(config), dataclasses.replace(how, seed=9, max_new_tokens=3))
+    assert infer.generation._sample._cache_size() == programs
 
 
 def test_figures_say_what_was_done(model):
