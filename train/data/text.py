@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import importlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
 
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
+from falcon_relu.files import regular_file
 
 HUB_PREFIX = "hf:"
 _KINDS = (".jsonl", ".txt", ".parquet")
 _PACKINGS = (".gz", ".zst")
 _RECORD_LIMIT = 256 << 20  # bytes of one document
+_PARQUET_ROWS = 256  # read at a time
+ZST_WINDOW_LIMIT = 2048  # MiB: the longest window that zstd writes, with --long=31
 
 
 class Record(NamedTuple):
@@ -46,17 +51,20 @@ class TextReader:
       position: how many of those bytes have been read.
     """
 
-    def __init__(self, inputs: Sequence[str], text_field: str):
+    def __init__(self, inputs: Sequence[str], text_field: str, zst_window_mb: int = ZST_WINDOW_LIMIT):
         """Finds the inputs; reads nothing yet.
 
         Args:
           inputs: files, folders, globs; `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging Face dataset. Files are `.jsonl` (one
             JSON object a line), `.txt` (one document a file) or `.parquet`; the first two also `.gz` or `.zst`.
           text_field: the JSON key or column that holds the text.
+          zst_window_mb: MiB of memory that a `.zst` file may ask for as its window. Dumps packed with `zstd --long=31`
+            ask for 2,048.
 
         Raises:
-          FalconError: an input is missing or of an unknown kind.
+          FalconError: an input is missing, of an unknown kind, or no regular file.
         """
+        check_number("zst_window_mb", zst_window_mb, low=1, high=ZST_WINDOW_LIMIT)
         self.sources = [source for given in inputs for source in _expand(given)]
         self.total_bytes = (
             None
@@ -65,6 +73,7 @@ class TextReader:
         )
         self.position = 0
         self._field = text_field
+        self._zst_window_mb = zst_window_mb
 
     def __iter__(self) -> Iterator[Record]:
         self.position = 0
@@ -75,8 +84,8 @@ class TextReader:
             elif source.endswith(".parquet"):
                 yield from _read_parquet(source, self._field)
             else:
-                with Path(source).open("rb") as raw:
-                    for record in _read_lines(source, raw):
+                with regular_file(Path(source)).open("rb") as raw:
+                    for record in _read_lines(source, raw, self._zst_window_mb):
                         self.position = start + raw.tell()
                         yield record
             if not source.startswith(HUB_PREFIX):
@@ -114,21 +123,41 @@ def text_of(record: Record, text_field: str) -> str:
 def _expand(given: str) -> list[str]:
     if given.startswith(HUB_PREFIX):
         return [given]
-    if Path(given).is_dir():
-        found = sorted(str(path) for path in Path(given).rglob("*") if path.is_file() and path.name[0] != ".")
-    elif Path(given).exists():
+    if given and os.path.isdir(given):  # noqa: PTH112  Path.is_dir raises where a folder may not be entered
+        found = _files_below(given)
+    elif os.path.lexists(given):
         found = [given]
     else:
         found = sorted(glob.glob(given, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
     if not found:
-        raise FalconError(f"no file at {given}")
+        raise FalconError(f"no file at {given!r}")
     for path in found:
         if _suffix(path) not in _KINDS:
             raise FalconError(
                 f"{path} is none of {', '.join(_KINDS)} (the first two also {' or '.join(_PACKINGS)}); name the files "
                 "that you want with a glob, such as 'folder/*.jsonl'"
             )
+        regular_file(Path(path))
     return found
+
+
+def _files_below(folder: str) -> list[str]:
+    """All files but hidden ones; linked folders are gone into, each folder once, so that no loop is endless."""
+
+    def refuse(error: OSError) -> None:
+        raise FalconError(f"{error.filename} cannot be read: {error.strerror}")
+
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        about = Path(here).stat()
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [str(Path(here) / name) for name in files if name[0] != "."]
+    return sorted(found)
 
 
 def _suffix(path: str) -> str:
@@ -136,11 +165,12 @@ def _suffix(path: str) -> str:
     return unpacked.suffix
 
 
-def _read_lines(source: str, raw: IO[bytes]) -> Iterator[Record]:
+def _read_lines(source: str, raw: IO[bytes], zst_window_mb: int) -> Iterator[Record]:
     try:
-        stream = _unpack(source, raw)
+        stream = _unpack(source, raw, zst_window_mb)
         if _suffix(source) == ".txt":
-            yield Record(source, 1, _limited(stream.read(_RECORD_LIMIT + 1), source, 1), False)
+            text = stream.read(_RECORD_LIMIT + 1).removeprefix(codecs.BOM_UTF8)
+            yield Record(source, 1, _limited(text, source, 1), False)
             return
         number = 0
         while line := stream.readline(_RECORD_LIMIT + 1):
@@ -156,11 +186,13 @@ def _limited(data: bytes, source: str, number: int) -> bytes:
     return data
 
 
-def _unpack(source: str, raw: IO[bytes]) -> io.BufferedIOBase:
+def _unpack(source: str, raw: IO[bytes], zst_window_mb: int) -> io.BufferedIOBase:
+    if source.endswith(_PACKINGS) and not os.fstat(raw.fileno()).st_size:
+        raise EOFError("it is empty")
     if source.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     if source.endswith(".zst"):
-        return io.BufferedReader(_ZstFile(raw, _extra("zstandard", source)), 1 << 20)
+        return io.BufferedReader(_ZstFile(source, raw, zst_window_mb), 1 << 20)
     return io.BufferedReader(raw, 1 << 20)  # type: ignore[type-var]
 
 
@@ -170,8 +202,9 @@ class _ZstFile(io.RawIOBase):
     The package's own stream reader takes a file that was cut short for a whole one; here that raises EOFError.
     """
 
-    def __init__(self, raw: IO[bytes], zstandard: ModuleType):
-        self._raw, self._zstandard = raw, zstandard
+    def __init__(self, source: str, raw: IO[bytes], window_mb: int):
+        self._source, self._raw, self._window_mb = source, raw, window_mb
+        self._zstandard = _extra("zstandard", source)
         self._frame: Any = None
         self._packed = self._unpacked = b""
 
@@ -192,11 +225,20 @@ class _ZstFile(io.RawIOBase):
             if self._frame is not None:
                 raise EOFError("the last frame has no end")
             return False
-        self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+        if self._frame is None:
+            unpacker = self._zstandard.ZstdDecompressor(max_window_size=self._window_mb << 20)
+            self._frame = unpacker.decompressobj()
         try:
             self._unpacked = self._frame.decompress(self._packed)
+        except MemoryError:
+            raise OSError("there is not enough memory for its window") from None
         except self._zstandard.ZstdError as error:
-            raise OSError(str(error)) from None
+            if "memory" not in str(error):  # of a window beyond the limit, or that the system refuses
+                raise OSError(str(error)) from None
+            raise FalconError(
+                f"{self._source} was packed with a window larger than the {self._window_mb} MiB of memory allowed for "
+                f"it or than what is free: raise --zst-window-mb, to {ZST_WINDOW_LIMIT} at most, or free memory"
+            ) from None
         self._packed = self._frame.unused_data if self._frame.eof else b""
         if self._frame.eof:
             self._frame = None
@@ -207,17 +249,22 @@ def _read_parquet(source: str, text_field: str) -> Iterator[Record]:
     pyarrow = _extra("pyarrow", source)
     parquet = _extra("pyarrow.parquet", source)
     try:
-        with parquet.ParquetFile(source) as file:
+        with parquet.ParquetFile(regular_file(Path(source))) as file:
             if text_field not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise FalconError(f"{source} has no column {text_field!r}; it has: {names}")
+            kind = file.schema_arrow.field(text_field).type
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
+                try:  # bytes: a value that is not UTF-8 must not end all others
+                    values = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+                except pyarrow.ArrowNotImplementedError:
+                    raise FalconError(f"{source}: the column {text_field!r} holds {kind}, not text") from None
+                for data in values:
                     number += 1
-                    yield _plain(source, number, text)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise FalconError(f"cannot read {source}: {error}") from None
+                    yield Record(source, number, _limited(data or b"", source, number), False)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise FalconError(f"cannot read {source}: {_one_line(error)}") from None
 
 
 def _read_hub(source: str, text_field: str) -> Iterator[Record]:
@@ -228,15 +275,18 @@ def _read_hub(source: str, text_field: str) -> Iterator[Record]:
         for number, row in enumerate(rows, 1):
             if text_field not in row:
                 raise FalconError(f"{source} has no column {text_field!r}; it has: {', '.join(row)}")
-            yield _plain(source, number, row[text_field])
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FalconError(f"cannot read the dataset {source} (is this machine offline?): {error}") from None
+            text = row[text_field]
+            if text is not None and not isinstance(text, str):
+                raise FalconError(f"{source}:{number} holds {type(text).__name__}, not text")
+            yield Record(source, number, (text or "").encode("utf-8", "surrogatepass"), False)
+    except FalconError:
+        raise
+    except Exception as error:  # the library's loaders raise whatever the libraries below them do
+        raise FalconError(f"cannot read the dataset {source} (is this machine offline?): {_one_line(error)}") from None
 
 
-def _plain(source: str, number: int, text: object) -> Record:
-    if text is not None and not isinstance(text, str):
-        raise FalconError(f"{source}:{number} holds {type(text).__name__}, not text")
-    return Record(source, number, (text or "").encode("utf-8", "surrogatepass"), False)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _extra(module: str, source: str) -> ModuleType:
