@@ -46,3 +46,15 @@ def check_seed(name: str, value: int) -> None:
     """
     if not 0 <= value < 1 << 32:
         raise FalconError(f"{name} must be from 0 to {(1 << 32) - 1} (2^32 - 1), got {value}")
+
+
+def check_text(name: str, value: str) -> None:
+    """Refuses what the system passed on as bytes that are not UTF-8, which no tokenizer, JSON or library takes.
+
+    Raises:
+      FalconError: it holds such bytes.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise FalconError(f"{name} is not UTF-8 text, from character {error.start + 1} on: {value!a}") from None

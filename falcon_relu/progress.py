@@ -5,10 +5,26 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+
+class Console(rich.console.Console):
+    """Rich's, but text is printed as it is: what looks like markup, a number or the name of an emoji is not touched.
+
+    Whoever closes the output early is told to the caller, by BrokenPipeError, instead of ending the process.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the error."""
+        raise
+
 
 console = Console(stderr=True)
 
@@ -39,12 +55,12 @@ def progress(
       done: steps that an earlier process has done.
     """
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     ) as bar:
@@ -93,7 +109,5 @@ class _PlainLine:
         note = f", {self._note}" if self._note else ""
         console.print(
             f"{self._description}: {self._done:,.0f}{of}, {rate}{left}{note}",
-            markup=False,
-            highlight=False,
             soft_wrap=True,
         )

@@ -24,7 +24,12 @@ Float = Literal["float32", "bfloat16", "float16"]
 
 
 def import_hf(
-    source: str | Path, out: Path, *, activation: Activation | None = None, dtype: Float | None = None
+    source: str | Path,
+    out: Path,
+    *,
+    activation: Activation | None = None,
+    dtype: Float | None = None,
+    replace: bool = False,
 ) -> FalconConfig:
     """Writes a Hugging Face checkpoint as native weights at `out`, whole or not at all.
 
@@ -33,13 +38,14 @@ def import_hf(
       out: folder to make.
       activation: the user's word where the config does not state the MLP activation.
       dtype: of the weights written; as stored if None.
+      replace: whether existing native weights may be replaced.
 
     Raises:
       FalconError: as `load_model`; or `out` exists, or a value does not fit `dtype`.
     """
     config, headers = open_hf(source, activation)
     dtypes = dict.fromkeys(param_shapes(config), np.dtype(dtype)) if dtype else stored_dtypes(config, headers)
-    with params_writer(out, config, dtypes) as write:
+    with params_writer(out, config, dtypes, replace=replace) as write:
         for tensor, array in stream_hf(config, headers, f"converting {source}"):
             write(tensor.leaf, tensor.layer, cast(array, dtypes[tensor.leaf], tensor.name))
     return config
@@ -52,6 +58,7 @@ def export_hf(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: Path | None = None,
+    replace: bool = False,
 ) -> FalconConfig:
     """Writes native weights as a folder that transformers loads, whole or not at all.
 
@@ -61,6 +68,7 @@ def export_hf(
       dtype: of the weights written; as stored if None.
       max_shard_bytes: size that no safetensors shard exceeds unless a single tensor does; one shard is held in memory.
       tokenizer: a `tokenizer.json` to put beside the weights, or a folder with one.
+      replace: whether an existing folder with a model may be replaced.
 
     Raises:
       FalconError: `source` is not whole, transformers has no such model, `out` exists, or a value does not fit `dtype`.
@@ -73,7 +81,7 @@ def export_hf(
         tokenizer = tokenizer_file(tokenizer)
     sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in table.items()}
     with (
-        write_aside(out, folder=True, nbytes=sum(sizes.values())) as aside,
+        write_aside(out, folder=True, replace=replace, marker="config.json", nbytes=sum(sizes.values())) as aside,
         progress(f"exporting {source}", len(table), "tensors") as advance,
     ):
 

@@ -86,7 +86,7 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
     first = jax.process_index() == 0
     nbytes = sum(x.size * x.dtype.itemsize for x in leaves.values())
     ours = (
-        write_aside(path, folder=True, replace=replace, nbytes=nbytes)
+        write_aside(path, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes)
         if first
         else contextlib.nullcontext(aside_path(path))
     )
@@ -100,19 +100,19 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
 
 @contextlib.contextmanager
 def params_writer(
-    path: Path, config: FalconConfig, dtypes: Mapping[Leaf, Any]
+    path: Path, config: FalconConfig, dtypes: Mapping[Leaf, Any], *, replace: bool = False
 ) -> Iterator[Callable[[Leaf, int | None, np.ndarray], None]]:
     """Yields `write(leaf, layer, array)`, which puts one layer of a stacked parameter, or a whole other one, on disk.
 
     The folder appears at `path` once the block succeeds; the caller must have written everything by then.
 
     Raises:
-      FalconError: `path` exists.
+      FalconError: `path` exists and may not be replaced.
     """
     path = Path(path).resolve()
     shapes = param_shapes(config)
     nbytes = sum(math.prod(shape) * np.dtype(dtypes[leaf]).itemsize for leaf, shape in shapes.items())
-    with write_aside(path, folder=True, nbytes=nbytes) as aside:
+    with write_aside(path, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes) as aside:
         # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
         _save(aside, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
         stores = {

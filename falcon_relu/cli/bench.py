@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from falcon_relu.cli.machine import machine
+from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import FAMILY, family
 from falcon_relu.errors import FalconError
@@ -18,7 +18,7 @@ from infer.weights.layout import Formats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Measure decoding with random weights of true widths: whole tokens, or single kernels with --micro.
 
     Read bandwidth is measured on the same threads in the same run, between the steps.
@@ -51,14 +51,12 @@ class Args:
     """GB/s of the machine that the projection is for; that of the published figures by default."""
     micro: bool = False
     """Measure single kernels instead of whole tokens."""
-    json: Path | None = None
-    """Also write the figures to this file."""
 
 
 def run(args: Args) -> None:
     """Measures and reports."""
     _check(args)
-    report(_kernels(args) if args.micro else _tokens(args), args.json, also={"machine": machine()})
+    report(_kernels(args) if args.micro else _tokens(args), args, also={"machine": machine()})
 
 
 def _kernels(args: Args) -> dict[str, object]:

@@ -8,14 +8,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.evaluation.card import LICENCES, MISSING, render
-from falcon_relu.files import read_json, write_aside
+from falcon_relu.files import read_json, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Write a Markdown model card from what other commands measured.
 
     Every number in it comes from one of the files below; what they lack is shown as not measured.
@@ -43,8 +44,10 @@ class Args:
     """sparsity.json of falcon-relu sparsity."""
     speeds: tuple[Path, ...] = ()
     """JSON of falcon-relu bench or decode."""
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out)]
 
 
 def run(args: Args) -> None:
@@ -57,10 +60,9 @@ def run(args: Args) -> None:
     facts |= {name: _read(getattr(args, name)) for name in ("relu", "original", "sparse", "held_out", "sparsity")}
     facts["speeds"] = [_read(path) for path in args.speeds]
     card = render(facts)
-    with write_aside(args.out, replace=True) as aside:
-        aside.write_text(card)
+    write_text(args.out, card, replace=args.overwrite)
     given = [name for name, value in facts.items() if value and name not in ("name", "base")]
-    report({"card": str(args.out), "from": ", ".join(given) or "nothing", "missing": card.count(MISSING)}, args.json)
+    report({"card": str(args.out), "from": ", ".join(given) or "nothing", "missing": card.count(MISSING)}, args)
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:

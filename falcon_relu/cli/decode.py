@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from falcon_relu.checkpoints.load import load_config
+from falcon_relu.cli.outputs import Output
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_text, write_json
@@ -31,7 +32,7 @@ from infer.weights.storage import is_decode_weights, load_weights, outline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Continue prompts on this computer's CPU, reading only the neurons that fire.
 
     Without prompts, a chat loop: every line typed is continued in the text so far; an empty line starts anew.
@@ -62,8 +63,6 @@ class Args:
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
-    json: Path | None = None
-    """Also write the figures and texts, or a chat's turns, to this file."""
 
 
 def run(args: Args) -> None:
@@ -100,7 +99,7 @@ def run(args: Args) -> None:
             _chat(args, weights, tokenizer, mode, sampling, turns)
         finally:  # Ctrl-C, too, ends a chat
             if args.json is not None:
-                write_json(args.json, about | {"turns": turns})
+                write_json(args.json, about | {"turns": turns}, replace=args.overwrite)
         return
     texts: list[str] = []
     for start in range(0, len(prompts), args.batch):
@@ -108,9 +107,11 @@ def run(args: Args) -> None:
         steps = stream(weights, encoded[group], sampling, mode=mode, backend=args.backend, stats=stats)
         texts += _show(tokenizer, prompts[group], steps)
     bandwidth = memory_bandwidth()
-    console.print(_line(stats, bandwidth), markup=False, highlight=False, soft_wrap=True)
+    console.print(_line(stats, bandwidth), soft_wrap=True)
     if args.json is not None:
-        write_json(args.json, about | _row(stats, bandwidth) | {"prompts": prompts, "texts": texts})
+        write_json(
+            args.json, about | _row(stats, bandwidth) | {"prompts": prompts, "texts": texts}, replace=args.overwrite
+        )
 
 
 def _outline(args: Args) -> tuple[DecodeWeights, Predictor | None]:
@@ -198,11 +199,11 @@ def _chat(
             steps = conversation.say(tokenizer.encode(line), drawn, taken)
             (text,) = _show(tokenizer, [""], ([token] for token in steps))
         except FalconError as error:
-            console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            console.print(str(error), style="red", soft_wrap=True)
             continue
         turns.append({"anew": anew, "prompt": line, "text": text} | _row(taken, bandwidth))
         anew = False
-        console.print(_line(taken, bandwidth), style="dim", markup=False, highlight=False, soft_wrap=True)
+        console.print(_line(taken, bandwidth), style="dim", soft_wrap=True)
 
 
 def _line(stats: DecodeStats, bandwidth: float) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import tyro
 
 from falcon_relu.checkpoints.load import load_model
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
@@ -34,7 +35,7 @@ EngineName = Literal["flax", "dense", "exact", "sparse"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Run benchmarks with EleutherAI's lm-eval: pip install "falcon-relu[eval]".
 
     Answers are kept in the --out folder as they come. Run the same command again after an interruption and it goes on;
@@ -75,8 +76,10 @@ class Args:
     """Kernels, for the CPU modes."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out, goes_on=True)]
 
 
 def run(args: Args) -> None:
@@ -112,7 +115,7 @@ def run(args: Args) -> None:
             with write_aside(args.out / "samples" / f"{name}.jsonl", replace=True) as aside:
                 aside.write_text("".join(jsonlib.dumps(record, default=str) + "\n" for record in records))
     shown = {name: results[name] for name in ("average", "limit", "seed", "lm_eval")}
-    report({"engine": args.engine, **shown, "benchmarks": found["rows"]}, args.json, also=results)
+    report({"engine": args.engine, **shown, "benchmarks": found["rows"]}, args, also=results)
 
 
 def engine(args: Args) -> Engine:

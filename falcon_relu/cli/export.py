@@ -10,11 +10,12 @@ from typing import Annotated
 import tyro
 
 from falcon_relu.checkpoints.convert import Float, export_hf
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Export native weights as a folder that transformers loads, its config stating the activation.
 
     One shard is in memory at a time.
@@ -30,8 +31,10 @@ class Args:
     """GB that no safetensors file exceeds, unless a single tensor does."""
     tokenizer: Path | None = None
     """A tokenizer.json, or a folder with one, to put beside the weights."""
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out, "config.json")]
 
 
 def run(args: Args) -> None:
@@ -39,7 +42,12 @@ def run(args: Args) -> None:
     start = time.perf_counter()
     max_shard_bytes = int(args.max_shard_gb * 1e9)
     config = export_hf(
-        args.source, args.out, dtype=args.dtype, max_shard_bytes=max_shard_bytes, tokenizer=args.tokenizer
+        args.source,
+        args.out,
+        dtype=args.dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer=args.tokenizer,
+        replace=args.overwrite,
     )
     figures = {
         "parameters": config.n_params,
@@ -48,4 +56,4 @@ def run(args: Args) -> None:
         "files": len(list(args.out.glob("*.safetensors"))),
         "seconds": time.perf_counter() - start,
     }
-    report(figures, args.json)
+    report(figures, args)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import tyro
 
 from falcon_relu.checkpoints.load import load_model
+from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.generation import Sampling, generate
@@ -20,7 +21,7 @@ from falcon_relu.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Continue prompts with a model on whatever devices JAX finds."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -36,8 +37,6 @@ class Args:
     mesh: tuple[int, int, int] = (1, -1, 1)
     """Devices along (data, fsdp, tensor); one -1 takes what is left."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
-    json: Path | None = None
-    """Also write the figures and texts to this file."""
 
 
 def run(args: Args) -> None:
@@ -57,4 +56,4 @@ def run(args: Args) -> None:
         print(f"{prompt}{text}\n")
     count = sum(map(len, new))
     figures = {"new tokens": count, "seconds, compilation included": seconds, "tokens/s": count / seconds}
-    report(figures, args.json, also={"prompts": list(args.prompts), "texts": texts})
+    report(figures, args, also={"prompts": list(args.prompts), "texts": texts})

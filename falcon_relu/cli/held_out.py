@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from falcon_relu.checkpoints.load import load_model
+from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
@@ -22,7 +23,7 @@ from train.validation import validate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Measure a model on the validation rows of token shards, in float32 on all devices.
 
     KL is KL(teacher || model) in nats a token, at temperature 1; agreement is how often both find the same next token
@@ -43,8 +44,6 @@ class Args:
     """Rows run together."""
     batches: int = 64
     """Batches that a predictor is measured on, at most."""
-    json: Path | None = None
-    """Also write the figures to this file."""
 
 
 def run(args: Args) -> None:
@@ -64,4 +63,4 @@ def run(args: Args) -> None:
         sparse = compare_sparse(config, params, load_predictor(args.predictor, config), rows)
         names = ("kl", "agreement", "dense_loss", "sparse_loss", "read", "fired")
         figures["dense against sparse"] = [{name: sparse[name] for name in names}]
-    report(figures, args.json, also={"zeros": found["zeros"], "sparse": sparse})
+    report(figures, args, also={"zeros": found["zeros"], "sparse": sparse})

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from falcon_relu.errors import FalconError
+from falcon_relu.cli.outputs import Output, reserved
+from falcon_relu.cli.terminal import ReaderGoneError, standard_streams
+from falcon_relu.errors import FalconError, check_text
+from falcon_relu.progress import Console
 from falcon_relu.progress import console as stderr
 
 # Every module below has a dataclass `Args`, whose docstring is the help text, and `run(args)`; those that start from
@@ -50,16 +52,31 @@ _TROUBLE = {
         errno.EFBIG,
     ),
     "choose a folder that you may write to": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "allow more open files with ulimit -n": (errno.EMFILE, errno.ENFILE),
+    "choose a smaller number format, batch or model, or a machine with more memory": (errno.ENOMEM,),
 }
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory")  # in the words of XLA and C++
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-      Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+      Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted, 141 nobody reads the
+      output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with standard_streams():
+            return _main(arguments)
+    except ReaderGoneError as gone:
+        return gone.status
+    except OSError as error:  # standard output is a file on a full disk
+        stderr.print(f"falcon-relu: standard output: {_said(error)}", style="red", soft_wrap=True)
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         _guide()
         return 0 if arguments else 2
@@ -68,44 +85,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        stderr.print(
-            f"falcon-relu: no command {name!r}; there are: {', '.join(COMMANDS)}",
-            style="red",
-            markup=False,
-            soft_wrap=True,
-        )
+        _complain("", f"no command {name!r}; there are: {', '.join(COMMANDS)}")
         return 2
     try:
+        for argument in rest:
+            check_text("an argument", argument)
         run, args = parse(name, rest)
     except SystemExit as exit_:  # the usage has been printed
         return exit_.code if isinstance(exit_.code, int) else 2
     except (FalconError, ValueError) as error:  # a config's own check refused the values
-        stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+        _complain(name, str(error))
         return 2
     try:
-        run(args)
+        with reserved(args if isinstance(args, Output) else args.output):
+            run(args)
     except FalconError as error:
-        stderr.print(f"falcon-relu {name}: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+        _complain(name, str(error))
         return 1
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        if (advice := storage_trouble(error)) is None:
+        if (said := explanation(error)) is None:
             raise
-        stderr.print(
-            f"falcon-relu {name}: {error}: {advice}", style="red", markup=False, soft_wrap=True, highlight=False
-        )
+        _complain(name, said)
         return 1
     except KeyboardInterrupt:
-        stderr.print(f"falcon-relu {name}: interrupted; finished work is kept", markup=False, soft_wrap=True)
+        stderr.print(f"falcon-relu {name}: interrupted; finished work is kept", soft_wrap=True)
         return 130
     return 0
 
 
-def storage_trouble(error: Exception) -> str | None:
-    """What to do where the system refuses to write; None for any other error. Libraries pass its words on as text."""
-    for advice, codes in _TROUBLE.items():
-        if getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes):
-            return advice
-    return None
+def explanation(error: BaseException) -> str | None:
+    """What an error of the system's means and what to do; None for any other, which is a fault of the program's.
+
+    Libraries pass the system's words on as text, and wrap errors in others.
+    """
+    said = _said(error)
+    link: BaseException | None = error
+    while link is not None:
+        for advice, codes in _TROUBLE.items():
+            if getattr(link, "errno", None) in codes or any(os.strerror(code) in str(link) for code in codes):
+                return f"{said}: {advice}"
+        if isinstance(link, MemoryError) or any(words in str(link) for words in _NO_MEMORY):
+            return f"there is not enough memory: {next(a for a, codes in _TROUBLE.items() if errno.ENOMEM in codes)}"
+        link = link.__cause__ or link.__context__
+    return said if isinstance(error, OSError) and error.filename is not None else None
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _complain(name: str, text: str) -> None:
+    stderr.print(f"falcon-relu {name}".rstrip() + f": {text}", style="red", soft_wrap=True)
 
 
 def parse(name: str, rest: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
@@ -139,4 +173,4 @@ def _guide() -> None:
     out = Console()
     out.print("ReLU-Falcon: swap GELU for ReLU, distil the quality back, decode reading only what fires.\n")
     out.print(table)
-    out.print("\nStart with [bold]falcon-relu demo[/bold]; every command has --help.")
+    out.print("\nStart with falcon-relu demo; every command has --help.")

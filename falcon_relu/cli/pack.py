@@ -9,16 +9,16 @@ from typing import Annotated
 import tyro
 
 from falcon_relu.checkpoints.load import load_config
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
-from falcon_relu.errors import FalconError
 from infer.predictor.predictor import load_predictor
 from infer.weights.layout import Formats, weights_from_checkpoint
 from infer.weights.storage import save_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Lay a checkpoint out for decoding on a CPU: neuron-major rows in a small format, with its predictor.
 
     `falcon-relu decode` loads the result at the speed of the disk. One tensor of the source is in memory at a time.
@@ -35,20 +35,20 @@ class Args:
     """Predictor file to pack with it, for sparse decoding."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out, "decode.json")]
 
 
 def run(args: Args) -> None:
     """Packs, then reports."""
-    if args.out.exists():
-        raise FalconError(f"{args.out} exists already; choose another path or remove it first")
     formats = Formats.parse(args.format)
     predictor = None
     if args.predictor is not None:
         predictor = load_predictor(args.predictor, load_config(args.model, activation=args.activation))
     weights = weights_from_checkpoint(args.model, formats, predictor, activation=args.activation)
-    save_weights(weights, args.out)
+    save_weights(weights, args.out, replace=args.overwrite)
     report(
         {
             "GB": weights.nbytes / 1e9,
@@ -56,5 +56,5 @@ def run(args: Args) -> None:
             "activation": weights.config.activation,
             "predictor": weights.predictor_input or "none",
         },
-        args.json,
+        args,
     )

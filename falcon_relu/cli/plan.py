@@ -9,9 +9,10 @@ from typing import Annotated
 import tyro
 
 from falcon_relu.cli.configs import config_names, load_config
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
-from falcon_relu.files import write_aside
+from falcon_relu.files import write_text
 from falcon_relu.progress import console
 from train.config import TrainConfig
 from train.plan.plan import A100, Assumptions, Chip, plan_run, topology_devices, virtual_devices
@@ -25,7 +26,7 @@ A TPU topology needs the extra "tpu" (pip install 'falcon-relu[tpu]'), and no TP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Compile a run's training step with no device present; report memory, FLOPs, traffic, time.
 
     Where it does not fit into the memory, changes that save some are tried in turn until it does.
@@ -52,8 +53,10 @@ class Args:
     """Tokens of the run whose time is predicted."""
     text: Path | None = None
     """Also write the compiled program to this file."""
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.text)] if self.text is not None else []
 
 
 def defaults(config: str | None) -> Args:
@@ -79,8 +82,7 @@ def run(args: Args) -> None:
         )
         devices = virtual_devices(args.devices)
     assumptions = Assumptions(efficiency=args.efficiency, tokens=args.tokens)
-    figures, program = plan_run(args.run, devices, chip, assumptions, lambda line: console.print(line, highlight=False))
+    figures, program = plan_run(args.run, devices, chip, assumptions, console.print)
     if args.text is not None and program is not None:
-        with write_aside(args.text, replace=True) as aside:
-            aside.write_text(program.text)
-    report(figures, args.json)
+        write_text(args.text, program.text, replace=args.overwrite)
+    report(figures, args)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from falcon_relu.checkpoints.load import load_config, load_model
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
@@ -36,13 +37,11 @@ _FIRST_ENERGY = 0.98  # covered while the sensitivity of an imported predictor's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Step:
+class _Step(Output):
     model: Annotated[str, tyro.conf.Positional]
     """Folder of native or Hugging Face weights, or hub id, of a ReLU model."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
-    json: Path | None = None
-    """Also write the figures to this file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,10 @@ class Record(_Step):
     batch_size: int = 8
     """Sequences run together."""
 
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out, "recording.json")]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit(_Step):
@@ -74,6 +77,10 @@ class Fit(_Step):
     rank_energy: float = 0.99
     """Share of the squared contributions to be covered when ranks are compared."""
     how: Annotated[FitConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FitConfig)
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +117,10 @@ class Calibrate(_Step):
     curve: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     """Points of the curve of quality against neurons read, in reads over neurons that fire."""
 
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Import(_Step):
@@ -119,6 +130,10 @@ class Import(_Step):
     """Folder of the .pt files."""
     out: Annotated[Path, tyro.conf.Positional]
     """Predictor file to make."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +145,10 @@ class Export(_Step):
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to make."""
 
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out, "model_0.pt")]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
@@ -138,12 +157,15 @@ class Args:
     step: tyro.conf.OmitSubcommandPrefixes[Record | Fit | Calibrate | Import | Export]
     """What to do; in the order of the list."""
 
+    @property
+    def output(self) -> Output:
+        """What the step's arguments have in common with those of every command."""
+        return self.step
+
 
 def run(args: Args) -> None:
     """Runs one step, then reports."""
     step = args.step
-    if step.out.exists():
-        raise FalconError(f"{step.out} exists already; choose another path or remove it first")
     match step:
         case Record():
             figures = _record(step)
@@ -154,20 +176,22 @@ def run(args: Args) -> None:
         case Import():
             config = load_config(step.model, activation=step.activation)
             predictor = import_powerinfer(step.source, config)
-            save_predictor(predictor, step.out)
+            save_predictor(predictor, step.out, replace=step.overwrite)
             figures = _sizes(predictor, config)
         case Export():
             config = load_config(step.model, activation=step.activation)
             predictor = load_predictor(step.source, config)
-            export_powerinfer(predictor, step.out)
+            export_powerinfer(predictor, step.out, replace=step.overwrite)
             figures = _sizes(predictor, config)
-    report(figures, step.json)
+    report(figures, step)
 
 
 def _record(step: Record) -> dict[str, Any]:
     config, params = load_model(step.model, activation=step.activation, dtype=None)
     batches = train_batches(_data(step.data, step.batch_size))
-    recording = record_activations(config, params, batches, step.out, tokens=step.tokens, input=step.input)
+    recording = record_activations(
+        config, params, batches, step.out, tokens=step.tokens, input=step.input, replace=step.overwrite
+    )
     size = sum(file.stat().st_size for file in recording.folder.iterdir())
     return {
         "tokens": recording.tokens,
@@ -199,7 +223,7 @@ def _fit(step: Fit) -> dict[str, Any]:
         for i in range(config.n_layers)
     ]
     predictor = fit_predictor(recording, config, params, ranks, step.how)
-    save_predictor(predictor, step.out)
+    save_predictor(predictor, step.out, replace=step.overwrite)
     tables = {"ranks tried": tried, "held out, as many read as fire": _rows(predictor, config)}
     return _sizes(predictor, config) | {name: table for name, table in tables.items() if table}
 
@@ -252,7 +276,7 @@ def _calibrate(step: Calibrate) -> dict[str, Any]:
     )
     rows = list(itertools.islice(validation_batches(data), step.batches))
     quality = compare_sparse(config, params, calibrated, rows)
-    save_predictor(calibrated, step.out)
+    save_predictor(calibrated, step.out, replace=step.overwrite)
     curve = []
     with progress("quality against neurons read", len(step.curve), "points") as advance:
         for _, found in reading_curve(config, params, predictor, recording, rows, step.curve, sensitivity=weights):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.progress import console
@@ -18,7 +19,7 @@ _BAD_LINES_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Tokenise text and pack it into rows of fixed length, for `falcon-relu train`.
 
     Inputs are .jsonl (a JSON object a line) and .txt (a document a file), both also .gz or .zst, .parquet, folders and
@@ -45,17 +46,18 @@ class Args:
     """Processes that tokenise; 0: one a CPU."""
     shard: str = "0/1"
     """i/n: do only the i-th of n parts, counted from 0, as one job of an array; all share one folder."""
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out, goes_on=True, locked=False)]
 
 
 def run(args: Args) -> None:
     """Prepares, then reports."""
-    fields = dataclasses.asdict(args)
-    json = fields.pop("json")
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(PrepareConfig)}
     prepared = prepare(PrepareConfig(**fields | {"shard": parse_shard(args.shard)}))
     _show_bad_lines(prepared)
-    report(_figures(prepared), json)
+    report(_figures(prepared), args)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -73,9 +75,9 @@ def parse_shard(text: str) -> tuple[int, int]:
 def _show_bad_lines(prepared: Prepared) -> None:
     bad = prepared.manifest.bad_lines if prepared.manifest else ()
     for line in bad[:_BAD_LINES_SHOWN]:
-        console.print(line, style="yellow", markup=False, highlight=False)
+        console.print(line, style="yellow")
     if len(bad) > _BAD_LINES_SHOWN:
-        console.print(f"... {len(bad):,} bad lines in all, listed in the manifest", style="yellow", markup=False)
+        console.print(f"... {len(bad):,} bad lines in all, listed in the manifest", style="yellow")
 
 
 def _figures(prepared: Prepared) -> dict[str, object]:

@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from falcon_relu.checkpoints.load import load_config
+from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
@@ -26,7 +27,7 @@ from train.data.shards import read_manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Decode held-out text in every mode and format; measure how far each is from dense decoding in a reference format.
 
     KL is KL(reference || way) in nats a token; agreement, how often both find the same token likeliest. Every kind of
@@ -51,8 +52,6 @@ class Args:
     """Kernels: native (C++), xla, or native where it was built."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
-    json: Path | None = None
-    """Also write the figures to this file."""
 
 
 def run(args: Args) -> None:
@@ -81,7 +80,7 @@ def run(args: Args) -> None:
         | {("MB a step" if name == "bytes" else name): value / (1e6 if name == "bytes" else 1) for name, value in one}
         for (weights, mode), one in ((way, figures.items()) for way, figures in found.items())
     ]
-    report(about | {"quality": table}, args.json)
+    report(about | {"quality": table}, args)
 
 
 def _ways(

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
+from falcon_relu.cli.outputs import Output
 from falcon_relu.files import write_json
+from falcon_relu.progress import Console
 
 _PIPED_WIDTH = 240  # columns where no terminal limits them, so that no figure is cut
 
 
-def report(figures: Mapping[str, Any], json: Path | None, also: Mapping[str, Any] | None = None) -> None:
-    """Prints scalar figures as `name  value` lines and lists of mappings as tables; writes all to `json` if given.
+def report(figures: Mapping[str, Any], output: Output, also: Mapping[str, Any] | None = None) -> None:
+    """Prints scalar figures as `name  value` lines and lists of mappings as tables; writes all as JSON where asked.
 
     Args:
       figures: what to print and write.
-      json: file to write, if any.
+      output: the command's arguments, which say whether to write JSON, and where.
       also: what to write but not to print.
     """
+    try:
+        _print(figures)
+    finally:  # also where nobody reads what is printed any more
+        if output.json is not None:
+            write_json(output.json, {**figures, **(also or {})}, replace=output.overwrite)
+
+
+def _print(figures: Mapping[str, Any]) -> None:
     out = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     plain = Table(box=None, show_header=False, pad_edge=False)
     for name, value in figures.items():
@@ -37,8 +45,7 @@ def report(figures: Mapping[str, Any], json: Path | None, also: Mapping[str, Any
             for row in value:
                 table.add_row(*(format_value(cell) for cell in row.values()))
             out.print(table)
-    if json is not None:
-        write_json(json, {**figures, **(also or {})})
+    sys.stdout.flush()
 
 
 def format_value(value: Any) -> str:

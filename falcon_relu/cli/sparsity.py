@@ -14,6 +14,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from falcon_relu.checkpoints.load import load_model
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
@@ -33,7 +34,7 @@ _QUANTILES = 101  # points of the curve of neurons by how often they fire
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Measure zeros, hot and cold neurons, what repeats from token to token, and what a batch fires together.
 
     With a predictor and the recording that it was fitted to: the budgets that each allowed KL(dense || sparse) gives,
@@ -58,8 +59,10 @@ class Args:
     """Allowed KL(dense || sparse), nats a token."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out / "sparsity.json"), Made(self.out / "sparsity.svg")]
 
 
 def run(args: Args) -> None:
@@ -83,15 +86,14 @@ def run(args: Args) -> None:
     found["allowed"] = []
     if args.predictor is not None and args.recording is not None:
         found["allowed"] = _allowed(args, config, params, data, rows)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "sparsity.json", found)
-    _draw(args.out / "sparsity.svg", found)
+    write_json(args.out / "sparsity.json", found, replace=args.overwrite)
+    _draw(args.out / "sparsity.svg", found, args.overwrite)
     shown = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in found["allowed"]]
     union = [{"batch": row["batch"], "fires": row["fires"]} for row in found["union"]]
     tables = {"layers": found["layers"], "neurons that fire in any sequence of a batch": union}
     if shown:
         tables["budgets for an allowed KL(dense || sparse)"] = shown
-    report({"zeros": found["zeros"], "tokens": found["tokens"], **tables}, args.json, also=found)
+    report({"zeros": found["zeros"], "tokens": found["tokens"], **tables}, args, also=found)
 
 
 def _allowed(args: Args, config: Any, params: Any, data: DataConfig, rows: Sequence[Any]) -> list[dict[str, Any]]:
@@ -117,7 +119,7 @@ def _allowed(args: Args, config: Any, params: Any, data: DataConfig, rows: Seque
     return table
 
 
-def _draw(path: Path, found: dict[str, Any]) -> None:
+def _draw(path: Path, found: dict[str, Any], overwrite: bool) -> None:
     """Five plots, or four without a predictor, in one file."""
     with matplotlib.rc_context({"svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
         count = 5 if found["allowed"] else 4
@@ -141,5 +143,5 @@ def _draw(path: Path, found: dict[str, Any]) -> None:
             axes.plot(read, [row["allowed kl"] for row in found["allowed"]], ls="--", marker=".", label="allowed")
             axes.set(title="Error by neurons read", xlabel="share read", ylabel="KL, nats a token", yscale="log")
             axes.legend()
-        with write_aside(path, replace=True) as aside:
+        with write_aside(path, replace=overwrite) as aside:
             figure.savefig(aside, format="svg")

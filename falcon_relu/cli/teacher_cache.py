@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.prepare import parse_shard
 from falcon_relu.cli.report import report
 from train.data.teacher_cache import TeacherCacheConfig, write_teacher_cache
@@ -21,14 +21,16 @@ Run the same command again to go on after an interruption."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Write the top k log-probabilities of a teacher, and the mass of the rest, beside the token shards."""
 
     cache: Annotated[TeacherCacheConfig, tyro.conf.arg(name="")]
     shard: str = "0/1"
     """i/n: do only the i-th of n parts, counted from 0, as one job of an array; all share the folders."""
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(folder / self.cache.name, goes_on=True, locked=False) for folder in self.cache.tokens]
 
 
 def run(args: Args) -> None:
@@ -41,4 +43,4 @@ def run(args: Args) -> None:
         "new bytes": cached.bytes,
         "seconds": cached.seconds,
     }
-    report(figures, args.json)
+    report(figures, args)

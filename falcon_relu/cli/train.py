@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import tyro
 
 from falcon_relu.cli.configs import config_names, load_config
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from train import loop
 from train.config import TrainConfig
@@ -26,13 +26,17 @@ Run the same command again to go on after an interruption."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """Train or distil a model as a config says."""
 
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
-    json: Path | None = None
-    """Also write the figures to this file."""
+
+    several_processes: ClassVar[bool] = True
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.run.out, goes_on=True, locked=False)]
 
 
 def defaults(config: str | None) -> Args:
@@ -48,4 +52,4 @@ def run(args: Args) -> None:
     with joined(args.distributed):
         figures = loop.run(args.run)
         if jax.process_index() == 0:
-            report({"out": str(args.run.out)} | figures | {"seconds": time.perf_counter() - start}, args.json)
+            report({"out": str(args.run.out)} | figures | {"seconds": time.perf_counter() - start}, args)

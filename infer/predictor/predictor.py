@@ -214,19 +214,19 @@ def import_powerinfer(folder: Path, config: FalconConfig) -> Predictor:
     return uncalibrated(layers, "block_input")
 
 
-def export_powerinfer(predictor: Predictor, folder: Path) -> None:
+def export_powerinfer(predictor: Predictor, folder: Path, *, replace: bool = False) -> None:
     """Writes `model_{i}.pt` files for PowerInfer's converter.
 
     PowerInfer has one threshold for all layers and no budgets, so ours are left behind.
 
     Raises:
-      FalconError: torch is not installed, the folder exists, or the predictor does not read the block input, as
-        PowerInfer's must.
+      FalconError: torch is not installed, the folder exists and may not be replaced, or the predictor does not read the
+        block input, as PowerInfer's must.
     """
     torch = _torch()
     if predictor.input != "block_input":
         raise FalconError(f"PowerInfer's predictors read block_input, this one reads {predictor.input}; fit another")
-    with write_aside(folder, folder=True) as aside:
+    with write_aside(folder, folder=True, replace=replace, marker="model_0.pt") as aside:
         aside.mkdir()
         for i, layer in enumerate(predictor.layers):
             tensors = {name: torch.from_numpy(np.array(w, np.float32)).half() for name, w in _named(i, layer).items()}

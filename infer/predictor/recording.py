@@ -27,6 +27,7 @@ INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
 
 _VERSION = 1
+_MANIFEST = "recording.json"
 _PIECE_BYTES = 512 << 20  # of all layers' neurons that are in memory at a time
 
 
@@ -83,6 +84,7 @@ def record_activations(
     tokens: int,
     input: PredictorInput,
     dtype: Any = jnp.float32,
+    replace: bool = False,
 ) -> Recording:
     """Runs the model over `batches` and writes what its layers saw, padding left out.
 
@@ -94,14 +96,19 @@ def record_activations(
       tokens: how many tokens to record.
       input: which input of the layers.
       dtype: compute dtype.
+      replace: whether an existing recording may be replaced.
 
     Raises:
-      FalconError: the activation leaves no zeros, the folder exists, or the batches end too early.
+      FalconError: the activation leaves no zeros, the folder exists and may not be replaced, or the batches end too
+        early.
     """
     if config.activation == "gelu":
         raise FalconError("a GELU model has no silent neurons to predict; record a model whose activation is a ReLU")
     done, nbytes = 0, tokens * config.n_layers * (INPUT_DTYPE.itemsize * config.d_model + config.d_ff)
-    with write_aside(folder, folder=True, nbytes=nbytes) as aside, progress("record", tokens, "tokens") as advance:
+    with (
+        write_aside(folder, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes) as aside,
+        progress("record", tokens, "tokens") as advance,
+    ):
         aside.mkdir()
         for arrays in _observed(config, params, batches, input, dtype):
             kept = min(tokens - done, arrays[0].shape[1])
@@ -116,7 +123,7 @@ def record_activations(
             raise FalconError(f"the text ended after {done} of {tokens} tokens; give more text or record fewer tokens")
         made = Recording(Path(folder), input, tokens, config.n_layers, config.d_model, config.d_ff)
         fields = {k: v for k, v in dataclasses.asdict(made).items() if k != "folder"}
-        write_json(aside / "recording.json", {"version": _VERSION, **fields})
+        write_json(aside / _MANIFEST, {"version": _VERSION, **fields})
     return made
 
 
@@ -126,7 +133,7 @@ def open_recording(folder: Path) -> Recording:
     Raises:
       FalconError: it is missing, of another version, or its files do not have the sizes that it states.
     """
-    fields = read_json(Path(folder) / "recording.json")
+    fields = read_json(Path(folder) / _MANIFEST)
     try:
         version, input = fields.pop("version"), fields["input"]
         recording = Recording(folder=Path(folder), **fields)

@@ -57,7 +57,7 @@ def save_weights(weights: DecodeWeights, path: Path, *, replace: bool = False) -
     checksums: dict[str, int] = {}
     files = sorted({_file(name) for name in leaves})
     with (
-        write_aside(path, folder=True, replace=replace, nbytes=weights.nbytes) as aside,
+        write_aside(path, folder=True, replace=replace, marker=_MANIFEST, nbytes=weights.nbytes) as aside,
         progress(f"writing {path}", len(files), "files") as advance,
     ):
         aside.mkdir()

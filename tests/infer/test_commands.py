@@ -44,6 +44,7 @@ def home(tmp_path_factory) -> Path:
 def figures(folder: Path, *arguments: object) -> dict:
     """What a command that succeeds writes as JSON."""
     path = folder / "figures.json"
+    path.unlink(missing_ok=True)
     assert main([*map(str, arguments), "--json", str(path)]) == 0
     return json.loads(path.read_text())
 

@@ -10,6 +10,7 @@ from falcon_relu.cli.configs import load_config
 from falcon_relu.cli.demo.recipe import Recipe
 from falcon_relu.cli.demo.report import write_report
 from falcon_relu.cli.demo.stages import Demo
+from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.progress import console
 from train.memory import keep_freed_memory
@@ -20,7 +21,7 @@ _WEIGHING_BATCHES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Output):
     """The whole idea on real text: train a small GELU Falcon, swap in ReLU, win the quality back, decode sparsely.
 
     Takes ten minutes or less on two CPU cores. Run it again to go on after an interruption; finished stages are kept.
@@ -30,8 +31,10 @@ class Args:
     """Recipe: a name in configs/ or a .py file with a Recipe named CONFIG."""
     out: Path = Path("runs/demo")
     """Folder of the run; the report is report.html in it."""
-    json: Path | None = None
-    """Also write all figures to this file."""
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out, goes_on=True)]
 
 
 def run(args: Args) -> None:
@@ -40,8 +43,8 @@ def run(args: Args) -> None:
     recipe = load_config(args.config, Recipe)
     results = Demo(recipe, args.out).run()
     write_report(args.out / "report.html", results)
-    report(_summary(results), args.json, also=results)
-    console.print(f"Report: {args.out / 'report.html'}", highlight=False)
+    report(_summary(results), args, also=results)
+    console.print(f"Report: {args.out / 'report.html'}")
 
 
 def _summary(results: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Demo:
         for number, (name, stage) in enumerate(stages, 1):
             done = self.root / "figures" / f"{name}.json"
             if not done.exists():
-                console.print(f"[{number}/{len(stages)}] {name}", style="bold", markup=False)
+                console.print(f"[{number}/{len(stages)}] {name}", style="bold")
                 start = time.perf_counter()
                 value = stage()
                 write_json(done, {"seconds": time.perf_counter() - start, "figures": value})
