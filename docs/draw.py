@@ -8,9 +8,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 
-from falcon_relu.activation import activation_fn
 from falcon_relu.config import FAMILY, FalconConfig
 from falcon_relu.files import write_aside
+from falcon_relu.layers import activation_fn
 from infer.weights.formats import Format
 from infer.weights.layout import Formats, skeleton
 

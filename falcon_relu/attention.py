@@ -1,4 +1,4 @@
-"""Positions and attention as pure functions: rotary, ALiBi, masked grouped-query attention, and the field's kernels."""
+"""Position embeddings and attention as pure functions: rotary, ALiBi, and grouped-query attention in four kernels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SHARED = -1  # segment of keys that every later token of the row sees, whatever its own segment
+SHARED = -1  # segment of keys that every later token of the row attends to, whatever its own segment
 
-SAVED_ATTENTION = "attention"  # name of what remat policies may keep of attention, see `falcon_relu.model`
+SAVED_ATTENTION = "attention"  # name of the attention output that remat policies may keep, see `falcon_relu.model`
 
 Attend = Literal["auto", "chunked", "xla", "cudnn", "splash"]
 
 _LANES = 128  # of a TPU's vector unit; sequence lengths that splash attention takes are multiples of it
 _SPLASH_BLOCK = 512  # queries and keys in a tile of the TPU kernel, at most
 
-# Finite, so that a row without any visible key (padding) gives a mean of values and not NaN.
+# Finite, so that a padding query, which attends to no key, gives a mean of the values rather than NaN.
 _MASKED = -1e30
 
 
@@ -27,9 +27,9 @@ Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of the angles of hal
 
 
 def rotation(positions_BxT: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """How far positions rotate a head (RoFormer, arXiv:2104.09864).
+    """Rotary angles of each position (RoFormer, arXiv:2104.09864).
 
-    For all layers once: a compiler that works them out where they are used does so for every head.
+    Computed once for all layers: computed inside a layer, XLA repeats the cosines for every head.
     """
     half = head_dim // 2
     frequency_h = theta ** (-np.arange(half, dtype=np.float32) / half)
@@ -77,10 +77,10 @@ def attend(
     use_alibi: bool = False,
     query_chunk: int | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention of packed rows to themselves; returns [B, T, K, G, H] in the dtype of q.
+    """Causal grouped-query self-attention of packed rows; returns [B, T, K, G, H] in the dtype of q.
 
-    A query sees the keys of its own segment that are not after it in the row. What comes out at padding (segment 0) has
-    no meaning and differs between the kinds; elsewhere they agree. No kind but "xla" holds the scores of all heads.
+    A query attends to the keys of its own segment up to its own place in the row. The output at padding (segment 0) is
+    meaningless and differs between the kinds; elsewhere they agree. Only "xla" materialises the scores of all heads.
 
     Args:
       q_BxTxKxGxH: queries, G to a key-value head.
@@ -89,17 +89,17 @@ def attend(
       positions_BxT: position of each token in its segment, ascending along the row.
       segments_BxT: segment of each token, 0 for padding.
       kind: "chunked" (`attend_chunked`), "xla" and "cudnn" (`jax.nn.dot_product_attention`), "splash" (the Pallas
-        kernel for TPUs; interpreted, and slow, elsewhere), or "auto": the best of what the platform has.
-      use_alibi: whether ALiBi biases are added; "chunked" alone does it.
-      query_chunk: of "chunked".
+        kernel for TPUs; interpreted, and slow, elsewhere), or "auto": the fastest on the current platform.
+      use_alibi: whether ALiBi biases are added; only "chunked" supports them.
+      query_chunk: used by "chunked" only, see `attend_chunked`.
 
     Raises:
-      ValueError: the kind does not take these inputs; the message says why.
+      ValueError: the kind does not support these inputs; the message says why.
     """
     if kind == "auto":
         kind = _fastest(q_BxTxKxGxH, use_alibi)
     if kind != "chunked" and use_alibi:
-        raise ValueError(f"attention {kind!r} has no ALiBi biases; use 'chunked' or 'auto'")
+        raise ValueError(f"attention {kind!r} does not support ALiBi biases; use 'chunked' or 'auto'")
     match kind:
         case "xla" | "cudnn":
             return _attend_dot_product(q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH, segments_BxT, kind)
@@ -119,7 +119,7 @@ def attend(
 
 
 def target_platform() -> str:
-    """Platform that is compiled for: that of the current mesh, which may be described only; else JAX's default."""
+    """Platform that is compiled for: that of the current mesh, whose devices may be absent, or else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -157,14 +157,14 @@ def _attend_dot_product(
 def _attend_splash(
     q_BxTxKxGxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, segments_BxT: jax.Array
 ) -> jax.Array:
-    """Each device runs the kernel on its own rows and heads: the compiler cannot split a kernel."""
-    # Not at the top: tens of milliseconds that only TPUs need.
+    """Splash attention in a shard_map over rows and heads, because XLA cannot partition a Pallas kernel."""
+    # Imported here: it takes tens of milliseconds and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, H = q_BxTxKxGxH.shape[1], q_BxTxKxGxH.shape[-1]
     if T % _LANES:
-        raise ValueError(f"attention 'splash' takes sequence lengths that are multiples of {_LANES}, got {T}")
+        raise ValueError(f"attention 'splash' needs a sequence length that is a multiple of {_LANES}, got {T}")
     block = max(size for size in range(_LANES, _SPLASH_BLOCK + 1, _LANES) if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
@@ -214,11 +214,11 @@ def attend_chunked(
     use_alibi: bool = False,
     query_chunk: int | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention to any keys, a cache's too; returns [B, T, K, G, H] in the dtype of q.
+    """Causal grouped-query attention to given keys, such as a cache's; returns [B, T, K, G, H] in the dtype of q.
 
-    A query sees a key of its own segment, or of segment SHARED, at its own or an earlier position. Segment 0 is padding
-    (or an unused slot of a cache). One rule thus covers packing, padding, causality, the cache, and several
-    continuations of one text in a row. Softmax is in float32.
+    A query attends to the keys of its own segment, or of segment SHARED, at its own or an earlier position. Segment 0
+    is padding (or an unused slot of a cache). This one rule covers packing, padding, causality, the cache, and rows
+    that hold several continuations of one context. Softmax is in float32.
 
     Args:
       q_BxTxKxGxH: queries, G to a key-value head.
@@ -229,8 +229,11 @@ def attend_chunked(
       q_segments_BxT: segment of each query.
       k_segments_BxS: segment of each key.
       use_alibi: whether ALiBi biases are added.
-      query_chunk: queries handled at a time; scores then take B x N x chunk x S instead of B x N x T x S, in the
-        backward pass too. None, or T not above it, handles all at once.
+      query_chunk: queries processed at a time; scores then take B x N x chunk x S instead of B x N x T x S, in the
+        backward pass too. None, or at least T: all at once.
+
+    Raises:
+      ValueError: `query_chunk` does not divide T.
     """
 
     k_BxKxSxH, v_BxKxSxH = k_BxSxKxH.swapaxes(1, 2), v_BxSxKxH.swapaxes(1, 2)
@@ -244,10 +247,10 @@ def attend_chunked(
         bias = jnp.where(visible_BxCxS, 0.0, _MASKED)[:, None, None]
         if use_alibi:
             bias = bias + alibi_bias(jnp.asarray(alibi_slopes(K * G)), k_positions_BxS, H).reshape(B, K, G, 1, -1)
-        # Plain batched products [G C, H] x [H, S], with the sums divided last: twice as fast on a CPU as the einsum.
+        # Batched products [G C, H] x [H, S], and the softmax's division last: twice as fast on a CPU as one einsum.
         q_BxKxGCxH = q_BxCxKxGxH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
         scores = jnp.einsum("bkqh,bksh->bkqs", q_BxKxGCxH, k_BxKxSxH, preferred_element_type=jnp.float32)
-        # Back to the products' shape before exp, whose result the backward pass then keeps once for both.
+        # Reshaped before exp, so that its result is in the shape of the next product and is saved once for both.
         scores = (scores.reshape(B, K, G, C, -1) * (1 / math.sqrt(H)) + bias).reshape(scores.shape)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         total_BxKxGCx1 = weights.sum(-1, keepdims=True)

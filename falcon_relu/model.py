@@ -19,27 +19,19 @@ params (K KV heads, G query heads each, H head width; biases only where the conf
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
-from falcon_relu.activation import activation_fn
-from falcon_relu.attention import SAVED_ATTENTION, Attend, Rotation, attend, attend_chunked, rotary, rotation
+from falcon_relu.attention import SAVED_ATTENTION, Attend, rotation
 from falcon_relu.config import Activation, FalconConfig
+from falcon_relu.layers import INIT_STD, SAVED_QKV, Block, Context, LayerNorm, Select, gathered, parameter
 
 Remat = Literal["none", "dots", "mlp", "full"]
 Params = Any  # nested dict of jax.Array
-# (a layer's variables of the "selector" collection, block input, MLP input) -> mask [B, T, F] of the neurons kept.
-Select = Callable[[Any, jax.Array, jax.Array], jax.Array]
-
-_INIT_STD = 0.02
-_SAVED_QKV = "qkv"  # name of the queries, keys and values that remat policies may keep
 
 
 @struct.dataclass
@@ -47,11 +39,11 @@ class KVCache:
     """Keys and values of the tokens seen so far, in slots that fill from 0.
 
     Attributes:
-      keys_LxBxSxKxH: keys, rotated already.
+      keys_LxBxSxKxH: keys, after rotary embedding.
       values_LxBxSxKxH: values.
       positions_BxS: position of the token in each slot.
-      segments_BxS: its segment; 0 marks padding and unused slots.
-      used: slots in use, a scalar; the next tokens go to slot `used` and on.
+      segments_BxS: segment of the token in each slot; 0 marks padding and unused slots.
+      used: number of slots in use, a scalar; the next token goes to slot `used`.
     """
 
     keys_LxBxSxKxH: jax.Array
@@ -69,192 +61,9 @@ class KVCache:
     def empty(cls, config: FalconConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
         """A cache for `batch` sequences of up to `slots` tokens, padding included."""
         shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
-        # Buffers of their own each, so that a cache can be donated.
+        # A separate buffer for each field, so that the cache can be donated to a jitted function.
         per_head, per_token = (shape, dtype), ((batch, slots), jnp.int32)
         return cls(*(jnp.zeros(*one) for one in (per_head, per_head, per_token, per_token, ((), jnp.int32))))
-
-
-def _parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> jax.Array:
-    """Declares one parameter: name, shape, logical axes and spread (0 for zeros), once for every use of them."""
-    init = nn.initializers.normal(std) if std else nn.initializers.zeros
-    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-    return value
-
-
-def _gathered(w: jax.Array, dtype: Any, stored: tuple[str, ...], used: tuple[str | None, ...]) -> jax.Array:
-    """A parameter as products use it: cast, then gathered to the logical axes `used`.
-
-    Its gradient goes the other way, scattered to the axes that the parameter is `stored` under: of what crosses the
-    devices nothing is left to the compiler's choice.
-    """
-
-    @jax.custom_vjp
-    def gather(w: jax.Array) -> jax.Array:
-        return nn.with_logical_constraint(w, used)
-
-    def scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-        # First as the product is split, or every device along tensor would compute all of it.
-        return (nn.with_logical_constraint(nn.with_logical_constraint(gradient, used), stored),)
-
-    gather.defvjp(lambda w: (gather(w), None), scatter)
-    return gather(nn.with_logical_constraint(w.astype(dtype), stored))
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm over D with scale and bias, computed in float32."""
-
-    epsilon: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Returns the normalised input, [B, T, D] in `dtype`."""
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D: Any = self.param("scale", ones, x_BxTxD.shape[-1:], jnp.float32)
-        bias_D = _parameter(self, "bias", x_BxTxD.shape[-1:], ("norm",), 0.0)
-        x_BxTxD = x_BxTxD.astype(jnp.float32)
-        centred = x_BxTxD - x_BxTxD.mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        return (normal * scale_D[None, None] + bias_D[None, None]).astype(self.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention over the sequence itself or over a cache."""
-
-    config: FalconConfig
-    dtype: Any
-    kind: Attend
-    query_chunk: int | None
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, context: _Context, cache: _LayerCache) -> tuple[jax.Array, _LayerCache]:
-        """Returns the attention output [B, T, D] and the layer's cache with the new keys and values in it."""
-        c = self.config
-        D, K, G, H = c.d_model, c.n_kv_heads, c.q_per_kv, c.head_dim
-        qkv_axes, out_axes = ("kv_heads", "q_per_kv", "head", "embed"), ("embed", "kv_heads", "q_per_kv", "head")
-        qkv_KxExHxD = _parameter(self, "qkv", (K, G + 2, H, D), qkv_axes, _INIT_STD)
-        out_DxKxGxH = _parameter(self, "out", (D, K, G, H), out_axes, _INIT_STD / math.sqrt(2 * c.n_layers))
-        qkv_KxExHxD = _gathered(qkv_KxExHxD, self.dtype, qkv_axes, ("kv_heads", None, None, None))
-        out_DxKxGxH = _gathered(out_DxKxGxH, self.dtype, out_axes, (None, "kv_heads", None, None))
-
-        qkv = jnp.einsum("btd,kehd->btkeh", x_BxTxD, qkv_KxExHxD)
-        if c.use_bias:
-            bias = _parameter(self, "qkv_bias", (K, G + 2, H), ("kv_heads", "q_per_kv", "head"), 0.0)
-            qkv = qkv + bias.astype(self.dtype)[None, None]
-        qkv = nn.with_logical_constraint(qkv, ("batch", "sequence", "kv_heads", None, None))
-        q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
-        if context.rotation is not None:
-            heads = q_BxTxKxGxH.reshape(*q_BxTxKxGxH.shape[:2], K * G, H)
-            q_BxTxKxGxH = rotary(heads, context.rotation).reshape(q_BxTxKxGxH.shape)
-            k_BxTxKxH = rotary(k_BxTxKxH, context.rotation)
-
-        if cache is None:
-            y_BxTxKxGxH = attend(
-                *(checkpoint_name(x, _SAVED_QKV) for x in (q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH)),
-                positions_BxT=context.positions_BxT,
-                segments_BxT=context.segments_BxT,
-                kind=self.kind,
-                use_alibi=c.position == "alibi",
-                query_chunk=self.query_chunk,
-            )
-            y_BxTxKxGxH = checkpoint_name(y_BxTxKxGxH, SAVED_ATTENTION)
-        else:
-            k_BxSxKxH, v_BxSxKxH = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.slot, axis=1)
-                for old, new in zip(cache, (k_BxTxKxH, v_BxTxKxH), strict=True)
-            )
-            cache = (k_BxSxKxH, v_BxSxKxH)
-            y_BxTxKxGxH = attend_chunked(
-                q_BxTxKxGxH,
-                k_BxSxKxH.astype(self.dtype),
-                v_BxSxKxH.astype(self.dtype),
-                q_positions_BxT=context.positions_BxT,
-                k_positions_BxS=context.k_positions_BxS,
-                q_segments_BxT=context.segments_BxT,
-                k_segments_BxS=context.k_segments_BxS,
-                use_alibi=c.position == "alibi",
-                query_chunk=self.query_chunk,
-            )
-        y_BxTxD = jnp.einsum("btkgh,dkgh->btd", y_BxTxKxGxH, out_DxKxGxH)
-        if c.use_bias:
-            y_BxTxD = y_BxTxD + _parameter(self, "out_bias", (D,), ("norm",), 0.0).astype(self.dtype)[None, None]
-        return y_BxTxD, cache
-
-
-class Mlp(nn.Module):
-    """Two linear maps with the config's activation between; sows the neurons' activations."""
-
-    config: FalconConfig
-    dtype: Any
-    start_activation: Activation | None = None
-
-    @nn.compact
-    def __call__(
-        self, x_BxTxD: jax.Array, kept_BxTxF: jax.Array | None = None, ramp: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns [B, T, D]; with a mask, neurons that are not kept count as zero; for `ramp` see `Falcon.hidden`."""
-        c = self.config
-        shape, axes = (c.d_ff, c.d_model), ("mlp", "embed")
-        up_FxD = _parameter(self, "up", shape, axes, _INIT_STD)
-        down_FxD = _parameter(self, "down", shape, axes, _INIT_STD / math.sqrt(2 * c.n_layers))
-        up_FxD, down_FxD = (_gathered(w, self.dtype, axes, ("neurons", None)) for w in (up_FxD, down_FxD))
-        h_BxTxF = jnp.einsum("btd,fd->btf", x_BxTxD, up_FxD)
-        if c.use_bias:
-            h_BxTxF = h_BxTxF + _parameter(self, "up_bias", (c.d_ff,), ("mlp",), 0.0).astype(self.dtype)[None, None]
-        z_BxTxF = nn.with_logical_constraint(h_BxTxF, ("batch", "sequence", "neurons"))
-        h_BxTxF = activation_fn(c)(z_BxTxF)
-        if ramp is not None and self.start_activation is not None:
-            start_BxTxF = activation_fn(c.with_activation(self.start_activation))(z_BxTxF)
-            ramp = ramp.astype(self.dtype)
-            h_BxTxF = ramp * h_BxTxF + (1 - ramp) * start_BxTxF
-        if kept_BxTxF is not None:
-            h_BxTxF = jnp.where(kept_BxTxF, h_BxTxF, 0)
-            _sow(self, "statistics", "kept", lambda: jnp.sum(kept_BxTxF, axis=-1, dtype=jnp.int32))
-        _sow(self, "activations", "neurons", lambda: h_BxTxF)
-        _sow(self, "statistics", "active", lambda: jnp.sum(h_BxTxF != 0, axis=-1, dtype=jnp.int32))
-        _sow(self, "magnitudes", "mean", lambda: jnp.mean(jnp.abs(h_BxTxF), axis=-1, dtype=jnp.float32))
-        y_BxTxD = jnp.einsum("btf,fd->btd", h_BxTxF, down_FxD)
-        if c.use_bias:
-            y_BxTxD = (
-                y_BxTxD + _parameter(self, "down_bias", (c.d_model,), ("norm",), 0.0).astype(self.dtype)[None, None]
-            )
-        return y_BxTxD
-
-
-class Block(nn.Module):
-    """One decoder block, in the arrangement that the config names."""
-
-    config: FalconConfig
-    dtype: Any
-    query_chunk: int | None
-    select: Select | None = None
-    start_activation: Activation | None = None
-    attention: Attend = "auto"
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, cache: _LayerCache, context: _Context) -> tuple[jax.Array, _LayerCache]:
-        """Returns the residual stream after the block, [B, T, D], and the layer's cache."""
-        c = self.config
-        x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "residual_sequence", None))
-        attention_input = LayerNorm(c.norm_eps, self.dtype, name="attention_norm")(x_BxTxD)
-        attention = Attention(c, self.dtype, self.attention, self.query_chunk, name="attention")
-        attention_output, cache = attention(attention_input, context, cache)
-        match c.block:
-            case "parallel":
-                residual, mlp_input = x_BxTxD + attention_output, attention_input
-            case "parallel_two_norms":
-                residual = x_BxTxD + attention_output
-                mlp_input = LayerNorm(c.norm_eps, self.dtype, name="mlp_norm")(x_BxTxD)
-            case "sequential":
-                residual = x_BxTxD + attention_output
-                mlp_input = LayerNorm(c.norm_eps, self.dtype, name="mlp_norm")(residual)
-        _sow(self, "activations", "block_input", lambda: x_BxTxD)
-        _sow(self, "activations", "mlp_input", lambda: mlp_input)
-        kept_BxTxF = None
-        if self.select is not None:
-            kept_BxTxF = self.select(self.variables["selector"], x_BxTxD, mlp_input)
-        mlp = Mlp(c, self.dtype, self.start_activation, name="mlp")
-        return residual + mlp(mlp_input, kept_BxTxF, context.activation_ramp), cache
 
 
 class Falcon(nn.Module):
@@ -263,19 +72,20 @@ class Falcon(nn.Module):
     Attributes:
       config: the architecture.
       dtype: compute dtype; parameters stay float32 (or what they were loaded as) and are cast at use.
-      remat: what the backward pass recomputes in each block: "none"; "dots", norms and activations; "mlp", these and
-        the MLP's first product; "full", these and queries, keys, values and attention. No block recomputes what only
-        adds to the residual stream, so that "full" costs half a forward pass.
+      remat: what the backward pass recomputes in each block: "none", nothing; "dots", the norms and activations;
+        "mlp", these and the MLP's up-projection; "full", these and the queries, keys, values and attention. The
+        output projections of attention and MLP, which are only added to the residual stream, are never recomputed,
+        so "full" costs half a forward pass.
       query_chunk: see `attention.attend_chunked`.
-      select: chooses the neurons that each MLP may use, given its layer's slice of the "selector" collection; all if
-        None.
-      start_activation: the activation that `hidden` blends into the config's where it is told how far.
+      select: chooses the neurons that each MLP may use, given its layer's slice of the "selector" collection; None for
+        all neurons.
+      start_activation: blended with the config's activation, in the proportion given to `hidden`.
       attention: which kernel, see `attention.attend`; with a cache it is always `attention.attend_chunked`.
 
     `apply(..., mutable=["activations"])` also returns, stacked over layers, `neurons` [L, B, T, F] (after the
     activation), `block_input` and `mlp_input` [L, B, T, D]; `mutable=["statistics"]` returns `active` [L, B, T], the
     number of neurons that are not zero, and with `select` also `kept`, the number chosen; `mutable=["magnitudes"]`
-    returns `mean` [L, B, T] float32, the mean absolute activation. None is computed unless asked for.
+    returns `mean` [L, B, T] float32, the mean absolute activation. What is not asked for is not computed.
     """
 
     config: FalconConfig
@@ -329,10 +139,10 @@ class Falcon(nn.Module):
         Args:
           tokens_BxT: token ids, int32.
           positions_BxT: position of each token in its segment; 0..T-1 (after the used slots of a cache) if None.
-          segment_ids_BxT: segment of each token, 0 for padding; all 1 if None. Segments do not see each other.
+          segment_ids_BxT: segment of each token, 0 for padding; all 1 if None. Tokens attend to their own segment only.
           cache: keys and values of earlier tokens; must have T free slots.
-          activation_ramp: the share of the config's activation in a blend with `start_activation`, a scalar in
-            [0, 1]; 1 if None.
+          activation_ramp: weight of the config's activation against `start_activation`, a scalar in [0, 1]; 1 if
+            None.
         """
         B, T = tokens_BxT.shape
         if segment_ids_BxT is None:
@@ -341,11 +151,11 @@ class Falcon(nn.Module):
             start = 0 if cache is None else cache.used
             positions_BxT = jnp.broadcast_to((start + jnp.arange(T, dtype=jnp.int32))[None], (B, T))
         c = self.config
-        turn = rotation(positions_BxT, c.head_dim, c.rope_theta) if c.position == "rotary" else None
+        rotations = rotation(positions_BxT, c.head_dim, c.rope_theta) if c.position == "rotary" else None
         if cache is None:
             no_slot = jnp.zeros((), jnp.int32)
-            context = _Context(
-                positions_BxT, segment_ids_BxT, positions_BxT, segment_ids_BxT, no_slot, turn, activation_ramp
+            context = Context(
+                positions_BxT, segment_ids_BxT, positions_BxT, segment_ids_BxT, no_slot, rotations, activation_ramp
             )
             layer_caches = None
         else:
@@ -354,18 +164,18 @@ class Falcon(nn.Module):
                 positions_BxS=jax.lax.dynamic_update_slice_in_dim(cache.positions_BxS, positions_BxT, cache.used, 1),
                 segments_BxS=jax.lax.dynamic_update_slice_in_dim(cache.segments_BxS, segment_ids_BxT, cache.used, 1),
             )
-            context = _Context(
+            context = Context(
                 positions_BxT,
                 segment_ids_BxT,
                 cache.positions_BxS,
                 cache.segments_BxS,
                 cache.used,
-                turn,
+                rotations,
                 activation_ramp,
             )
             layer_caches = (cache.keys_LxBxSxKxH, cache.values_LxBxSxKxH)
 
-        table_VxD = _gathered(self.embed(), self.dtype, ("vocab", "embed"), ("vocab", None))
+        table_VxD = gathered(self.embed(), self.dtype, ("vocab", "embed"), ("vocab", None))
         x_BxTxD = table_VxD[tokens_BxT]
         x_BxTxD, layer_caches = self.layers(x_BxTxD, layer_caches, context)
         hidden_BxTxD = self.final_norm(x_BxTxD)
@@ -384,44 +194,25 @@ class Falcon(nn.Module):
 
 
 def head_kernel(config: FalconConfig, params: Params) -> jax.Array:
-    """The vocabulary head [V, D] of a parameter tree: its own, or the embedding where tied."""
+    """The vocabulary head [V, D] of a parameter tree: the embedding where the two are tied."""
     return params["embed"]["embedding"] if config.tied_embeddings else params["head"]["kernel"]
 
 
-@struct.dataclass
-class _Context:
-    """What every block needs to know of the tokens and of the cache's slots."""
-
-    positions_BxT: jax.Array
-    segments_BxT: jax.Array
-    k_positions_BxS: jax.Array
-    k_segments_BxS: jax.Array
-    slot: jax.Array
-    rotation: Rotation | None
-    activation_ramp: jax.Array | None
-
-
-_LayerCache = tuple[jax.Array, jax.Array] | None
-
-
 class _Matrix(nn.Module):
+    """A single matrix parameter under a submodule's name: the embedding, or the vocabulary head."""
+
     name_: str
     shape: tuple[int, int]
     axes: tuple[str, str]
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return _parameter(self, self.name_, self.shape, self.axes, _INIT_STD)
-
-
-def _sow(module: nn.Module, collection: str, name: str, value: Callable[[], jax.Array]) -> None:
-    if module.is_mutable_collection(collection) and not module.is_initializing():
-        module.sow(collection, name, value(), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return parameter(self, self.name_, self.shape, self.axes, INIT_STD)
 
 
 def _rematerialise(block: type[Block], remat: Remat) -> type[Block]:
     policies = jax.checkpoint_policies
-    kept = policies.save_only_these_names(_SAVED_QKV, SAVED_ATTENTION)
+    kept = policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION)
     match remat:
         case "none":
             return block

@@ -1,4 +1,4 @@
-"""Plots of measured figures, one call each: a matplotlib Figure, which a notebook shows by itself."""
+"""Plots of measurements. Each function returns a matplotlib Figure, which a notebook shows as a cell's result."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def curves(logs: Mapping[str, Rows], keys: Sequence[str] = ("cross_entropy", "kl
     """Training curves of one or more runs.
 
     Args:
-      logs: the lines of each run's `log.jsonl` under its name.
-      keys: the figures to draw, one panel each; a figure that is a list, one value a layer, is averaged.
+      logs: the lines of each run's `log.jsonl`, by the name of the run.
+      keys: the metrics to draw, one panel each; a metric that is a list, one value a layer, is averaged.
     """
     figure, axes = _panels(len(keys))
     for axis, key in zip(axes, keys, strict=True):
@@ -49,7 +49,7 @@ def zeros_by_layer(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Share of activations that are exactly zero in each layer.
 
     Args:
-      found: what `falcon_relu.evaluation.sparsity.sparsity` measured, under the name of each model.
+      found: what `falcon_relu.evaluation.measure_sparsity` returned, by the name of the model.
     """
     figure, (axis,) = _panels(1)
     width = 0.8 / len(found)
@@ -64,10 +64,10 @@ def zeros_by_layer(found: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def firing_rates(measured: Mapping[str, Any]) -> Figure:
-    """How often each neuron fires, from the hottest to the coldest, a line for each layer.
+    """How often each neuron fires, from the most to the least active, a line for each layer.
 
     Args:
-      measured: what `falcon_relu.evaluation.sparsity.sparsity` returned.
+      measured: what `falcon_relu.evaluation.measure_sparsity` returned.
     """
     rates_LxF = np.sort(measured["rates_LxF"], axis=1)[:, ::-1]
     figure, (axis,) = _panels(1)
@@ -86,8 +86,8 @@ def firing(neurons_TxF: Any, tokens: Sequence[str]) -> Figure:
     """Which neurons of a layer fire at which token of a short text.
 
     Args:
-      neurons_TxF: a layer's activations; what is not zero is drawn.
-      tokens: T pieces of text.
+      neurons_TxF: a layer's activations; those that are not zero are drawn black.
+      tokens: the T tokens as text.
     """
     figure, (axis,) = _panels(1)
     axis.imshow(np.asarray(neurons_TxF) != 0, aspect="auto", interpolation="nearest", cmap="Greys")
@@ -98,11 +98,11 @@ def firing(neurons_TxF: Any, tokens: Sequence[str]) -> Figure:
 
 
 def quality_against_reads(points: Rows) -> Figure:
-    """What reading fewer neurons costs.
+    """Quality of sparse decoding against the number of neurons read.
 
     Args:
-      points: mappings with read and fired (shares of the neurons), kl and agreement, as
-        `infer.compare_sparse` gives.
+      points: mappings with read and fired (shares of the neurons), kl and agreement, as returned by
+        `infer.compare_sparse`.
     """
     figure, axes = _panels(2)
     reads = [point["read"] / point["fired"] for point in points]
@@ -119,10 +119,11 @@ def quality_against_reads(points: Rows) -> Figure:
 
 
 def roofline(rows: Rows) -> Figure:
-    """Measured tokens a second against the bytes of a token, and what memory allows.
+    """Measured tokens a second against the bytes read for a token, and the limit set by memory bandwidth.
 
     Args:
-      rows: mappings with name, bytes (a token), seconds (a token) and bandwidth (bytes a second).
+      rows: mappings with name, bytes (a token), seconds (a token) and bandwidth (bytes a second), as returned by
+        `infer.measure_widths`.
     """
     figure, (axis,) = _panels(1)
     megabytes = np.array([row["bytes"] / 1e6 for row in rows])
@@ -137,33 +138,33 @@ def roofline(rows: Rows) -> Figure:
 
 
 def sharding(rows: Rows, largest: int = 14) -> Figure:
-    """How much of each array a device holds, and along which axes of the mesh it is cut.
+    """How much of each array a device holds, and along which mesh axes the array is sharded.
 
     Args:
-      rows: of `train.plan.sharding_table.sharding_table`.
+      rows: as returned by `train.sharding_table`.
       largest: how many arrays to draw, the largest first.
     """
     rows = sorted(rows, key=lambda row: -row["bytes a device"])[:largest]
     figure = Figure(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")
     axis = figure.add_subplot()
-    cuts = list(dict.fromkeys(row["PartitionSpec"] for row in rows))
-    for i, cut in enumerate(cuts):
-        held = [(place, row) for place, row in enumerate(rows) if row["PartitionSpec"] == cut]
-        axis.barh([p for p, _ in held], [row["bytes a device"] / 1e9 for _, row in held], color=f"C{i}", label=cut)
-    axis.set(xlabel="GB a device", title="Largest arrays and how they are cut", yticks=range(len(rows)))
+    specs = list(dict.fromkeys(row["PartitionSpec"] for row in rows))
+    for i, spec in enumerate(specs):
+        bars = [(place, row) for place, row in enumerate(rows) if row["PartitionSpec"] == spec]
+        axis.barh([p for p, _ in bars], [row["bytes a device"] / 1e9 for _, row in bars], color=f"C{i}", label=spec)
+    axis.set(xlabel="GB a device", title="Largest arrays and how they are sharded", yticks=range(len(rows)))
     axis.set_yticklabels([f"{row['array']}  {row['shape']} {row['dtype']}" for row in rows], fontsize="x-small")
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(title="cut along", frameon=False, fontsize="x-small", loc="lower right")
+    axis.legend(title="sharded along", frameon=False, fontsize="x-small", loc="lower right")
     return figure
 
 
 def memory_by_mesh(parts: Mapping[str, Mapping[str, float]], capacity: float) -> Figure:
-    """Memory of a chip under several plans.
+    """Memory that a chip needs under several plans.
 
     Args:
-      parts: of each plan, bytes under the name of what takes them.
-      capacity: of a chip, bytes.
+      parts: for each plan, by its name: bytes, by the name of what they are used for.
+      capacity: memory of a chip, bytes.
     """
     figure, (axis,) = _panels(1)
     figure.set_size_inches(9, 1.4 + 0.5 * len(parts))

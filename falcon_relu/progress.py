@@ -1,4 +1,4 @@
-"""Progress on standard error: what is done, how fast, how long still."""
+"""Progress on standard error: steps done, rate, time left. A bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """A progress bar with rate and time left; yields `advance(amount=1, note=None)`.
 
-    Where standard error is no terminal, a plain line now and then says the same.
+    Where standard error is not a terminal, it prints a plain line every half minute instead.
 
     Args:
-      description: what is going on.
-      total: steps in all, if known.
-      unit: what the rate counts.
+      description: the task, shown before the bar.
+      total: number of steps, if known.
+      unit: unit of the rate.
       scale: units in a step.
-      done: steps that an earlier process has done.
+      done: steps that an earlier process completed.
     """
     with Progress(
         TextColumn("{task.description}", markup=False),
@@ -78,26 +78,26 @@ def progress(
 
 
 class _PlainLine:
-    """Progress for a log file: a line every half minute, and one at the end of what took longer than a second."""
+    """Progress for a log file: a line every half minute, and one at the end of a task that took over a second."""
 
     def __init__(self, description: str, total: float | None, unit: str, scale: float, done: float):
         self._description, self._total, self._unit, self._scale = description, total, unit, scale
         self._first = self._done = done
         self._note = ""
-        self._start = self._said = time.monotonic()
+        self._start = self._printed = time.monotonic()
 
     def advance(self, amount: float, note: str | None) -> None:
         self._done += amount
         self._note = self._note if note is None else note
-        if time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            self._say()
+        if time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self._print()
 
     def end(self) -> None:
-        if time.monotonic() - self._said > 1:  # what is over at once, or has just been said, needs no line
-            self._say()
+        if time.monotonic() - self._printed > 1:  # not for a task that ended at once, or right after a line
+            self._print()
 
-    def _say(self) -> None:
+    def _print(self) -> None:
         if console.is_terminal:
             return
         steps, seconds = self._done - self._first, max(time.monotonic() - self._start, 1e-9)

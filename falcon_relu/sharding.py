@@ -1,4 +1,4 @@
-"""From logical axes to mesh axes: one table, the mesh, and the shardings that follow."""
+"""From logical axes to mesh axes: the table of rules, the mesh, and the shardings of parameters and batches."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Leaf = tuple[str, ...]  # path of a parameter in the tree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Parameters are split over tensor along heads, neurons or vocabulary, and over fsdp along neurons (whole rows, which
-# gather without a transposition) or else along D; the residual stream's sequence is split over tensor between blocks.
-# Where two axes of one array want the same mesh axis, the first line here wins.
+# Parameters are sharded over `tensor` along heads, neurons or vocabulary, and over `fsdp` along neurons (whole rows,
+# which all-gather without a transposition) or else along D. Between blocks the residual stream is sharded over `tensor`
+# along the sequence. Where two axes of one array map to the same mesh axis, the rule that comes first here wins.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("sequence", None),
@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 
 def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh; one -1 takes the devices that are left.
+    """A (data, fsdp, tensor) mesh; a size of -1 takes the devices that are left.
 
     Raises:
       FalconError: the shape does not fit the number of devices.
@@ -55,14 +55,14 @@ def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices: Sequence[jax.De
     if math.prod(sizes) != len(devices):
         raise FalconError(
             f"mesh {shape} over {MESH_AXES} does not fit {len(devices)} devices: choose one whose product is "
-            f"{len(devices)}, or with a single -1, which takes what is left"
+            f"{len(devices)}, or give a single -1, which takes the devices that are left"
         )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within, `mesh` is the current one and the model's logical constraints refer to it."""
+    """A context in which `mesh` is JAX's current mesh and the model's logical axes map to it by `RULES`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
@@ -71,7 +71,7 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 def _boxed_params(config: FalconConfig) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     key = jax.eval_shape(jax.random.key, 0)
-    with nn.logical_axis_rules(()):  # a shape has no place on the mesh that may be current
+    with nn.logical_axis_rules(()):  # shapes only: no constraint to the current mesh
         return jax.eval_shape(Falcon(config).init, key, tokens)["params"]
 
 
@@ -95,13 +95,13 @@ def param_axes(config: FalconConfig) -> Any:
 def param_shardings(config: FalconConfig, mesh: Mesh, *, at_rest: bool = False) -> Any:
     """The sharding of every parameter on a mesh, as a tree of NamedSharding.
 
-    An axis that its mesh axes do not divide stays whole (7B's single KV head, odd vocabularies).
+    An axis whose size its mesh axes do not divide is not sharded (7B's single KV head, odd vocabularies).
 
     Args:
       config: the model.
-      mesh: devices.
-      at_rest: how float32 parameters and what belongs to them lie between steps: also split over data, along the
-        layers, where D and F cannot be split further. Steps work on a copy that is not (`working_copy`).
+      mesh: the devices.
+      at_rest: the sharding between steps, of float32 parameters and optimizer moments: also over `data`, along the
+        layer axis. A step computes with a copy that is not sharded over `data` (`working_copy`).
     """
 
     def divides(axis: str | tuple[str, ...], size: int) -> bool:
@@ -120,14 +120,14 @@ def param_shardings(config: FalconConfig, mesh: Mesh, *, at_rest: bool = False) 
 
 
 def working_copy(config: FalconConfig, params: Any, dtype: Any) -> Any:
-    """Parameters as a step's products read them: in `dtype`, norms excepted, and with all layers on every data replica.
+    """A step's copy of the parameters: cast to `dtype` except for norms, with all layers on every `data` replica.
 
-    Made once a step, so that what crosses the devices afterwards, layer by layer, is of the narrow type.
+    Made once a step, so that the collectives of each layer then move the narrower dtype.
     """
 
     def copy(path: Any, w: jax.Array, axes: PartitionSpec) -> jax.Array:
         if path[-1].key not in ("scale", "bias"):
-            w = nn.with_logical_constraint(w.astype(dtype), _axes_at_rest(axes))  # cast first, then moved
+            w = nn.with_logical_constraint(w.astype(dtype), _axes_at_rest(axes))  # cast before it is gathered
         return nn.with_logical_constraint(w, axes)
 
     return jax.tree_util.tree_map_with_path(copy, params, param_axes(config))
@@ -143,13 +143,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards() -> int:
-    """Parts that the batch is split into on the current mesh; 1 without one."""
+    """Number of shards of the batch on the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
 
 def init_params(config: FalconConfig, seed: int, mesh: Mesh | None = None) -> Any:
-    """Fresh float32 parameters, made in place on `mesh` if one is given."""
+    """Randomly initialised float32 parameters, created sharded over `mesh` if one is given."""
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def init(key: jax.Array) -> Any:

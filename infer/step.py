@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from falcon_relu.activation import activation_fn
 from falcon_relu.attention import Rotation, alibi_bias, alibi_slopes, rotary, rotation
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
+from falcon_relu.layers import activation_fn
 from infer import kernels
 from infer.weights.formats import take
 from infer.weights.layout import DecodeWeights, LayerWeights, Norm

@@ -1,11 +1,12 @@
 """Next-token loss plus distillation, a chunk of positions at a time.
 
-With 65,024 vocabulary entries the logits of student and teacher must not exist at full size. Each chunk of the
-sequence goes through both heads, and since the gradient of the loss with respect to logits has a closed form, it is
-turned into the gradients of hidden states and head in the same pass: four head-sized products a chunk (two forward, two
+With 65,024 vocabulary entries the logits of student and teacher are too large to hold for a whole batch. Each chunk of
+the sequence goes through both heads. The gradient of the loss with respect to the logits has a closed form, so the same
+pass computes the gradients of hidden states and head too: four head-sized products a chunk (two forward, two
 backward), where rematerialisation would take six.
 
-The teacher's word comes from its own hidden states and head, or from the cache that `train.data.teacher_cache` wrote.
+The teacher's distribution is computed from its hidden states and head, or read from a cache that
+`train.data.teacher_cache` wrote.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from flax import struct
 
 from falcon_relu.sharding import batch_shards
 
-# Log-probability of what has none: finite, so that 0 * log 0 is 0 and not NaN.
+# Stands for log 0; finite, so that 0 * log 0 is 0 and not NaN.
 _NEVER = -1e30
 
 
@@ -35,7 +36,7 @@ class LossConfig:
       lm_weight: weight of the cross-entropy.
       kd_weight: weight of the distillation; 0 trains without a teacher (Hinton et al., arXiv:1503.02531).
       temperature: T, divides both models' logits in the distillation term.
-      chunk: positions of each row whose logits exist at a time; they take B x chunk x V floats a model.
+      chunk: positions of each row whose logits are computed at a time; they take B x chunk x V float32 a model.
       l1_stages: (last step, weight) of each stage of an L1 term on the MLPs' activations; none by default. See
         `l1_weight`.
 
@@ -68,12 +69,12 @@ class LossConfig:
 def l1_weight(stages: tuple[tuple[int, float], ...], step: jax.Array) -> jax.Array:
     """The weight of the L1 term at a step, float32 scalar: ProSparse's progressive regularisation (arXiv:2402.13516).
 
-    Up to the first stage's last step the weight is the first stage's; in every later stage it rises from the one before
-    to its own along half a sine wave; after the last stage it stays.
+    Through the first stage the weight is constant; in every later stage it moves from the previous stage's weight to
+    its own along half a cosine; after the last stage it stays.
 
     Args:
-      stages: (last step, weight) of each, not empty, steps ascending.
-      step: updates done so far.
+      stages: (last step, weight) of each stage, at least one, steps ascending.
+      step: number of updates done so far.
     """
     (first, weight), *later = stages
     begin, value = first, jnp.float32(weight)
@@ -86,16 +87,16 @@ def l1_weight(stages: tuple[tuple[int, float], ...], step: jax.Array) -> jax.Arr
 
 @struct.dataclass
 class LossSums:
-    """Sums over the counted positions, float32 scalars; divide by `count` for means.
+    """Sums over the positions of the mask, float32 scalars; divide by `count` for means.
 
     Attributes:
-      loss: the weighted loss; the only one that gradients flow through.
-      cross_entropy: nats, of the next token under the student.
+      loss: the weighted loss; the only field that gradients flow through.
+      cross_entropy: of the next token under the student, nats.
       correct: positions whose likeliest token under the student is the next one.
       count: positions that have a next token in their own segment.
-      kl: nats, KL(teacher || student) at temperature 1; None without a teacher, as the next three.
+      kl: KL(teacher || student) at temperature 1, nats; None without a teacher, like the next three.
       agree: positions where student and teacher have the same likeliest token.
-      teacher_cross_entropy: nats, of the next token under the teacher.
+      teacher_cross_entropy: of the next token under the teacher, nats.
       teacher_correct: positions whose likeliest token under the teacher is the next one.
       l1: mean absolute activation over layers and neurons; None where the loss has no L1 term.
     """
@@ -113,7 +114,7 @@ class LossSums:
 
 @struct.dataclass
 class OnlineTeacher:
-    """A teacher that has just run: its final hidden states [B, T, D'] and its head [V, D']."""
+    """A teacher run in the same step: its final hidden states [B, T, D'] and its head [V, D']."""
 
     hidden_BxTxD: jax.Array
     head_VxD: jax.Array
@@ -121,17 +122,17 @@ class OnlineTeacher:
 
 @struct.dataclass
 class CachedTeacher:
-    """What a teacher said of each position when it ran: the k likeliest tokens, and how much is left for the rest.
+    """A teacher's distribution at each position, stored earlier: its k likeliest tokens and the mass of all others.
 
-    The rest is one bucket: the loss is the KL divergence between distributions over k + 1 outcomes, so the student is
-    still pushed down outside the top k, where it may distribute what is left as it likes.
+    All other tokens are one bucket: the loss is the KL divergence between distributions over k + 1 outcomes. The
+    student is still pushed down outside the top k, but how it distributes its mass there is free.
 
     Attributes:
       ids_BxTxk: the k likeliest tokens, likeliest first.
       log_probs_BxTxk: their log-probabilities at temperature 1.
-      log_rest_BxTx2: log of the sum over all other tokens of p and of p^(1/T), p at temperature 1 and T the
-        temperature that the cache was written for; -inf where there are none.
-      log_next_BxT: log-probability of the next token, among the k or not.
+      log_rest_BxTx2: logs of two sums over all other tokens: of p and of p^(1/T), where p is at temperature 1 and T is
+        the temperature that the cache was written for; -inf where there are no other tokens.
+      log_next_BxT: log-probability of the next token, whether or not it is among the k.
     """
 
     ids_BxTxk: jax.Array
@@ -168,9 +169,9 @@ def distillation_loss(
       hidden_BxTxD: final hidden states of the student.
       head_VxD: its vocabulary head.
       targets_BxT: next tokens.
-      mask_BxT: positions to count.
-      teacher: whom to distil from, which gets no gradient. A cached one must have been written for the temperature
-        unless that is 1.
+      mask_BxT: positions that the sums run over.
+      teacher: the model to distil from, which gets no gradient. A cached one must have been written for the config's
+        temperature, unless that is 1.
 
     Raises:
       ValueError: the loss distils but there is no teacher.
@@ -206,25 +207,25 @@ def _scan_chunks(
     """Sums and, if asked for, d loss / d (hidden states, head) in the dtypes of the inputs."""
     targets_BxT, mask_BxT, teacher = constants
     dtype = hidden_BxTxD.dtype
-    # Gathered over fsdp once, not once a chunk.
+    # Gathered over fsdp here, before the scan, or each chunk would gather it again.
     head = nn.with_logical_constraint(head_VxD.astype(dtype), ("vocab", None))
-    t_head, of_teacher = None, teacher
+    t_head, teacher_part = None, teacher
     if isinstance(teacher, OnlineTeacher):
-        of_teacher = teacher.hidden_BxTxD
-        t_head = nn.with_logical_constraint(teacher.head_VxD.astype(of_teacher.dtype), ("vocab", None))
+        teacher_part = teacher.hidden_BxTxD
+        t_head = nn.with_logical_constraint(teacher.head_VxD.astype(teacher_part.dtype), ("vocab", None))
 
-    # Every shard of the batch sums its own part of the head's gradient; they meet once, not once a chunk.
+    # Each batch shard accumulates its own head gradient, so that devices all-reduce once and not once a chunk.
     shards = math.gcd(batch_shards(), hidden_BxTxD.shape[0])
 
     def chunk_step(d_head_NxVxD: Any, chunk: tuple) -> tuple[Any, tuple[LossSums, Any]]:
-        h_BxCxD, targets_BxC, mask_BxC, of_teacher = chunk
+        h_BxCxD, targets_BxC, mask_BxC, teacher_part = chunk
         s_BxCxV = jnp.einsum("bcd,vd->bcv", h_BxCxD, head, preferred_element_type=jnp.float32)
-        taught = None
+        soft = None
         if t_head is not None:
-            taught = _Taught(jnp.einsum("bcd,vd->bcv", of_teacher, t_head, preferred_element_type=jnp.float32))
-        elif of_teacher is not None:
-            taught = _Taught(_spread(of_teacher, s_BxCxV.shape[-1]), of_teacher)
-        sums, d_logits_BxCxV = _chunk_loss(config, s_BxCxV, taught, targets_BxC, mask_BxC, with_gradient)
+            soft = _SoftTargets(jnp.einsum("bcd,vd->bcv", teacher_part, t_head, preferred_element_type=jnp.float32))
+        elif teacher_part is not None:
+            soft = _SoftTargets(_spread(teacher_part, s_BxCxV.shape[-1]), teacher_part)
+        sums, d_logits_BxCxV = _chunk_loss(config, s_BxCxV, soft, targets_BxC, mask_BxC, with_gradient)
         if d_logits_BxCxV is None:
             return None, (sums, None)
         d_logits_BxCxV = d_logits_BxCxV.astype(dtype)
@@ -237,7 +238,7 @@ def _scan_chunks(
     T = hidden_BxTxD.shape[1]
     size = max(c for c in range(1, min(config.chunk, T) + 1) if T % c == 0)
     carry = jnp.zeros((shards, *head_VxD.shape), jnp.float32) if with_gradient else None
-    pieces = (hidden_BxTxD, targets_BxT, mask_BxT, of_teacher)
+    pieces = (hidden_BxTxD, targets_BxT, mask_BxT, teacher_part)
     if size == T:
         d_head_NxVxD, (sums, d_hidden_BxTxD) = chunk_step(carry, pieces)
     else:
@@ -251,12 +252,12 @@ def _scan_chunks(
     return sums, (d_hidden_BxTxD, d_head_VxD.astype(head_VxD.dtype))
 
 
-class _Taught(NamedTuple):
-    """A teacher's word on a chunk.
+class _SoftTargets(NamedTuple):
+    """The teacher's distribution at a chunk of positions, the soft targets of distillation.
 
     Attributes:
-      scores_BxCxV: its logits; of a cached teacher the log-probabilities of the top k, and `_NEVER` elsewhere.
-      cached: the rest of what a cached teacher said.
+      scores_BxCxV: its logits; for a cached teacher the log-probabilities of the top k, and `_NEVER` elsewhere.
+      cached: the cached teacher that they come from, None for an online one.
     """
 
     scores_BxCxV: jax.Array
@@ -265,9 +266,10 @@ class _Taught(NamedTuple):
     def probs(self, temperature: float, log_q_BxCxV: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Probabilities and their logs [B, C, V] at a temperature, against the student's `log_q_BxCxV`.
 
-        A cached teacher's mass outside the top k is spread as the student spreads its own there. This gives value and
-        gradient of the divergence over the k tokens and the rest bucket: with p_r and q_r the mass of the bucket,
-        sum q_j / q_r * p_r * log(p_r / q_r) = p_r * log(p_r / q_r), and d/ds_j = q_j - p_r * q_j / q_r.
+        A cached teacher's mass outside the top k is distributed in proportion to the student's. The KL divergence over
+        V tokens then has the value and gradient of the one over the k tokens and the bucket of all others: with p_r and
+        q_r the bucket's mass under teacher and student, sum q_j / q_r * p_r * log(p_r / q_r) = p_r * log(p_r / q_r),
+        and d/ds_j = q_j - p_r * q_j / q_r.
         """
         scaled_BxCxV = self.scores_BxCxV / temperature
         if self.cached is None:
@@ -283,7 +285,7 @@ class _Taught(NamedTuple):
 
 
 def _spread(cached: CachedTeacher, vocab_size: int) -> jax.Array:
-    """The top k log-probabilities in their places of the vocabulary [B, C, V] float32, `_NEVER` elsewhere."""
+    """The top k log-probabilities scattered to their token ids, [B, C, V] float32, `_NEVER` elsewhere."""
     nowhere_BxCxV = jnp.full((*cached.ids_BxTxk.shape[:2], vocab_size), _NEVER, jnp.float32)
     nowhere_BxCxV = nn.with_logical_constraint(nowhere_BxCxV, ("batch", None, "vocab"))
 
@@ -297,7 +299,7 @@ def _spread(cached: CachedTeacher, vocab_size: int) -> jax.Array:
 def _chunk_loss(
     config: LossConfig,
     s_BxCxV: jax.Array,
-    taught: _Taught | None,
+    soft: _SoftTargets | None,
     targets_BxC: jax.Array,
     mask_BxC: jax.Array,
     with_gradient: bool,
@@ -312,7 +314,7 @@ def _chunk_loss(
     def of_target(x_BxCxV: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
 
-    # Best entries are compared by value: an argmax is many times slower than a max on a CPU.
+    # Likeliest tokens are compared by their logit: an argmax is many times slower than a max on a CPU.
     s_max_BxC, s_target_BxC, (q_BxCxV, log_q_BxCxV) = s_BxCxV.max(-1), of_target(s_BxCxV), _softmax(s_BxCxV)
     ce_BxC = -of_target(log_q_BxCxV)
     loss_BxC = config.lm_weight * ce_BxC
@@ -322,11 +324,11 @@ def _chunk_loss(
         correct=total(s_target_BxC == s_max_BxC),
         count=mask.sum(),
     )
-    if taught is not None:
-        t_BxCxV, (p_BxCxV, log_p_BxCxV) = taught.scores_BxCxV, taught.probs(1, log_q_BxCxV)
+    if soft is not None:
+        t_BxCxV, (p_BxCxV, log_p_BxCxV) = soft.scores_BxCxV, soft.probs(1, log_q_BxCxV)
         t_max_BxC = t_BxCxV.max(-1)
         both_best_BxCxV = (s_BxCxV == s_max_BxC[..., None]) & (t_BxCxV == t_max_BxC[..., None])
-        log_next_BxC = of_target(log_p_BxCxV) if taught.cached is None else taught.cached.log_next_BxT
+        log_next_BxC = of_target(log_p_BxCxV) if soft.cached is None else soft.cached.log_next_BxT
         kl_BxC = _kl(p_BxCxV, log_p_BxCxV, log_q_BxCxV)
         sums = dataclasses.replace(
             sums,
@@ -336,12 +338,12 @@ def _chunk_loss(
             teacher_correct=total(of_target(t_BxCxV) == t_max_BxC),
         )
     if config.kd_weight:
-        assert taught is not None
+        assert soft is not None
         if T == 1:
             hot_q_BxCxV, hot_p_BxCxV, hot_kl_BxC = q_BxCxV, p_BxCxV, kl_BxC
         else:
             hot_q_BxCxV, hot_log_q_BxCxV = _softmax(s_BxCxV / T)
-            hot_p_BxCxV, hot_log_p_BxCxV = taught.probs(T, hot_log_q_BxCxV)
+            hot_p_BxCxV, hot_log_p_BxCxV = soft.probs(T, hot_log_q_BxCxV)
             hot_kl_BxC = _kl(hot_p_BxCxV, hot_log_p_BxCxV, hot_log_q_BxCxV)
         loss_BxC = loss_BxC + config.kd_weight * T**2 * hot_kl_BxC
         sums = dataclasses.replace(sums, loss=total(loss_BxC))
@@ -376,7 +378,7 @@ def _kl(p_BxCxV: jax.Array, log_p_BxCxV: jax.Array, log_q_BxCxV: jax.Array) -> j
 def _row_sum(x: jax.Array) -> jax.Array:
     """The sum over the last axis, as a product with ones.
 
-    XLA:CPU would compute `x` within a sum one number at a time; before a product it computes it in vectors. Elsewhere
-    XLA makes a sum of it again.
+    XLA:CPU fuses `x` into a reduction and then computes it without SIMD; as the input of a product it is vectorised. On
+    other platforms XLA turns the product back into a sum.
     """
     return jnp.einsum("...v,v->...", x, jnp.ones(x.shape[-1], x.dtype), precision=jax.lax.Precision.HIGHEST)

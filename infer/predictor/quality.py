@@ -12,7 +12,8 @@ import numpy as np
 from flax import struct
 
 from falcon_relu.config import FalconConfig
-from falcon_relu.model import Falcon, Params, Select
+from falcon_relu.layers import Select
+from falcon_relu.model import Falcon, Params
 from infer.predictor.calibration import calibrate_predictor, measure
 from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, select, stack
 from infer.predictor.recording import BATCH_KEYS, Batch, Recording

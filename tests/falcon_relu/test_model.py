@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from falcon_relu.activation import activation_fn
 from falcon_relu.attention import attend_chunked
 from falcon_relu.config import FAMILY, FalconConfig, family
 from falcon_relu.errors import FalconError
+from falcon_relu.layers import activation_fn
 from falcon_relu.model import Falcon
 from falcon_relu.sharding import abstract_params, batch_sharding, make_mesh, param_shardings, use_mesh
 from tests.conftest import random_params
