@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +18,10 @@ import numpy as np
 
 from falcon_relu.checkpoints.schema import parse
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, regular_file
-
-Digests = dict[str, tuple[int, int]]  # file of an array -> its bytes, its CRC-32
+from falcon_relu.files import read_json
 
 METADATA = ".zarray"
 DTYPES = {"<f4": np.dtype(np.float32), "<f2": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_BLOCK = 16 << 20  # bytes read and summed at a time
 _MOST_COMPRESSED = 1 << 16  # times: zstd stores 128 KiB of zeros in 4 bytes
 
 
@@ -98,32 +94,3 @@ class Chunks:
             small = size * _MOST_COMPRESSED < nbytes if self.compressed else size != nbytes
             if name != METADATA and small:
                 raise FalconError(f"{self.folder / name} has {size:,} bytes, which cannot hold a chunk of {nbytes:,}")
-
-
-def digest(path: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a regular file."""
-    checksum, size = 0, 0
-    buffer = bytearray(_BLOCK)
-    with regular_file(path).open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
-            size += count
-    return size, checksum
-
-
-def check_digest(path: Path, wanted: tuple[int, int]) -> None:
-    """Refuses a file that is not what was written.
-
-    Raises:
-      FalconError: it is missing, or was changed, or cut short.
-    """
-    size = regular_file(path).stat().st_size
-    if size != wanted[0]:
-        raise FalconError(f"{path} is damaged: it has {size:,} of {wanted[0]:,} bytes; get or make the weights again")
-    if digest(path) != wanted:
-        raise FalconError(f"{path} is damaged: its checksum does not match; get or make the weights again")
-
-
-def bytes_digest(array: np.ndarray) -> tuple[int, int]:
-    """What `digest` gives of a file that holds just this array."""
-    return array.nbytes, zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

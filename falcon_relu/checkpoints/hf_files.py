@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 
 from falcon_relu.checkpoints.hf_layout import HEAD
 from falcon_relu.checkpoints.schema import read_as
+from falcon_relu.checkpoints.torch_files import as_numpy, first_line, load_torch
 from falcon_relu.errors import FalconError
 from falcon_relu.files import regular_file, write_json
 from falcon_relu.progress import console
@@ -81,7 +81,7 @@ def _download(source: str, *files: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json", *files]))
     except Exception as error:  # whatever the hub client raises: offline, no such model, no access, disk full
-        raise FalconError(f"{source} is no folder here, and the hub does not give it: {_first_line(error)}") from error
+        raise FalconError(f"{source} is no folder here, and the hub does not give it: {first_line(error)}") from error
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
@@ -231,7 +231,7 @@ def _open_safetensors(file: Path) -> Iterator[_Tensors]:
     try:
         opened = safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise FalconError(f"{file} is damaged or cut short: {_first_line(error)}") from error
+        raise FalconError(f"{file} is damaged or cut short: {first_line(error)}") from error
     with opened as stored:
         tensors: _Tensors = {}
         for name in stored.keys():  # noqa: SIM118 - not a dict
@@ -243,48 +243,14 @@ def _open_safetensors(file: Path) -> Iterator[_Tensors]:
 
 @contextlib.contextmanager
 def _open_bin(file: Path) -> Iterator[_Tensors]:
-    """A .bin file is a pickle: torch's weights-only loader, which runs no code of it, maps the tensors from disk."""
-    try:
-        import torch
-    except ImportError:
-        raise FalconError(f"{file} needs torch to be read; install falcon-relu[parity], or get safetensors") from None
-    with file.open("rb") as head:
-        zipped = head.read(4) == b"PK\3\4"  # files of torch before 1.6 are bare pickles, which cannot be mapped
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # torch raises many classes for a damaged or malicious file
-        raise FalconError(f"{file} is not a plain torch weights file: {_first_line(error)}") from error
-    if not isinstance(stored, dict):
-        raise FalconError(f"{file} holds a {type(stored).__name__}, not tensors by name")
     tensors: _Tensors = {}
-    for name, tensor in stored.items():
-        if not isinstance(name, str):
-            raise FalconError(f"{file} has an entry {str(name)[:80]!r} where a tensor's name is expected")
-        dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_quantized
-        if not dense or tensor.is_meta or tensor.is_nested:
-            raise FalconError(
-                f"{file}: {name[:80]!r} is a {type(tensor).__name__}, not a dense tensor with its numbers"
-            )
+    for name, tensor in load_torch(file).items():
         dtype = _dtype(file, name, str(tensor.dtype).removeprefix("torch."))
-        tensors[name] = tuple(tensor.shape), dtype, functools.partial(_as_numpy, tensor)
+        tensors[name] = tuple(tensor.shape), dtype, functools.partial(as_numpy, tensor)
     yield tensors
-
-
-def _as_numpy(tensor: Any) -> np.ndarray:
-    import torch
-
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def _dtype(file: Path, name: str, dtype: str) -> np.dtype:
     if dtype not in _DTYPES.values():
         raise FalconError(f"{file}: {name[:80]!r} is of dtype {dtype}; only {', '.join(_DTYPES.values())} are read")
     return np.dtype(getattr(ml_dtypes, dtype, dtype))
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of a library's message, or what kind of error it is."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -181,7 +181,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
         bits = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
         finite = all((bits[i : i + _BLOCK] & mask).max() != mask for i in range(0, bits.size, _BLOCK))
     if not finite:
-        raise FalconError(f"{name} holds NaN or infinity: the checkpoint is of a run that diverged, or damaged")
+        raise FalconError(f"{name} holds NaN or infinity: it comes from a run that diverged, or is damaged")
 
 
 def _stream_native(

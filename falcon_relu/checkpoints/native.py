@@ -22,7 +22,8 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from falcon_relu.checkpoints.chunks import DTYPES, METADATA, Chunks, Digests, bytes_digest, check_digest, digest
+from falcon_relu.checkpoints.chunks import DTYPES, METADATA, Chunks
+from falcon_relu.checkpoints.digests import Digests, bytes_digest, check_digest, digest
 from falcon_relu.checkpoints.schema import parse, unseal, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
@@ -34,6 +35,7 @@ Read = Callable[[Leaf, int | None], np.ndarray]
 _FORMAT = 2
 _MANIFEST = "falcon.json"
 _PARAMS = "params"
+_ADVICE = "get or make the weights again"
 _CHUNK_BYTES = 256 * 2**20  # what reading one layer of a stacked parameter reads at most beyond that layer
 _READERS = 8
 
@@ -162,7 +164,7 @@ def params_reader(path: Path) -> tuple[FalconConfig, Read, dict[Leaf, np.dtype]]
         folder, digests = path / _PARAMS / _name(leaf), manifest.arrays[_name(leaf)]
         if METADATA not in digests:
             raise FalconError(f"{path / _MANIFEST} has no checksum of {_name(leaf)}/{METADATA}")
-        check_digest(folder / METADATA, digests[METADATA])
+        check_digest(folder / METADATA, digests[METADATA], _ADVICE)
         chunks[leaf] = Chunks.open(folder, shape)
         chunks[leaf].check_listed(digests)
     spec = {"open": True, "fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
@@ -176,7 +178,7 @@ def params_reader(path: Path) -> tuple[FalconConfig, Read, dict[Leaf, np.dtype]]
         folder, digests = chunks[leaf].folder, manifest.arrays[_name(leaf)]
         new = [folder / name for name in chunks[leaf].names(layer) if folder / name not in checked]
         with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(lambda file: check_digest(file, digests[file.name]), new))
+            list(pool.map(lambda file: check_digest(file, digests[file.name], _ADVICE), new))
         checked.update(new)
         try:
             return (stores[leaf] if layer is None else stores[leaf][layer]).read().result()
@@ -195,7 +197,7 @@ def _read_manifest(path: Path) -> _Manifest:
             f"{file} is of format {found!r}, and this version reads format {_FORMAT}, which has checksums: "
             "export the weights with the version that wrote them, then convert the result"
         )
-    return parse(_Manifest, unseal(stored, file, "get or make the weights again"), file)
+    return parse(_Manifest, unseal(stored, file, _ADVICE), file)
 
 
 def _write_manifest(folder: Path, config: FalconConfig, digests: Mapping[str, Digests]) -> None:

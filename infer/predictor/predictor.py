@@ -9,32 +9,46 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import pickle
-import zipfile
-import zlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.flax import save_file
 
+from falcon_relu.checkpoints.digests import bytes_digest
+from falcon_relu.checkpoints.load import check_finite
+from falcon_relu.checkpoints.schema import parse, seal, unseal
+from falcon_relu.checkpoints.torch_files import as_numpy, first_line, load_torch
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import write_aside
+from falcon_relu.files import regular_file, write_aside
 
 # What a predictor reads: the residual stream before the block's LayerNorms, or the MLP's own input after its LayerNorm.
 PredictorInput = Literal["block_input", "mlp_input"]
 
 EVERY = -1e30  # the threshold at which every neuron is selected
 
-_VERSION = 1
+_VERSION = 2
 _METADATA = "falcon_relu_predictor"
+_ADVICE = "copy or fit it again"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Metadata:
+    """What a predictor's file says beside its maps: the fields of Predictor, and the CRC-32 of every map."""
+
+    version: Literal[2]
+    input: PredictorInput
+    thresholds: tuple[float, ...]
+    budgets: tuple[int, ...]
+    measured: tuple[dict[str, float], ...]
+    crc32: dict[str, int]
 
 
 @struct.dataclass
@@ -141,13 +155,14 @@ def save_predictor(predictor: Predictor, path: Path, *, replace: bool = False) -
     metadata = {
         "version": _VERSION,
         "input": predictor.input,
-        "thresholds": predictor.thresholds,
-        "budgets": predictor.budgets,
+        "thresholds": list(predictor.thresholds),
+        "budgets": list(predictor.budgets),
         "measured": [dict(figures) for figures in predictor.measured],
-        "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
+        "crc32": {name: bytes_digest(np.asarray(tensor))[1] for name, tensor in tensors.items()},
     }
+    parse(_Metadata, metadata, "the predictor")
     with write_aside(path, replace=replace) as aside:
-        save_file(tensors, aside, {_METADATA: json.dumps(metadata)})
+        save_file(tensors, aside, {_METADATA: json.dumps(seal(metadata))})
 
 
 def load_predictor(path: Path, config: FalconConfig) -> Predictor:
@@ -157,37 +172,37 @@ def load_predictor(path: Path, config: FalconConfig) -> Predictor:
       FalconError: no such file, not a predictor, damaged, or made for another model; the message says which.
     """
     try:
-        with safe_open(path, framework="flax") as file:
-            metadata = json.loads((file.metadata() or {})[_METADATA])
+        with safe_open(regular_file(path), framework="flax") as file:
+            text = (file.metadata() or {}).get(_METADATA)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except FileNotFoundError:
-        raise FalconError(f"{path} does not exist") from None
-    except KeyError:
-        raise FalconError(
-            f"{path} is a safetensors file but not a predictor; make one with falcon-relu predictor"
-        ) from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FalconError(f"{path} cannot be read as a predictor: {error}") from None
-    version = metadata.get("version") if isinstance(metadata, dict) else None
+    except Exception as error:  # the library's, and jax's for dtypes that it lacks
+        if isinstance(error, FalconError):
+            raise
+        raise FalconError(f"{path} cannot be read as a predictor: {first_line(error)}") from None
+    if text is None:
+        raise FalconError(f"{path} is a safetensors file but not a predictor; make one with falcon-relu predictor")
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError):
+        raise FalconError(f"{path} is damaged: its metadata are not JSON; {_ADVICE}") from None
+    version = stored.get("version") if isinstance(stored, dict) else None
     if version != _VERSION:
-        raise FalconError(f"{path} has predictor format {version!r}; this program reads {_VERSION}")
+        raise FalconError(f"{path} has predictor format {str(version)[:20]}; this program reads {_VERSION}: {_ADVICE}")
+    metadata = parse(_Metadata, unseal(stored, path, _ADVICE), path)
 
     layers = tuple(_layer(tensors, f"layers.{i}.", config, path) for i in range(config.n_layers))
     if unknown := sorted(tensors.keys() - {name for i, layer in enumerate(layers) for name in _named(i, layer)}):
-        raise FalconError(f"{path} holds {unknown[0]}, but the model has only {config.n_layers} layers")
-    try:
-        crc32 = {name: metadata["crc32"][name] for name in tensors}
-        predictor = Predictor(
-            layers=layers,
-            input=metadata["input"],
-            thresholds=tuple(metadata["thresholds"]),
-            budgets=tuple(metadata["budgets"]),
-            measured=tuple(metadata["measured"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise FalconError(f"{path} is not whole: {error} is missing or invalid in its metadata") from None
-    if damaged := [name for name, tensor in tensors.items() if crc32[name] != _crc32(tensor)]:
-        raise FalconError(f"{path} is damaged: the checksum of {damaged[0]} does not match; copy or fit it again")
+        raise FalconError(f"{path} holds {unknown[0][:80]!r}, but the model has only {config.n_layers} layers")
+    for name, tensor in tensors.items():
+        if metadata.crc32.get(name) != bytes_digest(np.asarray(tensor))[1]:
+            raise FalconError(f"{path} is damaged: the checksum of {name} does not match; {_ADVICE}")
+    predictor = Predictor(
+        layers=layers,
+        input=metadata.input,
+        thresholds=metadata.thresholds,
+        budgets=metadata.budgets,
+        measured=metadata.measured,
+    )
     return _checked(predictor, config, path)
 
 
@@ -195,21 +210,18 @@ def import_powerinfer(folder: Path, config: FalconConfig) -> Predictor:
     """Reads the `model_{i}.pt` files that PowerInfer releases, by torch's weights-only load.
 
     Raises:
-      FalconError: torch is not installed, or a file is missing, damaged or of the wrong shape.
+      FalconError: torch is not installed, or a file is missing, damaged, of the wrong shape, or has biases, which
+        predictors here do not.
     """
-    torch = _torch()
     layers = []
     for i in range(config.n_layers):
         path = Path(folder) / f"model_{i}.pt"
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise FalconError(
-                f"{path} does not exist; a model of {config.n_layers} layers needs one file each"
-            ) from None
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise FalconError(f"{path} cannot be read as PyTorch weights: {error}") from None
-        arrays = {name: jnp.asarray(tensor.float().numpy()) for name, tensor in tensors.items()}
+        if not os.path.lexists(path):
+            raise FalconError(f"{path} does not exist; a model of {config.n_layers} layers needs one file each")
+        tensors = load_torch(path)
+        if unknown := sorted(tensors.keys() - {"fc1.weight", "fc2.weight"}):
+            raise FalconError(f"{path} has {unknown[0][:80]!r}: only predictors of two maps without biases are read")
+        arrays = {name: jnp.asarray(as_numpy(tensor.float())) for name, tensor in tensors.items()}
         layers.append(_layer(arrays, "", config, path))
     return uncalibrated(layers, "block_input")
 
@@ -254,26 +266,20 @@ def _layer(tensors: Mapping[str, jax.Array], prefix: str, config: FalconConfig, 
             raise FalconError(
                 f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, the model needs floats of {list(shape)}"
             )
+        check_finite(f"{path}: {name}", np.asarray(tensor))
     return LayerPredictor(fc1_RxD, fc2_FxR)
 
 
 def _checked(predictor: Predictor, config: FalconConfig, path: Path) -> Predictor:
+    """The predictor, if what it says of its layers fits them and the model."""
     L, F = config.n_layers, config.d_ff
-    if predictor.input not in get_args(PredictorInput):
-        raise FalconError(f"{path}: input is {predictor.input!r}, must be one of {get_args(PredictorInput)}")
-    if len(predictor.thresholds) != L or not all(map(_is_finite, predictor.thresholds)):
-        raise FalconError(f"{path}: thresholds must be {L} finite numbers, got {predictor.thresholds}")
-    if len(predictor.budgets) != L or not all(isinstance(k, int) and 0 <= k <= F for k in predictor.budgets):
-        raise FalconError(f"{path}: budgets must be {L} whole numbers from 0 to {F}, got {predictor.budgets}")
+    if len(predictor.thresholds) != L:
+        raise FalconError(f"{path}: thresholds must be {L} numbers, got {predictor.thresholds[:8]}")
+    if len(predictor.budgets) != L or not all(0 <= k <= F for k in predictor.budgets):
+        raise FalconError(f"{path}: budgets must be {L} whole numbers from 0 to {F}, got {predictor.budgets[:8]}")
+    if len(predictor.measured) not in (0, L):
+        raise FalconError(f"{path}: measured must be of {L} layers or none, got {len(predictor.measured)}")
     return predictor
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
-
-
-def _crc32(tensor: jax.Array) -> int:
-    return zlib.crc32(np.ascontiguousarray(tensor).view(np.uint8).data)
 
 
 def _torch() -> Any:

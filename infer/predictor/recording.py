@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from falcon_relu.checkpoints.digests import Digest, check_digest
+from falcon_relu.checkpoints.schema import parse, unseal, write_sealed
 from falcon_relu.config import FalconConfig
-from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, write_aside, write_json
+from falcon_relu.errors import FalconError, check_number
+from falcon_relu.files import read_json, regular_file, write_aside
 from falcon_relu.model import Falcon, KVCache, Params
 from falcon_relu.progress import progress
 from infer.predictor.predictor import PredictorInput
@@ -26,12 +30,13 @@ BATCH_KEYS = ("tokens_BxT", "positions_BxT", "segment_ids_BxT")  # in the order 
 INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
 
-_VERSION = 1
+_VERSION = 2
 _MANIFEST = "recording.json"
+_ADVICE = "record it again"
 _PIECE_BYTES = 512 << 20  # of all layers' neurons that are in memory at a time
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recording:
     """A folder of recorded activations; D * 2 + F bytes for each token and layer.
 
@@ -42,6 +47,10 @@ class Recording:
       n_layers: L.
       d_model: D.
       d_ff: F.
+      files: bytes and CRC-32 of every file by name, held against it when it is first read.
+
+    Raises:
+      FalconError: the numbers are out of range, or the files are not those of so many layers.
     """
 
     folder: Path
@@ -50,6 +59,17 @@ class Recording:
     n_layers: int
     d_model: int
     d_ff: int
+    files: Mapping[str, Digest]
+
+    def __post_init__(self) -> None:
+        for name, most in (("tokens", 1 << 40), ("n_layers", 1 << 12), ("d_model", 1 << 20), ("d_ff", 1 << 24)):
+            check_number(f"{name} of a recording", getattr(self, name), low=1, high=most)
+        sizes = {}
+        for i in range(self.n_layers):
+            sizes[_inputs(i)] = self.tokens * self.d_model * INPUT_DTYPE.itemsize
+            sizes[_contributions(i)] = self.tokens * self.d_ff * CONTRIBUTION_DTYPE.itemsize
+        if sizes != {name: size for name, (size, _) in self.files.items()}:
+            raise FalconError(f"{self.folder}: the files listed are not those of {self.n_layers} layers of such widths")
 
     @property
     def held_out(self) -> range:
@@ -67,12 +87,24 @@ class Recording:
 
         A neuron's contribution is |h| * ||its row of W_down||: the length of what it adds to the residual stream. It is
         zero exactly where the neuron does not fire.
+
+        Raises:
+          FalconError: a file is missing or damaged.
         """
-        inputs = np.memmap(_inputs(self.folder, i), INPUT_DTYPE, "r", shape=(self.tokens, self.d_model))
-        contributions = np.memmap(
-            _contributions(self.folder, i), CONTRIBUTION_DTYPE, "r", shape=(self.tokens, self.d_ff)
+        inputs, contributions = _inputs(i), _contributions(i)
+        for name in (inputs, contributions):
+            path = regular_file(self.folder / name)
+            _check_once(path, self.files[name], path.stat().st_mtime_ns)
+        return (
+            np.memmap(self.folder / inputs, INPUT_DTYPE, "r", shape=(self.tokens, self.d_model)),
+            np.memmap(self.folder / contributions, CONTRIBUTION_DTYPE, "r", shape=(self.tokens, self.d_ff)),
         )
-        return inputs, contributions
+
+
+@functools.cache
+def _check_once(path: Path, wanted: Digest, changed_ns: int) -> None:
+    """Holds a file against its checksum, but not again while it is the same file: a layer is read several times."""
+    check_digest(path, wanted, _ADVICE)
 
 
 def record_activations(
@@ -104,6 +136,16 @@ def record_activations(
     """
     if config.activation == "gelu":
         raise FalconError("a GELU model has no silent neurons to predict; record a model whose activation is a ReLU")
+    checksums: collections.Counter[str] = collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()
+
+    def append(folder: Path, name: str, array: np.ndarray) -> None:
+        data = np.ascontiguousarray(array).view(np.uint8).data
+        with (folder / name).open("ab") as file:
+            file.write(data)
+        checksums[name] = zlib.crc32(data, checksums[name])
+        sizes[name] += data.nbytes
+
     done, nbytes = 0, tokens * config.n_layers * (INPUT_DTYPE.itemsize * config.d_model + config.d_ff)
     with (
         write_aside(folder, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes) as aside,
@@ -113,18 +155,24 @@ def record_activations(
         for arrays in _observed(config, params, batches, input, dtype):
             kept = min(tokens - done, arrays[0].shape[1])
             for i, (x_NxD, c_NxF) in enumerate(zip(*arrays, strict=True)):
-                _append(_inputs(aside, i), x_NxD[:kept])
-                _append(_contributions(aside, i), c_NxF[:kept])
+                append(aside, _inputs(i), x_NxD[:kept])
+                append(aside, _contributions(i), c_NxF[:kept])
             done += kept
             advance(kept)
             if done == tokens:
                 break
         else:
             raise FalconError(f"the text ended after {done} of {tokens} tokens; give more text or record fewer tokens")
-        made = Recording(Path(folder), input, tokens, config.n_layers, config.d_model, config.d_ff)
-        fields = {k: v for k, v in dataclasses.asdict(made).items() if k != "folder"}
-        write_json(aside / _MANIFEST, {"version": _VERSION, **fields})
-    return made
+        fields = {
+            "input": input,
+            "tokens": tokens,
+            "n_layers": config.n_layers,
+            "d_model": config.d_model,
+            "d_ff": config.d_ff,
+            "files": {name: (size, checksums[name]) for name, size in sizes.items()},
+        }
+        write_sealed(aside / _MANIFEST, {"version": _VERSION, **fields})
+    return Recording(folder=Path(folder), **fields)  # type: ignore[arg-type]
 
 
 def open_recording(folder: Path) -> Recording:
@@ -133,16 +181,18 @@ def open_recording(folder: Path) -> Recording:
     Raises:
       FalconError: it is missing, of another version, or its files do not have the sizes that it states.
     """
-    fields = read_json(Path(folder) / _MANIFEST)
-    try:
-        version, input = fields.pop("version"), fields["input"]
-        recording = Recording(folder=Path(folder), **fields)
-        if version != _VERSION or input not in get_args(PredictorInput):
-            raise ValueError(f"version {version!r}, input {input!r}")
-        for i in range(recording.n_layers):
-            recording.layer(i)
-    except (TypeError, KeyError, ValueError, AttributeError, OSError) as error:
-        raise FalconError(f"{folder} is not a whole recording: {error}; record it again") from None
+    folder = Path(folder)
+    path = folder / _MANIFEST
+    stored = read_json(path)
+    version = stored.get("version") if isinstance(stored, dict) else None
+    if version != _VERSION:
+        raise FalconError(f"{path} is of version {str(version)[:20]}; this program reads {_VERSION}: {_ADVICE}")
+    fields = unseal(stored, path, _ADVICE)
+    del fields["version"]
+    recording = parse(Recording, fields | {"folder": str(folder)}, path)
+    for name, (size, _) in recording.files.items():
+        if (found := regular_file(folder / name).stat().st_size) != size:
+            raise FalconError(f"{folder / name} is not whole: it has {found:,} of {size:,} bytes; {_ADVICE}")
     return recording
 
 
@@ -188,14 +238,9 @@ def _row_lengths(w_LxFxD: jax.Array) -> jax.Array:
     return jnp.linalg.norm(w_LxFxD.astype(jnp.float32), axis=-1)
 
 
-def _inputs(folder: Path, i: int) -> Path:
-    return folder / f"{i:03}.inputs"
+def _inputs(i: int) -> str:
+    return f"{i:03}.inputs"
 
 
-def _contributions(folder: Path, i: int) -> Path:
-    return folder / f"{i:03}.contributions"
-
-
-def _append(path: Path, array: np.ndarray) -> None:
-    with path.open("ab") as file:
-        file.write(np.ascontiguousarray(array).view(np.uint8).data)
+def _contributions(i: int) -> str:
+    return f"{i:03}.contributions"

@@ -1,7 +1,8 @@
 """Decode weights on disk: a folder of safetensors files, one a layer, and a manifest.
 
-The manifest holds the format's version, the model's config, the number formats, and a CRC-32 of every tensor. Loading
-reads all tensors in parallel, straight into the huge pages that decoding then reads. bf16 rows are stored as uint16.
+The manifest holds the format's version, the model's config, the number formats, and a CRC-32 of every tensor and of
+itself. Loading reads all tensors in parallel, straight into the huge pages that decoding then reads. bf16 rows are
+stored as uint16.
 """
 
 from __future__ import annotations
@@ -9,34 +10,76 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from falcon_relu.checkpoints.load import check_finite
+from falcon_relu.checkpoints.schema import parse, unseal, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, write_aside, write_json
+from falcon_relu.files import read_json, regular_file, write_aside
 from falcon_relu.progress import progress
+from infer.predictor.predictor import PredictorInput
 from infer.weights.layout import DecodeWeights, Formats, skeleton
 from infer.weights.memory import huge_empty, need_memory
 
-_VERSION = 1
+_VERSION = 2
 _MANIFEST = "decode.json"
+_ADVICE = "pack the model again"
+_HEADER_BYTES = 100_000_000  # the most that safetensors allows
 _CHUNK = 64 << 20  # bytes a thread reads, then checks while they are in the cache
 _READERS = 8
-_DTYPES = {"F32": np.float32, "F16": np.float16, "U16": np.uint16, "I8": np.int8, "I32": np.int32}
+_DTYPES = {
+    name: np.dtype(dtype) for name, dtype in {"F32": "f4", "F16": "f2", "U16": "u2", "I8": "i1", "I32": "i4"}.items()
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Manifest:
+    """What decode.json holds.
+
+    Attributes:
+      version: of the format.
+      config: the model's.
+      formats: number formats.
+      ranks: R of each layer's predictor; empty without predictors.
+      predictor_input: what the predictors read; None without predictors.
+      crc32: of every tensor's bytes.
+    """
+
+    version: Literal[2]
+    config: FalconConfig
+    formats: Formats
+    ranks: tuple[int, ...]
+    predictor_input: PredictorInput | None
+    crc32: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if len(self.ranks) not in (0, self.config.n_layers) or not all(1 <= R <= 1 << 20 for R in self.ranks):
+            raise FalconError(f"ranks must be none or {self.config.n_layers} numbers from 1, got {self.ranks[:8]}")
+        if bool(self.ranks) != (self.predictor_input is not None):
+            raise FalconError(f"predictor_input {self.predictor_input!r} contradicts {len(self.ranks)} ranks")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
 
 
 def is_decode_weights(path: Path) -> bool:
     """Whether `path` is a folder of decode weights."""
-    return (path / _MANIFEST).is_file()
+    return os.path.lexists(path / _MANIFEST)
 
 
 def save_weights(weights: DecodeWeights, path: Path, *, replace: bool = False) -> None:
@@ -66,7 +109,7 @@ def save_weights(weights: DecodeWeights, path: Path, *, replace: bool = False) -
             save_file(tensors, aside / file)
             checksums |= {name: zlib.crc32(_bytes(tensor)) for name, tensor in tensors.items()}
             advance()
-        write_json(aside / _MANIFEST, manifest | {"crc32": checksums})
+        write_sealed(aside / _MANIFEST, manifest | {"crc32": checksums})
 
 
 def outline(path: Path) -> DecodeWeights:
@@ -93,8 +136,10 @@ def load_weights(path: Path) -> DecodeWeights:
 
         def read(name: str) -> None:
             file, offset = places[name]
-            if _read(file, offset, _bytes(arrays[name])) != checksums.get(name):
-                raise FalconError(f"{file} is damaged at {name}; make the weights again")
+            if _read(file, offset, _bytes(arrays[name])) != checksums[name]:
+                raise FalconError(f"{file} is damaged: the checksum of {name} does not match; {_ADVICE}")
+            if leaves[name].ndim < 2:  # a norm, bias, scale, threshold
+                check_finite(f"{name} in {file}", arrays[name])
             advance()
 
         for _ in pool.map(read, arrays):
@@ -105,16 +150,16 @@ def load_weights(path: Path) -> DecodeWeights:
 
 def _manifest(path: Path) -> tuple[DecodeWeights, dict[str, int]]:
     """Shapes of the weights and the checksum of every tensor."""
-    manifest = read_json(Path(path) / _MANIFEST)
-    try:
-        version = manifest["version"]
-        if version != _VERSION:
-            raise FalconError(f"{path} is of version {version}; this program reads {_VERSION}: pack the model again")
-        config = FalconConfig(**manifest["config"])
-        wanted = skeleton(config, Formats(**manifest["formats"]), manifest["ranks"], manifest["predictor_input"])
-        return wanted, dict(manifest["crc32"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FalconError(f"{path}/{_MANIFEST} is no valid manifest: {error}") from None
+    file = Path(path) / _MANIFEST
+    stored = read_json(file)
+    version = stored.get("version") if isinstance(stored, dict) else None
+    if version != _VERSION:
+        raise FalconError(f"{file} is of version {str(version)[:20]}; this program reads {_VERSION}: {_ADVICE}")
+    manifest = parse(_Manifest, unseal(stored, file, _ADVICE), file)
+    wanted = skeleton(manifest.config, manifest.formats, manifest.ranks, manifest.predictor_input)
+    if wrong := sorted(manifest.crc32.keys() ^ {name for name, _ in _named(wanted)}):
+        raise FalconError(f"{file}: the checksums and the config contradict each other about {wrong[0][:80]!r}")
+    return wanted, manifest.crc32
 
 
 def _named(weights: DecodeWeights) -> Iterator[tuple[str, Any]]:
@@ -135,37 +180,42 @@ def _bytes(array: np.ndarray) -> memoryview:
 def _check(folder: Path, leaves: dict[str, Any]) -> dict[str, tuple[Path, int]]:
     """File and offset of every tensor, their names, shapes and dtypes held against those wanted."""
     places: dict[str, tuple[Path, int]] = {}
-    for file in sorted({folder / _file(name) for name in leaves}):
+    files = {folder / _file(name) for name in leaves}
+    if unknown := sorted(set(folder.glob("*.safetensors")) - files):
+        raise FalconError(f"{unknown[0]} is not of the model that {_MANIFEST} describes; {_ADVICE}")
+    for file in sorted(files):
         start, header = _header(file)
         wanted = {name: leaf for name, leaf in leaves.items() if _file(name) == file.name}
         if wrong := sorted(wanted.keys() ^ header.keys()):
-            raise FalconError(f"{file} does not hold the tensors that its manifest asks for: {wrong[0]}")
+            raise FalconError(f"{file} does not hold the tensors that its manifest asks for: {wrong[0][:80]!r}")
         for name, leaf in wanted.items():
-            try:
-                dtype, shape = np.dtype(_DTYPES[header[name]["dtype"]]), tuple(header[name]["shape"])
-                begin, end = header[name]["data_offsets"]
-            except (KeyError, TypeError, ValueError):
-                raise FalconError(f"{file} is damaged: its entry for {name} is not valid") from None
-            size = leaf.size * dtype.itemsize
+            dtype, shape = _DTYPES.get(header[name].dtype), header[name].shape
+            begin, end = header[name].data_offsets
             if (shape, dtype) != (leaf.shape, leaf.dtype):
-                raise FalconError(f"{name} in {file} is {dtype}{list(shape)} instead of {leaf.dtype}{list(leaf.shape)}")
-            if end - begin != size or begin < 0 or start + end > file.stat().st_size:
-                raise FalconError(f"{file} is damaged or cut short: {name} does not lie in it")
+                found = f"{header[name].dtype[:8]}{list(shape)}"
+                raise FalconError(f"{name} in {file} is {found} instead of {leaf.dtype}{list(leaf.shape)}")
+            if end - begin != leaf.size * leaf.dtype.itemsize or begin < 0 or start + end > file.stat().st_size:
+                raise FalconError(f"{file} is damaged or cut short: {name} does not lie in it; {_ADVICE}")
             places[name] = file, start + begin
     return places
 
 
-def _header(file: Path) -> tuple[int, dict[str, Any]]:
+def _header(file: Path) -> tuple[int, dict[str, _Entry]]:
     """Where a safetensors file's data begin, and its entries."""
-    try:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            if size > file.stat().st_size:
-                raise ValueError("the header does not fit into the file")
-            header = json.loads(stream.read(size))
-        return 8 + size, {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, AttributeError, struct.error) as error:
-        raise FalconError(f"{file} is missing or damaged: {error}") from None
+    if not os.path.lexists(file):
+        raise FalconError(f"{file} is missing; {_ADVICE}")
+    size = regular_file(file).stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(size - 8, _HEADER_BYTES):
+            raise FalconError(f"{file} is damaged or cut short: its header does not fit; {_ADVICE}")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise FalconError(f"{file} is damaged: its header is not valid; {_ADVICE}") from None
+    return 8 + length, parse(dict[str, _Entry], header, f"header of {file}")
 
 
 def _read(file: Path, offset: int, out: memoryview) -> int:

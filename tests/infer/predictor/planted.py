@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from falcon_relu.checkpoints.digests import digest
 from infer.predictor.recording import CONTRIBUTION_DTYPE, INPUT_DTYPE, Batch, Recording
 
 
@@ -16,7 +17,8 @@ def write_recording(folder: Path, layers: list[tuple[np.ndarray, np.ndarray]]) -
         x_NxD.astype(INPUT_DTYPE).tofile(folder / f"{i:03}.inputs")
         c_NxF.astype(CONTRIBUTION_DTYPE).tofile(folder / f"{i:03}.contributions")
     (N, D), F = layers[0][0].shape, layers[0][1].shape[1]
-    return Recording(folder, "mlp_input", N, len(layers), D, F)
+    files = {path.name: digest(path) for path in folder.iterdir()}
+    return Recording(folder=folder, input="mlp_input", tokens=N, n_layers=len(layers), d_model=D, d_ff=F, files=files)
 
 
 def planted_layer(

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from falcon_relu.checkpoints.schema import seal
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from infer.predictor.predictor import (
@@ -58,8 +59,9 @@ def _rewrite(path: Path, change) -> None:
     with safe_open(path, framework="flax") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = json.loads(file.metadata()["falcon_relu_predictor"])
+    del metadata["checksum"]
     change(tensors, metadata)
-    save_file(tensors, path, {"falcon_relu_predictor": json.dumps(metadata)})
+    save_file(tensors, path, {"falcon_relu_predictor": json.dumps(seal(metadata))})
 
 
 @pytest.mark.parametrize(
@@ -72,11 +74,16 @@ def _rewrite(path: Path, change) -> None:
         (lambda t, m: t.update({"layers.2.fc1.weight": jnp.zeros((8, D))}), "only 2 layers"),
         (lambda t, m: t.update({"layers.0.fc1.weight": jnp.zeros(())}), r"layers.0.fc1.weight"),
         (lambda t, m: m.update(version=99), "format 99"),
-        (lambda t, m: m.update(input="elsewhere"), "input is 'elsewhere'"),
+        (lambda t, m: m.update(input="elsewhere"), "input: input should be 'block_input' or 'mlp_input'"),
         (lambda t, m: m.update(thresholds=[0.0]), "thresholds must be 2"),
-        (lambda t, m: m.update(thresholds=[0.0, "1"]), "thresholds must be 2"),
+        (lambda t, m: m.update(thresholds=[0.0, "1"]), "thresholds.1: input should be a valid number"),
+        (lambda t, m: m.update(thresholds=[0.0, float("nan")]), "thresholds.1 must be a finite number"),
+        (lambda t, m: m.update(budgets=[0, True]), "budgets.1: input should be a valid integer"),
+        (lambda t, m: m.update(measured=[{}] * 3), "measured must be of 2 layers"),
+        (lambda t, m: m.update(wings=2), "wings is not known"),
+        (lambda t, m: t.update({"layers.0.fc1.weight": jnp.full((8, D), jnp.nan)}), "fc1.weight holds NaN"),
         (lambda t, m: m.update(budgets=[0, F + 1]), "budgets must be 2"),
-        (lambda t, m: m.pop("budgets"), "budgets"),
+        (lambda t, m: m.pop("budgets"), "budgets is missing"),
     ],
 )
 def test_predictor_that_does_not_fit_is_refused(tmp_path: Path, change, message: str) -> None:
@@ -92,6 +99,10 @@ def test_truncated_foreign_and_missing_files_are_refused(tmp_path: Path) -> None
     save_predictor(random_predictor(), path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FalconError, match="cannot be read"):
+        load_predictor(path, CONFIG)
+    save_predictor(random_predictor(), tmp_path / "q.safetensors")
+    path.write_bytes((tmp_path / "q.safetensors").read_bytes().replace(b"block_input", b"mlp_input  "))
+    with pytest.raises(FalconError, match=r"changed since it was written.*; copy or fit it again"):
         load_predictor(path, CONFIG)
     save_file({"w": jnp.zeros(3)}, path)
     with pytest.raises(FalconError, match="not a predictor"):
@@ -113,8 +124,15 @@ def test_powerinfer_files_round_trip(tmp_path: Path) -> None:
     torch.save({"fc1.weight": torch.zeros(4, D)}, tmp_path / "pt" / "model_1.pt")
     with pytest.raises(FalconError, match=r"model_1.pt has no fc2.weight"):
         import_powerinfer(tmp_path / "pt", CONFIG)
+    whole = {"fc1.weight": torch.zeros(4, D), "fc2.weight": torch.zeros(F, 4)}
+    torch.save(whole | {"fc2.bias": torch.zeros(F)}, tmp_path / "pt" / "model_1.pt")
+    with pytest.raises(FalconError, match=r"model_1.pt has 'fc2.bias': only predictors of two maps without biases"):
+        import_powerinfer(tmp_path / "pt", CONFIG)
+    torch.save(whole | {"fc1.weight": torch.zeros(4, D).to_sparse()}, tmp_path / "pt" / "model_1.pt")
+    with pytest.raises(FalconError, match=r"model_1.pt: 'fc1.weight' is a tensor without numbers, or not a dense one"):
+        import_powerinfer(tmp_path / "pt", CONFIG)
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pt" / "model_1.pt")  # a pickled object: never run
-    with pytest.raises(FalconError, match=r"model_1.pt cannot be read"):
+    with pytest.raises(FalconError, match=r"model_1.pt is not a plain torch weights file"):
         import_powerinfer(tmp_path / "pt", CONFIG)
     (tmp_path / "pt" / "model_1.pt").unlink()
     with pytest.raises(FalconError, match=r"model_1.pt does not exist"):

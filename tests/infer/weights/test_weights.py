@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from falcon_relu.checkpoints import native
+from falcon_relu.checkpoints.schema import write_sealed
 from falcon_relu.errors import FalconError
 from infer.weights import memory, storage
 from infer.weights.formats import quantise
@@ -69,10 +70,59 @@ def test_what_is_missing_or_of_another_version_is_refused(saved, tmp_path):
     file.unlink()
     with pytest.raises(FalconError, match="missing"):
         storage.load_weights(path)
+    file.write_bytes(whole)
+    (path / "layer_002.safetensors").write_bytes(whole)
+    with pytest.raises(FalconError, match=r"layer_002\.safetensors is not of the model"):
+        storage.load_weights(path)
     manifest = json.loads((path / "decode.json").read_text())
     (path / "decode.json").write_text(json.dumps(manifest | {"version": 99}))
     with pytest.raises(FalconError, match="version 99"):
         storage.load_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["config"].update(rope_theta=0.0), "rope_theta must be a number at least 1"),
+        (lambda m: m["config"].update(norm_eps=float("nan")), "norm_eps must be a finite number"),
+        (lambda m: m["config"].update(max_positions=10**12), "max_positions must be an integer"),
+        (lambda m: m["config"].update(n_layers=1), "ranks must be none or 1"),
+        (lambda m: m["config"].update(activation="swish"), "activation"),
+        (lambda m: m["config"].update(activation="gelu"), None),
+        (lambda m: m["config"].update(position="alibi"), None),
+        (lambda m: m.update(predictor_input="foo"), "predictor_input"),
+        (lambda m: m.update(predictor_input=None), "contradicts"),
+        (lambda m: m.update(ranks=[8]), "ranks must be none or 2"),
+        (lambda m: m.update(ranks=[8, 10**9]), "ranks must be none or 2"),
+        (lambda m: m["formats"].update(mlp="f64"), "formats.mlp"),
+        (lambda m: m["crc32"].popitem(), "checksums and the config contradict each other"),
+        (lambda m: m.update(more=1), "more is not known here"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(saved, change, message):
+    """By its checksum; and where that was made anew, by its types, ranges and what the files hold."""
+    file = saved[1] / "decode.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(FalconError, match="was changed since it was written: its checksum does not match; pack"):
+        storage.load_weights(saved[1])
+    manifest.pop("checksum")
+    write_sealed(file, manifest)
+    if message:
+        with pytest.raises(FalconError, match=message):
+            storage.load_weights(saved[1])
+
+
+def test_numbers_that_are_not_finite_name_their_tensor():
+    config, params = relu_model("tiny-40b")
+    params["layers"]["mlp_norm"]["scale"] = params["layers"]["mlp_norm"]["scale"].at[1, 3].set(np.nan)
+    with pytest.raises(FalconError, match=r"^layers\.1\.mlp_norm\.scale holds NaN or infinity"):
+        weights_from_params(params, config)
+    config, params = relu_model("tiny-40b")
+    params["layers"]["mlp"]["up"] = params["layers"]["mlp"]["up"].at[0, 3, 5].set(np.inf)
+    with pytest.raises(FalconError, match=r"^layers\.0\.mlp\.up: "):
+        weights_from_params(params, config)
 
 
 @pytest.mark.parametrize(
