@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json as jsonlib
 import os
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +16,14 @@ import jax.numpy as jnp
 import tyro
 
 from falcon_relu.checkpoints.load import load_model
+from falcon_relu.checkpoints.schema import parse
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number, check_seed
+from falcon_relu.evaluation.journal import Journal
 from falcon_relu.evaluation.scoring import Engine, FlaxEngine
-from falcon_relu.files import read_json, write_aside, write_json
+from falcon_relu.files import read_json, regular_file, write_json, write_text
 from falcon_relu.model import Falcon
 from falcon_relu.sharding import make_mesh, use_mesh
 from falcon_relu.tokenizer import Tokenizer
@@ -30,6 +33,8 @@ from infer.scoring import DecodeEngine
 from infer.weights.formats import Format
 from infer.weights.layout import Formats, weights_from_checkpoint
 from infer.weights.storage import is_decode_weights, load_weights
+
+_ANSWERS, _SETTINGS = "answers.jsonl", "settings.json"  # files of a run
 
 EngineName = Literal["flax", "dense", "exact", "sparse"]
 
@@ -83,37 +88,45 @@ class Args(Output):
 
 
 def run(args: Args) -> None:
-    """Claims the folder, loads, asks, reports."""
+    """Makes sure of folder and questions, loads the model, asks, reports."""
     if importlib.util.find_spec("lm_eval") is None:
         raise FalconError('evaluation needs lm-eval: pip install "falcon-relu[eval]"')
     if (args.suite is None) == (not args.tasks):
         raise FalconError("say what to run: --suite open-llm-v1, or --tasks with names of lm-eval")
-    if args.limit is not None and args.limit < 1:
-        raise FalconError(f"--limit must be at least 1, got {args.limit}")
+    if args.limit is not None:
+        check_number("--limit", args.limit, low=1)
+    if args.shots is not None:
+        check_number("--shots", args.shots, low=0)
+    check_seed("--seed", args.seed)
     # All of these are read when the libraries are imported.
     os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     if args.offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    from falcon_relu.evaluation.harness import HarnessModel, Journal
+    from falcon_relu.evaluation.harness import HarnessModel
     from falcon_relu.evaluation.suite import SUITES, Benchmark, evaluate
 
     tokenizer = Tokenizer(args.tokenizer)
     settings = _claim(args, tokenizer)
+    write = jax.process_index() == 0
     known = {benchmark.task: benchmark for benchmark in SUITES["open-llm-v1"]}
     benchmarks = [known.get(name, Benchmark(name, name)) for name in args.tasks] or SUITES[str(args.suite)]
     if args.shots is not None:
         benchmarks = [benchmark._replace(shots=args.shots) for benchmark in benchmarks]
-    journal = Journal(args.out / "answers.jsonl", write=jax.process_index() == 0)
-    model = HarnessModel(engine(args), tokenizer, journal, args.seed)
+
+    def model() -> HarnessModel:
+        ready = engine(args)
+        if write:
+            write_json(args.out / _SETTINGS, settings)
+        return HarnessModel(ready, tokenizer, Journal(args.out / _ANSWERS, write=write), args.seed)
+
     found = evaluate(model, benchmarks, data=args.data, limit=args.limit, seed=args.seed)
     samples = found.pop("samples")
     results = {"settings": settings, "suite": args.suite, "limit": args.limit, "seed": args.seed, **found}
-    if jax.process_index() == 0:
+    if write:
         write_json(args.out / "results.json", results)
         for name, records in samples.items():
-            (args.out / "samples").mkdir(exist_ok=True)
-            with write_aside(args.out / "samples" / f"{name}.jsonl", replace=True) as aside:
-                aside.write_text("".join(jsonlib.dumps(record, default=str) + "\n" for record in records))
+            lines = "".join(jsonlib.dumps(record, default=str) + "\n" for record in records)
+            write_text(args.out / "samples" / f"{urllib.parse.quote(name, safe='')}.jsonl", lines)
     shown = {name: results[name] for name in ("average", "limit", "seed", "lm_eval")}
     report({"engine": args.engine, **shown, "benchmarks": found["rows"]}, args, also=results)
 
@@ -142,20 +155,24 @@ def engine(args: Args) -> Engine:
 
 
 def _claim(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Makes the folder, or makes sure that the answers in it are of this model, and says what they are of."""
+    """What the answers of this run are of, made sure to be what those in the folder are of.
+
+    Raises:
+      FalconError: there are answers of another model in it, or what they are of cannot be read.
+    """
     names = ("dtype",) if args.engine == "flax" else ("format", "backend")
     settings: dict[str, Any] = {"model": str(args.model), "engine": args.engine, "tokenizer": tokenizer.sha256}
     settings |= {name: getattr(args, name) for name in ("activation", *names)}
     settings["weights"] = _fingerprint(Path(args.model))
     settings["predictor"] = None if args.predictor is None else _fingerprint(args.predictor)
-    path = args.out / "settings.json"
-    if path.exists() and (found := read_json(path)) != settings:
-        changed = [name for name in settings if found.get(name) != settings[name]]
+    answers, path = args.out / _ANSWERS, args.out / _SETTINGS
+    if not os.path.lexists(answers) or not regular_file(answers).stat().st_size:
+        return settings
+    found = parse(dict[str, str | None], read_json(path), path)
+    if changed := [name for name in settings | found if found.get(name, "") != settings.get(name, "")]:
         raise FalconError(
             f"{args.out} holds answers of another model or way ({', '.join(changed)}); choose another --out"
         )
-    if jax.process_index() == 0:
-        write_json(path, settings)
     return settings
 
 

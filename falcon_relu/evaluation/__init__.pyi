@@ -1,5 +1,5 @@
 from .harness import HarnessModel as HarnessModel
-from .harness import Journal as Journal
+from .journal import Journal as Journal
 from .questions import build_eval_data as build_eval_data
 from .scoring import FlaxEngine as FlaxEngine
 from .sparsity import measure_sparsity as measure_sparsity

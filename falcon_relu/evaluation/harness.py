@@ -1,16 +1,13 @@
-"""A model as EleutherAI's lm-eval wants it, with a journal of answers so that a killed run goes on where it stopped.
-
-Needs the extra `eval`.
-"""
+"""A model as EleutherAI's lm-eval wants it; its answers go into a journal. Needs the extra `eval`."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,59 +17,25 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from falcon_relu.errors import FalconError
+from falcon_relu.evaluation.journal import Journal
 from falcon_relu.evaluation.scoring import Engine, Request, plan_rows
 from falcon_relu.generation import Sampling
-from falcon_relu.progress import progress
+from falcon_relu.progress import console, progress
 from falcon_relu.tokenizer import Tokenizer
 
 _ENCODED_TOGETHER = 256  # requests
 _MAX_NEW_TOKENS = 256  # where a task does not say; lm-eval's own
-
-
-class Journal:
-    """Answers by key, kept as JSON lines; a line that a killed process left unfinished is dropped.
-
-    Args:
-      path: the file, made if it is not there; in memory alone if None.
-      write: whether this process adds to the file.
-
-    Raises:
-      FalconError: a line other than the last is damaged.
-    """
-
-    def __init__(self, path: Path | None = None, *, write: bool = True):
-        self._answers: dict[str, Any] = {}
-        self._file = None
-        if path is None:
-            return
-        whole = 0
-        if path.exists():
-            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    key, answer = json.loads(line)
-                    self._answers[str(key)] = answer
-                except (ValueError, TypeError):
-                    raise FalconError(f"{path}, line {number}, is damaged: remove the file to start anew") from None
-                whole += len(line)
-        if write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
-            self._file.truncate(whole)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> Any:
-        return self._answers[key]
-
-    def add(self, answers: Mapping[str, Any]) -> None:
-        """Keeps new answers, on disk when this returns."""
-        self._answers.update(answers)
-        if self._file is not None:
-            self._file.write("".join(json.dumps(pair) + "\n" for pair in answers.items()).encode())
-            self._file.flush()
+_STOP_MARGIN = 2  # tokens beside those of a stop sequence that it is looked for in; lm-eval's own
+_NAMED = 5  # requests that are named of those that are told of together
+_DRAWING = ("temperature", "top_k", "top_p")  # settings of sampled generation
+# Settings of transformers that change nothing at this value.
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "early_stopping": False,
+}
 
 
 class HarnessModel(TemplateLM):
@@ -137,39 +100,65 @@ class HarnessModel(TemplateLM):
         """The text that follows every context, up to the first of its stop sequences."""
         wanted: dict[str, _Generation] = {}
         keys: list[str] = []
+        asked: collections.Counter[str] = collections.Counter()
         for instance in requests:
             generation = self._generation(*instance.args)
             key = generation.key()
             if generation.sampling.temperature:  # asked again, a sampled text is another one
-                key += f"-{sum(key == earlier[: len(key)] for earlier in keys)}"
+                asked[key] += 1
+                key += f"-{asked[key]}"
             wanted[key] = generation
             keys.append(key)
-        parts = list(enumerate(self._together(wanted)))
-        todo = [(number, part) for number, part in parts if not all(key in self._journal for key in part)]
-        with progress("generate", sum(len(part) for _, part in todo), "texts") as advance:
-            for number, part in todo:
+        parts = [(part, self._draw(part, wanted)) for part in self._together(wanted)]
+        names = {key: name for part, (_, kept) in parts for key, name in zip(part, kept, strict=True)}
+        todo = [(part, seed) for part, (seed, kept) in parts if not all(name in self._journal for name in kept)]
+        with progress("generate", sum(len(part) for part, _ in todo), "texts") as advance:
+            for part, seed in todo:
                 prompts, first = [wanted[key].prompt for key in part], wanted[part[0]]
-                sampling = dataclasses.replace(first.sampling, seed=self._seed + number)
+                sampling = dataclasses.replace(first.sampling, seed=seed)
                 found = self._engine.generate(prompts, sampling, self._enough(first.until))
-                self._journal.add({key: self._text(ids, first.until) for key, ids in zip(part, found, strict=True)})
+                texts = (self._text(ids, first.until) for ids in found)
+                self._journal.add({names[key]: text for key, text in zip(part, texts, strict=True)})
                 advance(len(part))
-        return [self._journal[key] for key in keys]
+        return [self._journal[names[key]] for key in keys]
+
+    def _draw(self, part: Sequence[str], wanted: Mapping[str, _Generation]) -> tuple[int, list[str]]:
+        """The seed for prompts that are continued together, and what their answers are kept under.
+
+        What is drawn depends on the seed and on the other prompts of the batch: another --seed or --limit draws anew.
+        """
+        if not wanted[part[0]].sampling.temperature:
+            return 0, list(part)
+        drawn = _key("draw", str(self._seed).encode(), *(key.encode() for key in part))
+        return int(drawn[:8], 16), [f"{drawn}-{place}" for place in range(len(part))]
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
-        """Token ids as lm-eval pairs them: a context gives its last spaces to the continuation."""
+        """Token ids as lm-eval pairs them: a context gives its last spaces to the continuation.
+
+        Where the continuation's first characters are part of the context's last token, lm-eval's own model stops with
+        an error; here that token is scored.
+        """
         contexts = [context.rstrip() for context, _ in pairs]
         texts = dict.fromkeys([*contexts, *("".join(pair) for pair in pairs)])
         ids = dict(zip(texts, self._tokens.encode_batch(list(texts)), strict=True))
-        found = []
+        found, merged = [], []
         for (context, continuation), stripped in zip(pairs, contexts, strict=True):
-            whole = ids[context + continuation]
-            if stripped:
-                known = ids[stripped]
+            whole = ids[context + continuation] or [self.prefix_token_id]
+            known = ids[stripped] if stripped else []
+            if known and len(known) >= len(whole):
+                merged.append((context, continuation))
+                known = whole[:-1]
+            if known:
                 found.append(Request(np.array(known, np.int32), whole[len(known) :]))
-            elif whole[:1] == [self.prefix_token_id]:
+            elif whole[:1] == [self.prefix_token_id] and len(whole) > 1:
                 found.append(Request(whole[:1], whole[1:]))
             else:
                 found.append(Request([self.prefix_token_id], whole))
+        for context, continuation in merged[:_NAMED]:
+            note = f"context {context[-40:]!r} and continuation {continuation!r} share a token, all of which is scored"
+            console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if len(merged) > _NAMED:
+            console.print(f"and {len(merged) - _NAMED:,} others", style="yellow", highlight=False)
         return found
 
     def _scores(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
@@ -186,22 +175,28 @@ class HarnessModel(TemplateLM):
         return [(logprob, greedy) for logprob, greedy in map(self._journal.__getitem__, keys)]
 
     def _generation(self, context: str, arguments: Mapping[str, Any]) -> _Generation:
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), _MAX_NEW_TOKENS))
-        until = handle_stop_sequences(kwargs.pop("until", None), self._tokens.decode([self.eot_token_id]))
-        if not kwargs.pop("do_sample", False):
-            kwargs["temperature"] = 0.0
+        asked = f"a task asks for generation with {dict(arguments)}"
+        try:
+            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), _MAX_NEW_TOKENS))
+            until = handle_stop_sequences(kwargs.pop("until", None), self._tokens.decode([self.eot_token_id]))
+        except (TypeError, ValueError) as error:
+            raise FalconError(f"{asked}: {error}") from None
+        sampled = kwargs.pop("do_sample", False)
+        drawing = {name: kwargs.pop(name) for name in _DRAWING if name in kwargs}
+        for name, value in _NEUTRAL.items():
+            if kwargs.get(name, value) == value:
+                kwargs.pop(name, None)
+        new_tokens = kwargs.pop("max_gen_toks")
+        if kwargs:
+            raise FalconError(f"{asked}: this model does not know {', '.join(kwargs)}")
         try:
             sampling = Sampling(
-                max_new_tokens=kwargs.pop("max_gen_toks"),
-                temperature=kwargs.pop("temperature", 1.0),
-                top_k=kwargs.pop("top_k", 0),
-                top_p=kwargs.pop("top_p", 1.0),
+                max_new_tokens=new_tokens,
                 stop_tokens=(self.eot_token_id, self._engine.config.eos_token_id),
+                **({"temperature": 1.0} | drawing if sampled else {}),
             )
-        except TypeError as error:
-            raise FalconError(f"a task asks for generation with {dict(arguments)}: {error}") from None
-        if kwargs:
-            raise FalconError(f"a task asks for generation with {', '.join(kwargs)}, which this model does not know")
+        except (TypeError, FalconError) as error:
+            raise FalconError(f"{asked}: {error}") from None
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
             raise FalconError(
@@ -224,8 +219,17 @@ class HarnessModel(TemplateLM):
         return lambda ids: any(stop in self._tokens.decode(ids) for stop in until if stop)
 
     def _text(self, ids: Sequence[int], until: Sequence[str]) -> str:
-        text: str = postprocess_generated_text(self._tokens.decode(ids, skip_special=True), list(until), None)
+        kept = self._tokens.decode(ids[: self._end(ids, until)], skip_special=True)
+        text: str = postprocess_generated_text(kept, list(until), None)
         return text
+
+    def _end(self, ids: Sequence[int], until: Sequence[str]) -> int:
+        """How many tokens come up to the end of the first stop sequence, which may hold special tokens."""
+        looks = [(stop, len(self.tok_encode(stop)) + _STOP_MARGIN) for stop in until if stop]
+        for n in range(1, len(ids)):
+            if any(stop in self._tokens.decode(ids[max(n - back, 0) : n]) for stop, back in looks):
+                return n
+        return len(ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +242,7 @@ class _Generation:
         return json.dumps([dataclasses.astuple(self.sampling), self.until])
 
     def key(self) -> str:
-        return _key("generate", self.prompt, self.alike().encode())
+        return _key("text", self.prompt, self.alike().encode())
 
 
 def _key(kind: str, *parts: Sequence[int] | np.ndarray | bytes) -> str:

