@@ -156,9 +156,9 @@ class HarnessModel(TemplateLM):
                 found.append(Request([self.prefix_token_id], whole))
         for context, continuation in merged[:_NAMED]:
             note = f"context {context[-40:]!r} and continuation {continuation!r} share a token, all of which is scored"
-            console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(note, style="yellow", soft_wrap=True)
         if len(merged) > _NAMED:
-            console.print(f"and {len(merged) - _NAMED:,} others", style="yellow", highlight=False)
+            console.print(f"and {len(merged) - _NAMED:,} others", style="yellow")
         return found
 
     def _scores(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:

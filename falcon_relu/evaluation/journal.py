@@ -41,7 +41,7 @@ class Journal:
                 note = (
                     f"{path}: {damaged} damaged lines of {len(lines)} are left out; what they answered is asked again"
                 )
-                console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+                console.print(note, style="yellow", soft_wrap=True)
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")

@@ -133,7 +133,7 @@ def _load(
             for dataset, found in local.items():
                 settings |= found or {}
                 notes[name] = local_note(data, dataset)
-        console.print(f"questions of {name}", style="dim", markup=False)
+        console.print(f"questions of {name}", style="dim")
         try:
             asked = manager.load(_with_settings(manager, name, settings))
         except Exception as error:  # the datasets library raises many kinds, offline and for what it cannot read

@@ -224,6 +224,9 @@ def test_questions_that_are_not_the_tasks_are_told_in_a_line(questions, case, mo
         (["--shots", "-1"], "--shots"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(1 << 64)], "--seed"),
+        (["--out", "file"], "file"),
+        (["--out", "file/x"], "file"),
+        (["--json", "file/x"], "file"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_made(questions, more, says, capsys):
