@@ -54,6 +54,12 @@ def test_imports_run_one_way(package):
             assert not commands, f"{path} imports {name}"
 
 
+def test_the_data_of_training_knows_nothing_of_training():
+    for path in (ROOT / "train" / "data").glob("*.py"):
+        for name in _imports(path):
+            assert not _inside(name, "train") or _inside(name, "train.data"), f"{path} imports {name}"
+
+
 def test_rooms_of_infer_are_tied_by_few_imports():
     def room(name: str) -> str | None:
         parts = name.split(".")

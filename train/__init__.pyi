@@ -6,13 +6,13 @@ from .data.batches import train_batches as train_batches
 from .data.batches import validation_batches as validation_batches
 from .data.prepare import PrepareConfig as PrepareConfig
 from .data.prepare import prepare as prepare
+from .flops import Chip as Chip
 from .loop import run as run
 from .loss import LossConfig as LossConfig
+from .plan.compile import topology_devices as topology_devices
+from .plan.compile import virtual_devices as virtual_devices
 from .plan.plan import Assumptions as Assumptions
-from .plan.plan import Chip as Chip
 from .plan.plan import plan_run as plan_run
-from .plan.plan import topology_devices as topology_devices
-from .plan.plan import virtual_devices as virtual_devices
 from .plan.sharding_table import sharding_table as sharding_table
 from .state import init_state as init_state
 from .state import make_optimizer as make_optimizer

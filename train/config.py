@@ -8,12 +8,19 @@ from typing import Any, Literal
 
 from falcon_relu.attention import Attend
 from falcon_relu.config import FAMILY, Activation
+from falcon_relu.errors import FalconError, check_number, check_seed
 from falcon_relu.generation import Sampling
 from falcon_relu.model import Remat
 from train.data.batches import DataConfig
-from train.loss import LossConfig
+from train.loss import LossConfig, largest_divisor
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    check_number(name, value, low=low)
+    if not isinstance(value, int):
+        raise FalconError(f"{name} must be an integer, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +36,9 @@ class OptimizerConfig:
       epsilon: added to the root of the second moment.
       weight_decay: of matrices; norms and biases are not decayed.
       clip_norm: global gradient norm above which gradients are scaled down.
+
+    Raises:
+      FalconError: a field is out of range; the message names it.
     """
 
     learning_rate: float = 3e-5
@@ -41,10 +51,14 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or not 0 <= self.final_learning_rate <= self.learning_rate:
-            raise ValueError("OptimizerConfig needs learning_rate > 0 and 0 <= final_learning_rate <= learning_rate")
-        if self.warmup_steps < 0 or self.clip_norm <= 0:
-            raise ValueError("OptimizerConfig needs warmup_steps >= 0 and clip_norm > 0")
+        check_number("OptimizerConfig.learning_rate", self.learning_rate, above=0)
+        check_number("OptimizerConfig.final_learning_rate", self.final_learning_rate, low=0, high=self.learning_rate)
+        _check_int("OptimizerConfig.warmup_steps", self.warmup_steps, low=0)
+        for name in ("b1", "b2"):
+            check_number(f"OptimizerConfig.{name}", getattr(self, name), low=0, high=1 - 1e-9)
+        check_number("OptimizerConfig.epsilon", self.epsilon, above=0)
+        check_number("OptimizerConfig.weight_decay", self.weight_decay, low=0)
+        check_number("OptimizerConfig.clip_norm", self.clip_norm, above=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +70,9 @@ class SamplesConfig:
       prompts: texts to continue.
       tokenizer: a tokenizer.json or a folder with one; the one that the data was prepared with.
       sampling: how each is continued.
+
+    Raises:
+      FalconError: a field is out of range or missing; the message names it.
     """
 
     every: int = 0
@@ -64,10 +81,11 @@ class SamplesConfig:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"SamplesConfig.every must be at least 0, got {self.every}")
+        _check_int("SamplesConfig.every", self.every, low=0)
         if self.every and not (self.prompts and self.tokenizer):
-            raise ValueError("SamplesConfig.every is above 0: it needs prompts and a tokenizer")
+            raise FalconError("SamplesConfig.every is above 0: it needs prompts and a tokenizer")
+        if not all(self.prompts):
+            raise FalconError("SamplesConfig.prompts has an empty text, which cannot be continued")
 
 
 # Fields that do not decide what is computed, beyond rounding: a run may go on with others.
@@ -128,7 +146,7 @@ class TrainConfig:
       profile: (first, last) step to trace with the profiler, counted from where this process starts; None for none.
 
     Raises:
-      ValueError: a field is out of range or two contradict each other; the message names them.
+      FalconError: a field is out of range or two contradict each other; the message names them.
     """
 
     out: Path
@@ -164,43 +182,51 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init_from is None):
-            raise ValueError("TrainConfig needs exactly one of model (start fresh) and init_from (start from weights)")
+            raise FalconError("TrainConfig needs exactly one of model (start fresh) and init_from (start from weights)")
         if self.model is not None and self.model not in FAMILY:
-            raise ValueError(f"TrainConfig.model {self.model!r} is unknown; known: {', '.join(FAMILY)}")
+            raise FalconError(f"TrainConfig.model {self.model!r} is unknown; known: {', '.join(FAMILY)}")
         if self.teacher is not None and self.data.teacher_cache is not None:
-            raise ValueError("TrainConfig has both a teacher and a data.teacher_cache: give one of them")
+            raise FalconError("TrainConfig has both a teacher and a data.teacher_cache: give one of them")
         if self.loss.kd_weight and self.teacher is None and self.data.teacher_cache is None:
-            raise ValueError("TrainConfig.loss.kd_weight is above 0 but no teacher or data.teacher_cache is given")
+            raise FalconError("TrainConfig.loss.kd_weight is above 0 but no teacher or data.teacher_cache is given")
+        for name in ("steps", "microbatches", "log_every", "keep_checkpoints", "max_bad_steps"):
+            _check_int(f"TrainConfig.{name}", getattr(self, name), low=1)
+        for name in ("validate_every", "checkpoint_every", "keep_every"):
+            _check_int(f"TrainConfig.{name}", getattr(self, name), low=0)
+        check_seed("TrainConfig.seed", self.seed)
+        check_number("TrainConfig.activation_shift", self.activation_shift)
+        if any(size < 1 and size != -1 for size in self.mesh) or self.mesh.count(-1) > 1:
+            raise FalconError(f"TrainConfig.mesh must be sizes from 1, one of them -1 at the most, got {self.mesh}")
         begin, end = self.activation_ramp
         if not 0 <= begin <= end <= self.steps:
-            raise ValueError(f"TrainConfig.activation_ramp must be two ascending steps of the run, got {begin} {end}")
+            raise FalconError(f"TrainConfig.activation_ramp must be two ascending steps of the run, got {begin} {end}")
         if (self.start_activation is None) != (end == 0):
-            raise ValueError("TrainConfig.start_activation and activation_ramp need each other")
-        for name in ("steps", "microbatches", "log_every", "keep_checkpoints", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("validate_every", "checkpoint_every", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"TrainConfig.{name} must be at least 0, got {getattr(self, name)}")
+            raise FalconError("TrainConfig.start_activation and activation_ramp need each other")
         if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
-            raise ValueError(
+            raise FalconError(
                 f"TrainConfig.keep_every ({self.keep_every}) must be a multiple of checkpoint_every "
                 f"({self.checkpoint_every})"
             )
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"TrainConfig.profile must be a first and a last step, from 1, got {self.profile}")
+            raise FalconError(f"TrainConfig.profile must be a first and a last step, from 1, got {self.profile}")
         if self.data.batch_size % self.microbatches:
-            raise ValueError(
+            raise FalconError(
                 f"TrainConfig.data.batch_size ({self.data.batch_size}) must be a multiple of microbatches "
                 f"({self.microbatches})"
             )
         if self.optimizer.warmup_steps >= self.steps:
-            raise ValueError(
+            raise FalconError(
                 f"TrainConfig.optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below steps ({self.steps})"
             )
         if self.query_chunk is not None and (self.query_chunk < 1 or self.data.seq_len % self.query_chunk):
-            raise ValueError(
+            raise FalconError(
                 f"TrainConfig.query_chunk ({self.query_chunk}) must divide data.seq_len ({self.data.seq_len})"
+            )
+        T, chunk = self.data.seq_len, self.loss.chunk
+        if 1 == largest_divisor(T, chunk) < min(T, chunk):
+            raise FalconError(
+                f"TrainConfig.data.seq_len ({T}) has no divisor from 2 to loss.chunk ({chunk}), so that the loss would "
+                "be worked out one position at a time: choose another seq_len"
             )
 
     def as_json(self) -> dict[str, Any]:
@@ -219,17 +245,12 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
 
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the fields that differ between two configs as JSON and decide what is computed.
+def deciding_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config as JSON that decide what is computed, by name.
 
     Where the data lies does not: the checkpoint knows what it holds.
     """
-
-    def deciding(config: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in config.items() if name not in _MAY_CHANGE | {"data"}}
-        data = {name: value for name, value in config.get("data", {}).items() if name not in _DATA_MAY_CHANGE}
-        data["sources"] = [source.get("weight") for source in data.get("sources", [])]
-        return kept | {f"data.{name}": value for name, value in data.items()}
-
-    old, new = deciding(before), deciding(now)
-    return [name for name in old | new if old.get(name) != new.get(name)]
+    kept = {name: value for name, value in config.items() if name not in _MAY_CHANGE | {"data"}}
+    data = {name: value for name, value in config["data"].items() if name not in _DATA_MAY_CHANGE}
+    data["sources"] = [source["weight"] for source in data["sources"]]
+    return kept | {f"data.{name}": value for name, value in data.items()}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
 from falcon_relu.progress import console
 from falcon_relu.sharding import batch_sharding
 from train.data.batches import Batch
+
+_MOST_SECONDS = 7 * 24 * 3600
 
 
 class Stopped(KeyboardInterrupt):
@@ -38,9 +41,13 @@ class DistributedConfig:
       num_processes: how many there are, with `coordinator`.
       process_id: which one this is, from 0, with `coordinator`.
       heartbeat_seconds: after so long without a sign of life from one process, the others end.
+      start_seconds: how long the processes wait for each other at the start: machines of a pod come up one by one.
+
+    The coordinator's port takes part in the run whoever connects to it: it must not be reachable from outside. It is
+    bound to the host of `coordinator` alone.
 
     Raises:
-      ValueError: the fields contradict each other; the message names them.
+      FalconError: a field is out of range or the fields contradict each other; the message names them.
     """
 
     auto: bool = False
@@ -48,17 +55,22 @@ class DistributedConfig:
     num_processes: int | None = None
     process_id: int | None = None
     heartbeat_seconds: int = 100
+    start_seconds: int = 1800
 
     def __post_init__(self) -> None:
         explicit = (self.coordinator, self.num_processes, self.process_id)
         if any(value is not None for value in explicit) and (self.auto or None in explicit):
-            raise ValueError(
+            raise FalconError(
                 "distributed: give either auto alone, or coordinator, num_processes and process_id together"
             )
-        if self.heartbeat_seconds < 1:
-            raise ValueError(f"distributed.heartbeat_seconds must be at least 1, got {self.heartbeat_seconds}")
-        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
-            raise ValueError(f"distributed.coordinator must be host:port, got {self.coordinator!r}")
+        for name in ("heartbeat_seconds", "start_seconds"):
+            check_number(f"distributed.{name}", getattr(self, name), low=1, high=_MOST_SECONDS)
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+                raise FalconError(f"distributed.coordinator must be host:port, got {self.coordinator!r}")
+            check_number("distributed.num_processes", self.num_processes, low=1)
+            check_number("distributed.process_id", self.process_id, low=0, high=(self.num_processes or 1) - 1)
 
 
 @contextlib.contextmanager
@@ -97,7 +109,9 @@ def _initialize(config: DistributedConfig) -> None:
             config.num_processes,
             config.process_id,
             cluster_detection_method=None if config.auto else "deactivate",
+            initialization_timeout=config.start_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
+            coordinator_bind_address=_bind_address(config),
         )
     except (ValueError, RuntimeError) as error:
         if config.auto:
@@ -110,6 +124,25 @@ def _initialize(config: DistributedConfig) -> None:
             f"process {config.process_id} could not join {config.num_processes} at {config.coordinator} ({error}); "
             "make sure that all were started and that the coordinator's port is free and can be reached"
         ) from None
+
+
+def _bind_address(config: DistributedConfig) -> str | None:
+    """Where process 0 listens: at the coordinator's own address, where JAX by itself would listen on all of them.
+
+    A host name that this machine does not have as an address of its own (a load balancer's, a service's) leaves it to
+    JAX, as does a cluster that JAX finds by itself.
+    """
+    if config.coordinator is None or config.process_id != 0 or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return None
+    host, _, port = config.coordinator.rpartition(":")
+    try:
+        address = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0][4][0]
+        family = socket.AF_INET6 if ":" in str(address) else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return None
+    return f"[{address}]:{port}" if family == socket.AF_INET6 else f"{address}:{port}"
 
 
 def _check_alone() -> None:
@@ -202,6 +235,10 @@ class StopVote:
         votes = jax.make_array_from_callback(self._shape, self._sharding, lambda _: mine)
         before, self._before = self._before, self._any(votes)
         return before is not None and bool(jax.device_get(before))
+
+    def at_once(self) -> bool:
+        """The same, waiting for all processes."""
+        return not all_agree(not self._asked())
 
 
 # --- rows ---

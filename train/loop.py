@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from falcon_relu.checkpoints.load import load_model
+from falcon_relu.checkpoints.load import load_config, load_model
 from falcon_relu.checkpoints.native import save_params
-from falcon_relu.config import FalconConfig, family
+from falcon_relu.config import family
 from falcon_relu.errors import FalconError
-from falcon_relu.model import Falcon, Params
+from falcon_relu.model import Params
 from falcon_relu.progress import progress
 from falcon_relu.sharding import init_params, make_mesh, use_mesh
-from train.checkpoints import Checkpoints, writing
-from train.config import TrainConfig
-from train.data.batches import Batch, data_digests, read_manifests, read_teachers, train_batches, validation_batches
+from train.config import TrainConfig, deciding_settings
+from train.data.batches import Batch, Manifests, read_manifests, train_batches, validation_batches
 from train.distributed import Rows, Stopped, StopVote, stop_signals
-from train.flops import model_flops
-from train.folder import claim, finish, note_start, read_architecture, write_architecture
-from train.state import TrainState, abstract_state, init_state, make_optimizer, state_shardings
-from train.step import Metrics, make_train_step, make_validation_step
+from train.folder.checkpoints import Checkpoints, writing
+from train.folder.claim import claim, finish, finished_figures, held, note_start, read_architecture, write_architecture
+from train.folder.log import Figures, RunLog
+from train.job import Job, make_job
+from train.state import TrainState, init_state
+from train.step import Metrics
 from train.validation import run_validation
-from train.watch import Figures, RunLog, Samples, Trace, Watch
+from train.watch import Samples, Trace, Watch
 
 
 def run(config: TrainConfig, on_log: Callable[[Figures], None] | None = None) -> Figures:
@@ -58,94 +58,153 @@ def run(config: TrainConfig, on_log: Callable[[Figures], None] | None = None) ->
         many steps in a row were not finite. The run can go on once that is mended.
       Stopped: a signal came; the run can go on.
     """
-    figures = claim(config)
-    if figures is not None:
-        return figures
-    mesh = make_mesh(config.mesh)
-    with (
-        use_mesh(mesh),
-        stop_signals() as asked,
-        Checkpoints(config.out / "checkpoints", config.keep_checkpoints, config.keep_every) as saved,
-    ):
-        job, state, batches = _set_up(config, mesh, saved)
-        first = int(jax.device_get(state.step))
-        note_start(config, first, mesh)
-        with RunLog(config.out, first, on_log) as log:
-            state = _run_steps(job, state, batches, saved, log, StopVote(asked, mesh))
-            figures = job.validate(state, config.steps, log) if job.has_validation else log.last
-        with writing(f"the weights to {config.out}"):
-            save_params(config.out / "weights", job.student.config, state.params, replace=True)
-            finish(config.out, figures)
-    return figures
+    with stop_signals() as asked, held(config.out):
+        figures = finished_figures(config)
+        if figures is not None:
+            return figures
+        mesh = make_mesh(config.mesh)
+        with use_mesh(mesh):
+            prepared = _prepare(config, mesh)
+            claim(config)
+            with Checkpoints(config.out / "checkpoints", config.keep_checkpoints, config.keep_every) as saved:
+                return _train(prepared, saved, StopVote(asked, mesh), on_log)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """What stays the same from step to step."""
+class _Prepared:
+    """A run with its data, before anything of the model's size is loaded."""
 
-    config: TrainConfig
-    rows: Rows
-    data: dict[str, str]  # hashes of what the folders of the data hold
-    has_validation: bool
-    student: Falcon
-    teacher: Falcon | None
-    teacher_params: Params
-    step_fn: Any
-    validation_fn: Any
+    job: Job
+    manifests: Manifests
+    rows: Rows  # of a training batch
+    validation_rows: Rows
+    batches: grain.DatasetIterator[Batch]
+    samples: Samples | None
+    resumes: bool
 
-    def validate(self, state: TrainState, step: int, log: RunLog) -> Figures:
-        """Means over the validation rows, logged."""
-        rows, params = validation_batches(self.config.data, self.rows.own), (state.params, self.teacher_params)
-        figures = run_validation(self.validation_fn, self.student, *params, rows, self.rows)
-        log.validation(step, figures)
+
+def _prepare(config: TrainConfig, mesh: Mesh) -> _Prepared:
+    """Reads what says how large everything is, and refuses what does not fit."""
+    manifests = read_manifests(config.data)
+    resumes = Checkpoints.exist(config.out / "checkpoints")
+    job = make_job(
+        config,
+        mesh,
+        lambda source, activation: load_config(source, activation=activation),
+        manifests=manifests,
+        student=read_architecture(config.out) if resumes else None,
+    )
+    rows = Rows(mesh, config.data.batch_size)
+    return _Prepared(
+        job=job,
+        manifests=manifests,
+        rows=rows,
+        validation_rows=Rows(mesh, job.microbatch),
+        batches=train_batches(config.data, rows.own, manifests),
+        samples=Samples(config.samples, job.student, rows.parts) if config.samples.every else None,
+        resumes=resumes,
+    )
+
+
+def _train(
+    prepared: _Prepared, saved: Checkpoints, vote: StopVote, on_log: Callable[[Figures], None] | None
+) -> Figures:
+    job, config = prepared.job, prepared.job.config
+    state = _restored(prepared, saved) if prepared.resumes else _fresh(job)
+    teacher_params = _load_teacher(job)
+    if vote.at_once():
+        raise Stopped  # nothing has been done that a checkpoint does not hold
+    first = int(jax.device_get(state.step))
+    note_start(config, first, job.mesh)
+    with RunLog(config.out, first, on_log) as log:
+        loop = _Loop(prepared, teacher_params, saved, log, vote)
+        state = loop.steps(state)
+        figures = loop.validate(state, config.steps) if prepared.manifests.rows("validation") else log.last
+    with writing(f"the weights to {config.out}"):
+        save_params(config.out / "weights", job.student.config, state.params, replace=True)
+        finish(config.out, figures)
+    return figures
+
+
+class _Loop:
+    """The steps of a run, and what is done between them.
+
+    Args:
+      prepared: its programs and data.
+      teacher_params: of the teacher that is run.
+      saved: its checkpoints.
+      log: its log.
+      vote: whether to stop.
+    """
+
+    def __init__(self, prepared: _Prepared, teacher_params: Params, saved: Checkpoints, log: RunLog, vote: StopVote):
+        self._prepared, self._job, self._teacher_params = prepared, prepared.job, teacher_params
+        self._saved, self._log, self._vote = saved, log, vote
+        self._step_fn, self._validation_fn = prepared.job.train_step(), prepared.job.validation_step()
+
+    def steps(self, state: TrainState) -> TrainState:
+        """Runs the steps that are left; saves, logs, validates and stops as the config and signals ask."""
+        config, rows = self._job.config, self._prepared.rows
+        first = int(jax.device_get(state.step))
+        watch, trace = Watch(config, self._log, self._job.flops), Trace(config.out, config.profile)
+        pending: tuple[int, Metrics] | None = None
+        tokens = config.data.batch_size * config.data.seq_len
+        if self._validates_after(first) and first not in self._log.validated:
+            self.validate(state, first)  # what stopped the run came before its figures were written
+        with progress(config.out.name, config.steps, "tokens", scale=tokens, done=first) as advance, trace:
+            for step in range(first + 1, config.steps + 1):
+                batch = rows.to_global(next(self._prepared.batches))
+                trace.before(step - first)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self._step_fn(state, batch, self._teacher_params)
+                trace.after(step - first, metrics)
+                if pending is not None:  # while this step runs, the one before is read
+                    advance(1, watch.read(*pending))
+                pending = (step, metrics)
+                stopping, last = self._vote(), step == config.steps
+                if stopping or last or _due(step, config.checkpoint_every):
+                    advance(1, watch.read(*pending))  # so that the log has every step that a checkpoint holds
+                    pending = None
+                    self._save(step, state)
+                self._saved.check()
+                if stopping:
+                    raise Stopped
+                if self._validates_after(step):
+                    self.validate(state, step)
+                if self._prepared.samples is not None and _due(step, config.samples.every):
+                    self._log.samples(step, self._prepared.samples.texts(state.params))
+        return state
+
+    def validate(self, state: TrainState, step: int) -> Figures:
+        """Means over the validation rows, logged.
+
+        Raises:
+          Stopped: a signal came; the state is saved.
+        """
+        config = self._job.config
+        data = dataclasses.replace(config.data, batch_size=self._job.microbatch)
+        rows = self._prepared.validation_rows
+
+        def batches() -> Iterator[Batch]:
+            for batch in validation_batches(data, rows.own, self._prepared.manifests):
+                if self._vote():
+                    self._save(step, state)
+                    raise Stopped
+                yield batch
+
+        params = state.params, self._teacher_params
+        figures = run_validation(self._validation_fn, self._job.student, *params, batches(), rows)
+        self._log.validation(step, figures)
         return figures
 
-    def facts(self, batches: grain.DatasetIterator[Batch]) -> dict[str, Any]:
-        """What a checkpoint keeps beside the state. Nothing is drawn at random on the way: the seeds are settings."""
-        return {"position": batches.get_state(), "data": self.data}
+    def _validates_after(self, step: int) -> bool:
+        """Whether validation is due on the way, after `step`; the end of the run validates in any case."""
+        config = self._job.config
+        has_rows = self._prepared.manifests.rows("validation") > 0
+        return has_rows and 0 < step < config.steps and _due(step, config.validate_every)
 
-    def flops(self) -> float:
-        """Model FLOPs of a step."""
-        teacher = None if self.teacher is None else self.teacher.config
-        return model_flops(self.student.config, teacher, self.config.data.batch_size, self.config.data.seq_len)
-
-
-def _run_steps(
-    job: _Job,
-    state: TrainState,
-    batches: grain.DatasetIterator[Batch],
-    saved: Checkpoints,
-    log: RunLog,
-    vote: StopVote,
-) -> TrainState:
-    config, first = job.config, int(jax.device_get(state.step))
-    watch, trace = Watch(config, log, job.flops()), Trace(config.out, config.profile)
-    samples = Samples(config.samples, job.student, log, job.rows.parts) if config.samples.every else None
-    pending: tuple[int, Metrics] | None = None
-    tokens = config.data.batch_size * config.data.seq_len
-    with progress(config.out.name, config.steps, "tokens", scale=tokens, done=first) as advance, trace:
-        for step in range(first + 1, config.steps + 1):
-            batch = job.rows.to_global(next(batches))
-            trace.before(step - first)
-            with jax.transfer_guard("disallow"):
-                state, metrics = job.step_fn(state, batch, job.teacher_params)
-            trace.after(step - first, metrics)
-            if pending is not None:  # while this step runs, the one before is read
-                advance(1, watch.read(*pending))
-            pending = (step, metrics)
-            stopping, last = vote(), step == config.steps
-            if stopping or last or _due(step, config.checkpoint_every):
-                advance(1, watch.read(*pending))  # so that the log has every step that a checkpoint holds
-                pending = None
-                saved.save(step, state, job.facts(batches))
-            saved.check()
-            if stopping:
-                raise Stopped
-            if job.has_validation and not last and _due(step, config.validate_every):
-                job.validate(state, step, log)
-            if samples is not None and _due(step, config.samples.every):
-                samples.write(step, state.params)
-    return state
+    def _save(self, step: int, state: TrainState) -> None:
+        self._saved.save(step, state, _facts(self._prepared) | {"position": self._prepared.batches.get_state()})
 
 
 def _due(step: int, every: int) -> bool:
@@ -155,102 +214,54 @@ def _due(step: int, every: int) -> bool:
 # --- where a run starts ---
 
 
-def _set_up(
-    config: TrainConfig, mesh: Mesh, saved: Checkpoints
-) -> tuple[_Job, TrainState, grain.DatasetIterator[Batch]]:
-    manifests, data = read_manifests(config.data), data_digests(config.data)
-    rows = Rows(mesh, config.data.batch_size)
-    batches = train_batches(config.data, rows.own)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    architecture, state = _begin_or_go_on(config, mesh, optimizer, saved, batches, data)
-    teacher, teacher_params = _teacher(config, mesh)
-    _check_vocabularies(architecture, teacher, max(manifest.vocab_size for manifest in manifests))
-    _check_cached_teacher(config, architecture)
-    student = Falcon(
-        architecture,
-        jnp.dtype(config.compute_dtype),
-        config.remat,
-        config.query_chunk,
-        start_activation=config.start_activation,
-        attention=config.attention,
-    )
-    job = _Job(
-        config=config,
-        rows=rows,
-        data=data,
-        has_validation=any(manifest.splits["validation"].rows for manifest in manifests),
-        student=student,
-        teacher=teacher,
-        teacher_params=teacher_params,
-        step_fn=make_train_step(
-            config.loss, student, teacher, optimizer, mesh, config.microbatches, config.activation_ramp
-        ),
-        validation_fn=make_validation_step(config.loss, student, teacher),
-    )
-    return job, state, batches
+def _facts(prepared: _Prepared) -> dict[str, Any]:
+    """What the result depends on beside state and position, as a checkpoint keeps it.
+
+    Nothing is drawn at random on the way: the seeds are settings.
+    """
+    return {
+        "data": prepared.manifests.digests(),
+        "architecture": dataclasses.asdict(prepared.job.student.config),
+        "settings": deciding_settings(prepared.job.config.as_json()),
+    }
 
 
-def _teacher(config: TrainConfig, mesh: Mesh) -> tuple[Falcon | None, Params]:
-    if config.teacher is None:
-        return None, None
-    dtype = jnp.dtype(config.teacher_dtype)
-    architecture, params = load_model(config.teacher, activation=config.teacher_activation, dtype=dtype, mesh=mesh)
-    return Falcon(architecture, dtype, query_chunk=config.query_chunk, attention=config.attention), params
-
-
-def _begin_or_go_on(
-    config: TrainConfig,
-    mesh: Mesh,
-    optimizer: Any,
-    saved: Checkpoints,
-    batches: grain.DatasetIterator[Batch],
-    data: dict[str, str],
-) -> tuple[FalconConfig, TrainState]:
-    """What the student is, and the state to go on from; moves `batches` to where that state stopped."""
-    if not saved.steps():
-        architecture, params = _initial_model(config, mesh)
-        write_architecture(config.out, architecture)
-        shardings = state_shardings(architecture, optimizer, mesh)
-        return architecture, init_state(architecture, optimizer, params, shardings)
-    architecture = read_architecture(config.out)
-    shardings = state_shardings(architecture, optimizer, mesh)
-    state, facts = saved.restore(abstract_state(architecture, optimizer, shardings))
-    changed = [name for name in data | facts["data"] if data.get(name) != facts["data"].get(name)]
-    if changed:
-        raise FalconError(
-            f"{config.out} began with other rows than are there now in: {', '.join(changed)}. They were prepared again "
-            "or exchanged: bring the old ones back, or start a new run under another --out"
-        )
-    batches.set_state(facts["position"])
-    return architecture, state
-
-
-def _initial_model(config: TrainConfig, mesh: Mesh) -> tuple[FalconConfig, Params]:
+def _fresh(job: Job) -> TrainState:
+    config, mesh = job.config, job.mesh
     if config.model is not None:
-        architecture = family(config.model)
-        params = init_params(architecture, config.seed, mesh)
+        params = init_params(family(config.model), config.seed, mesh)
     else:
         assert config.init_from is not None
-        architecture, params = load_model(config.init_from, activation=config.init_activation, mesh=mesh)
-    if config.activation is not None:
-        architecture = architecture.with_activation(config.activation, config.activation_shift)
-    return architecture, params
+        _, params = load_model(config.init_from, activation=config.init_activation, mesh=mesh)
+    write_architecture(config.out, job.student.config)
+    return init_state(job.student.config, job.optimizer, params, job.shardings)
 
 
-def _check_vocabularies(student: FalconConfig, teacher: Falcon | None, data: int) -> None:
-    if data > student.vocab_size:
-        raise FalconError(f"the data's tokenizer has {data} entries, the model's vocabulary {student.vocab_size}")
-    if teacher is not None and teacher.config.vocab_size != student.vocab_size:
-        raise FalconError(f"vocabularies differ: teacher {teacher.config.vocab_size}, student {student.vocab_size}")
-
-
-def _check_cached_teacher(config: TrainConfig, student: FalconConfig) -> None:
-    for teacher in read_teachers(config.data)[:1]:
-        if teacher.vocab_size != student.vocab_size:
-            raise FalconError(f"vocabularies differ: cached teacher {teacher.vocab_size}, student {student.vocab_size}")
-        if config.loss.kd_weight and config.loss.temperature not in (1, teacher.temperature):
+def _restored(prepared: _Prepared, saved: Checkpoints) -> TrainState:
+    """The state of the newest whole checkpoint; moves the data to where it stopped."""
+    out = prepared.job.config.out
+    state, facts = saved.restore(prepared.job.abstract_state())
+    before, now = facts["data"], _facts(prepared)
+    changed = [name for name in now["data"] | before if now["data"].get(name) != before.get(name)]
+    if changed:
+        raise FalconError(
+            f"{out} began with other rows than are there now in: {', '.join(changed)}. They were prepared again "
+            "or exchanged: bring the old ones back, or start a new run under another --out"
+        )
+    for name, file in (("architecture", "architecture.json"), ("settings", "config.json")):
+        if changed := [key for key in now[name] | facts[name] if now[name].get(key) != facts[name].get(key)]:
             raise FalconError(
-                f"the teacher's cache {config.data.teacher_cache} was written for the temperatures 1 and "
-                f"{teacher.temperature}, the loss wants {config.loss.temperature}: change --loss.temperature, or write "
-                "the cache again with that --temperature"
+                f"{out / file} was changed since the run's checkpoint was written, in: {', '.join(changed)}. Bring the "
+                "old file back, or start a new run under another --out"
             )
+    prepared.batches.set_state(facts["position"])
+    return state
+
+
+def _load_teacher(job: Job) -> Params:
+    config = job.config
+    if job.teacher is None:
+        return None
+    assert config.teacher is not None
+    activation, dtype = config.teacher_activation, job.teacher.dtype
+    return load_model(config.teacher, activation=activation, dtype=dtype, mesh=job.mesh)[1]

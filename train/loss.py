@@ -6,7 +6,7 @@ pass computes the gradients of hidden states and head too: four head-sized produ
 backward), where rematerialisation would take six.
 
 The teacher's distribution is computed from its hidden states and head, or read from a cache that
-`train.data.teacher_cache` wrote.
+`train.teacher_cache` wrote.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from falcon_relu.errors import FalconError, check_number
 from falcon_relu.sharding import batch_shards
 
 # Stands for log 0; finite, so that 0 * log 0 is 0 and not NaN.
@@ -41,7 +42,7 @@ class LossConfig:
         `l1_weight`.
 
     Raises:
-      ValueError: a field is out of range; the message names it.
+      FalconError: a field is out of range; the message names it.
     """
 
     lm_weight: float = 1.0
@@ -51,19 +52,33 @@ class LossConfig:
     l1_stages: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.lm_weight < 0 or self.kd_weight < 0 or self.lm_weight + self.kd_weight == 0:
-            raise ValueError(
-                f"LossConfig needs lm_weight and kd_weight >= 0 and one above 0, got {self.lm_weight}, {self.kd_weight}"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"LossConfig.temperature must be above 0, got {self.temperature}")
-        if self.chunk < 1:
-            raise ValueError(f"LossConfig.chunk must be at least 1, got {self.chunk}")
+        for name in ("lm_weight", "kd_weight"):
+            check_number(f"LossConfig.{name}", getattr(self, name), low=0)
+        if self.lm_weight + self.kd_weight == 0:
+            raise FalconError("LossConfig needs an lm_weight or a kd_weight above 0")
+        check_number("LossConfig.temperature", self.temperature, above=0)
+        if not isinstance(self.chunk, int) or self.chunk < 1:
+            raise FalconError(f"LossConfig.chunk must be an integer from 1, got {self.chunk}")
         steps = [0, *(step for step, _ in self.l1_stages)]
         if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-            raise ValueError(f"LossConfig.l1_stages must have ascending steps above 0, got {self.l1_stages}")
-        if any(weight < 0 for _, weight in self.l1_stages):
-            raise ValueError(f"LossConfig.l1_stages must have weights >= 0, got {self.l1_stages}")
+            raise FalconError(f"LossConfig.l1_stages must have ascending steps above 0, got {self.l1_stages}")
+        for step, weight in self.l1_stages:
+            check_number(f"LossConfig.l1_stages: the weight of the stage up to step {step}", weight, low=0)
+
+
+def largest_divisor(n: int, at_most: int) -> int:
+    """The largest divisor of `n` that is not above `at_most`."""
+    return max(d for d in range(1, min(at_most, n) + 1) if n % d == 0)
+
+
+def split_chunks(tree: Any, size: int) -> Any:
+    """Arrays [B, T, ...] as [T / size, B, size, ...], to go through chunk by chunk."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0), tree)
+
+
+def join_chunks(tree: Any) -> Any:
+    """Undoes `split_chunks`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
 
 
 def l1_weight(stages: tuple[tuple[int, float], ...], step: jax.Array) -> jax.Array:
@@ -236,16 +251,15 @@ def _scan_chunks(
         return d_head_NxVxD, (sums, d_hidden_BxCxD)
 
     T = hidden_BxTxD.shape[1]
-    size = max(c for c in range(1, min(config.chunk, T) + 1) if T % c == 0)
+    size = largest_divisor(T, config.chunk)
     carry = jnp.zeros((shards, *head_VxD.shape), jnp.float32) if with_gradient else None
     pieces = (hidden_BxTxD, targets_BxT, mask_BxT, teacher_part)
     if size == T:
         d_head_NxVxD, (sums, d_hidden_BxTxD) = chunk_step(carry, pieces)
     else:
-        xs = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], T // size, size, *x.shape[2:]), 1, 0), pieces)
-        d_head_NxVxD, (sums, d_hidden) = jax.lax.scan(chunk_step, carry, xs)
+        d_head_NxVxD, (sums, d_hidden) = jax.lax.scan(chunk_step, carry, split_chunks(pieces, size))
         sums = jax.tree.map(lambda x: x.sum(0), sums)
-        d_hidden_BxTxD = d_hidden if d_hidden is None else jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BxTxD.shape)
+        d_hidden_BxTxD = join_chunks(d_hidden)
     if not with_gradient:
         return sums, None
     d_head_VxD = nn.with_logical_constraint(d_head_NxVxD.sum(0), ("vocab", "embed"))

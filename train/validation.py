@@ -17,9 +17,10 @@ from falcon_relu.model import Falcon, Params
 from falcon_relu.sharding import make_mesh, use_mesh
 from train.data.batches import Batch, DataConfig, validation_batches
 from train.distributed import Rows
+from train.folder.log import Figures
 from train.loss import LossConfig
 from train.step import make_validation_step, means
-from train.watch import Figures, to_host
+from train.watch import to_host
 
 
 def run_validation(

@@ -1,108 +1,24 @@
-"""What a run shows while it goes: a log in JSON lines, TensorBoard, the console's line, sample texts, traces."""
+"""What a run shows while it goes: its figures, the console's line, sample texts, traces."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from falcon_relu.errors import FalconError
-from falcon_relu.files import write_aside
 from falcon_relu.generation import generate
 from falcon_relu.model import Falcon, Params
+from falcon_relu.sharding import working_copy
 from falcon_relu.tokenizer import Tokenizer
-from train.checkpoints import writing
 from train.config import SamplesConfig, TrainConfig
-from train.flops import PEAK_FLOPS
+from train.flops import peak_flops
+from train.folder.log import TENSORBOARD, Figures, RunLog
 from train.state import learning_rate_schedule
 from train.step import Metrics
-
-Figures = dict[str, Any]
-
-LOG = "log.jsonl"
-TENSORBOARD = "tensorboard"
-
-
-class RunLog:
-    """`log.jsonl` and TensorBoard of a run, written by process 0; every step stands in them once.
-
-    Args:
-      out: folder of the run.
-      first: steps that a checkpoint holds; later lines, of work that was lost, are dropped.
-      on_line: called with every line that is written.
-    """
-
-    def __init__(self, out: Path, first: int, on_line: Callable[[Figures], None] | None = None):
-        self._on_line = on_line or (lambda _: None)
-        self._path = out / LOG
-        self.last: Figures = {}
-        self._board: SummaryWriter | None = None
-        kept = [line for line in read_log(self._path) if line["step"] <= first]
-        self.last = next((line for line in reversed(kept) if "loss" in line), {})
-        if jax.process_index() == 0:
-            with writing(str(self._path)), write_aside(self._path, replace=True) as aside:
-                aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=first + 1 if first else None)
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            with contextlib.suppress(OSError):  # on a full disk: what stopped the run says more
-                self._board.close()
-
-    def steps(self, step: int, figures: Figures) -> None:
-        """Logs the figures of a training step."""
-        self.last = {"step": step} | figures
-        self._write(self.last)
-        self._show("train", step, figures)
-
-    def validation(self, step: int, figures: Figures) -> None:
-        """Logs the means over the validation rows."""
-        self._write({"step": step, "validation": figures})
-        self._show("validation", step, figures)
-
-    def samples(self, step: int, texts: dict[str, str]) -> None:
-        """Logs continuations by their prompts."""
-        self._write({"step": step, "samples": texts})
-        if self._board is not None:
-            for number, (prompt, text) in enumerate(texts.items()):
-                self._board.add_text(f"samples/{number}", f"**{prompt}**{text}", step)
-
-    def _write(self, line: Figures) -> None:
-        if jax.process_index() == 0:
-            with writing(str(self._path)), self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            self._on_line(line)
-
-    def _show(self, group: str, step: int, figures: Figures) -> None:
-        if self._board is None:
-            return
-        for name, value in figures.items():
-            if isinstance(value, list):
-                self._board.add_scalar(f"{group}/{name}", float(np.mean(value)), step)
-                for layer, item in enumerate(value):
-                    self._board.add_scalar(f"{group}_{name}/layer_{layer:02d}", item, step)
-            else:
-                self._board.add_scalar(f"{group}/{name}", value, step)
-
-
-def read_log(path: Path) -> list[Figures]:
-    """The lines of a log; one that a killed process left half-written is passed over."""
-    lines: list[Figures] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
-    return lines
 
 
 class Watch:
@@ -118,8 +34,8 @@ class Watch:
         self._config, self._log, self._flops = config, log, flops
         self._tokens = config.data.batch_size * config.data.seq_len
         self._since: tuple[int, float] | None = None
-        kind = jax.devices()[0].device_kind
-        self._peak = PEAK_FLOPS[kind] * jax.device_count() if kind in PEAK_FLOPS else None
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = None if peak is None else peak * jax.device_count()
         # As a table: computing it on the way would wait for the devices.
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         self._learning_rates = np.asarray(jax.vmap(schedule)(np.arange(config.steps)))
@@ -165,28 +81,34 @@ def to_host(metrics: Metrics) -> Figures:
 
 
 class Samples:
-    """Continuations of the config's prompts; every process takes part, process 0 logs them.
+    """Continuations of the config's prompts; every process takes part.
 
     Args:
       config: what to continue and how.
       model: the student.
-      log: where the texts go.
       multiple: prompts are repeated up to a multiple of it, the devices that share a batch.
+
+    Raises:
+      FalconError: the tokenizer cannot be read or does not fit the model, or makes nothing of a prompt.
     """
 
-    def __init__(self, config: SamplesConfig, model: Falcon, log: RunLog, multiple: int):
+    def __init__(self, config: SamplesConfig, model: Falcon, multiple: int):
         assert config.tokenizer is not None
-        self._config, self._model, self._log = config, model, log
+        self._config, self._model = config, model
         self._tokenizer = Tokenizer(config.tokenizer)
         self._tokenizer.check_fits(model.config.vocab_size)
         prompts = [self._tokenizer.encode(prompt) for prompt in config.prompts]
+        if [] in prompts:
+            raise FalconError(f"samples: the prompt {config.prompts[prompts.index([])]!r} has no tokens")
         self._prompts = (prompts * multiple)[: -(-len(prompts) // multiple) * multiple]
+        # Generation goes through the layers once a token: from a copy that has all of them on every data replica.
+        self._copy = jax.jit(functools.partial(working_copy, model.config, dtype=model.dtype))
 
-    def write(self, step: int, params: Params) -> None:
-        """Continues every prompt with `params`."""
-        ids = generate(self._model, params, self._prompts, self._config.sampling)
-        texts = zip(self._config.prompts, map(self._tokenizer.decode, ids), strict=False)  # without the repeated ones
-        self._log.samples(step, dict(texts))
+    def texts(self, params: Params) -> dict[str, str]:
+        """Continuations under `params`, by their prompts."""
+        ids = generate(self._model, self._copy(params), self._prompts, self._config.sampling)
+        # not strict: without the repeated ones
+        return dict(zip(self._config.prompts, map(self._tokenizer.decode, ids), strict=False))
 
 
 class Trace:

@@ -15,7 +15,9 @@ from falcon_relu.errors import FalconError
 from falcon_relu.files import write_text
 from falcon_relu.progress import console
 from train.config import TrainConfig
-from train.plan.plan import A100, Assumptions, Chip, plan_run, topology_devices, virtual_devices
+from train.flops import A100, Chip
+from train.plan.compile import topology_devices, virtual_devices
+from train.plan.plan import Assumptions, plan_run
 
 EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
 
@@ -27,7 +29,7 @@ A TPU topology needs the extra "tpu" (pip install 'falcon-relu[tpu]'), and no TP
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Output):
-    """Compile a run's training step with no device present; report memory, FLOPs, traffic, time.
+    """Compile what a run executes with no device present; report memory, FLOPs, traffic, time.
 
     Where it does not fit into the memory, changes that save some are tried in turn until it does.
     """

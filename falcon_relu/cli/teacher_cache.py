@@ -10,8 +10,8 @@ import tyro
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.prepare import parse_shard
 from falcon_relu.cli.report import report
-from train.data.teacher_cache import TeacherCacheConfig, write_teacher_cache
-from train.memory import keep_freed_memory
+from train.machine import keep_freed_memory
+from train.teacher_cache import TeacherCacheConfig, write_teacher_cache
 
 EPILOGUE = """The tokens are folders that `falcon-relu prepare` finished. Train from the cache with
 

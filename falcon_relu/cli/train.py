@@ -15,8 +15,7 @@ from falcon_relu.cli.report import report
 from train import loop
 from train.config import TrainConfig
 from train.distributed import DistributedConfig, joined
-from train.memory import keep_freed_memory
-from train.xla_flags import platform_here, recommend
+from train.machine import keep_freed_memory, platform_here, recommend
 
 EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
 

@@ -26,8 +26,8 @@ from falcon_relu.cli.report import report
 from falcon_relu.model import head_kernel
 from train.data.batches import DataConfig, Source, validation_batches
 from train.data.shards import read_manifest, token_dtype
-from train.data.teacher_cache import say_top_k
 from train.loss import CachedTeacher, LossConfig, OnlineTeacher, distillation_loss, next_tokens
+from train.teacher_cache import say_top_k
 
 LOSS = LossConfig(lm_weight=0.0, kd_weight=1.0)
 

@@ -128,7 +128,7 @@ def _ours(model: Path | None, way: str) -> Any:
     from falcon_relu.tokenizer import Tokenizer
     from infer.scoring import DecodeEngine
     from infer.weights.layout import Formats, weights_from_params
-    from train.memory import keep_freed_memory
+    from train.machine import keep_freed_memory
 
     keep_freed_memory()
     assert model is not None

@@ -116,7 +116,7 @@ def _write_weights(folder: Path) -> None:
 
 
 def _jax_step(folder: Path, chunk: int) -> Callable[[], float]:
-    from train.memory import keep_freed_memory
+    from train.machine import keep_freed_memory
 
     keep_freed_memory()
     from falcon_relu import Falcon, load_model, make_mesh, use_mesh

@@ -21,7 +21,7 @@ from train import loop
 from train.config import OptimizerConfig, TrainConfig
 from train.data.batches import DataConfig, Source
 from train.loss import LossConfig
-from train.memory import keep_freed_memory
+from train.machine import keep_freed_memory
 
 CONFIG = family("tiny-40b").replace(max_positions=512, bos_token_id=0, eos_token_id=0)
 SEQ_LEN = 64

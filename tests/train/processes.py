@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from train.config import TrainConfig
-from train.watch import read_log
+from train.folder.log import read_log
 
 IMPORTS = """
 from pathlib import PosixPath

@@ -15,7 +15,7 @@ from tests.train import processes
 from tests.train.runs import config_of, lose_a_file, make_data, run_until_stopped
 from train.data.batches import DataConfig
 from train.distributed import DistributedConfig, Rows
-from train.watch import read_log
+from train.folder.log import read_log
 
 STEPS = 60
 LOSS_TOLERANCE = 1e-4  # relative; sums over devices are added in another order
@@ -103,5 +103,5 @@ def test_contradictory_flags_are_refused():
         ({"coordinator": "a:1", "num_processes": 2}, "together"),
         ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "host:port"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(FalconError, match=message):
             DistributedConfig(**wrong)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -27,13 +28,14 @@ from tests.train.runs import (
     make_data,
     run_until_stopped,
 )
-from train.checkpoints import fingerprint
 from train.config import OptimizerConfig, SamplesConfig
 from train.data.batches import DataConfig, Source
 from train.data.prepare import PrepareConfig, prepare
+from train.distributed import DistributedConfig
+from train.folder.checkpoints import fingerprint
+from train.folder.log import read_log
 from train.loss import LossConfig
 from train.validation import validate
-from train.watch import read_log
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,26 @@ def test_contradictory_configs_are_refused(tmp_path, data):
         ({"query_chunk": 5}, "query_chunk"),
         ({"keep_every": 4}, "keep_every"),
         ({"profile": (3, 2)}, "profile"),
+        ({"seed": -1}, "seed"),
+        ({"mesh": (0, 1, 1)}, "mesh"),
+        ({"validate_every": -1}, "validate_every"),
+        ({"activation_shift": math.nan}, "activation_shift"),
+        ({"data": dataclasses.replace(data, seq_len=31), "loss": LossConfig(chunk=8)}, "seq_len"),
     ):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(FalconError, match=name):
             dataclasses.replace(good, **wrong)
+    for wrong, name in (
+        (lambda: OptimizerConfig(learning_rate=math.nan), "learning_rate"),
+        (lambda: OptimizerConfig(learning_rate=1e-3, final_learning_rate=1.0), "final_learning_rate"),
+        (lambda: OptimizerConfig(clip_norm=math.inf), "clip_norm"),
+        (lambda: OptimizerConfig(b2=1.0), "b2"),
+        (lambda: LossConfig(temperature=math.nan), "temperature"),
+        (lambda: LossConfig(lm_weight=0.0), "lm_weight"),
+        (lambda: LossConfig(l1_stages=((5, math.inf),)), "l1_stages"),
+        (lambda: SamplesConfig(every=1), "prompts"),
+        (lambda: SamplesConfig(prompts=("",)), "prompts"),
+        (lambda: DistributedConfig(start_seconds=0), "start_seconds"),
+        (lambda: DistributedConfig(coordinator="a:1", num_processes=2, process_id=2), "process_id"),
+    ):
+        with pytest.raises(FalconError, match=name):
+            wrong()

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.teacher_cache import say_top_k
+from falcon_relu.errors import FalconError
 from train.loss import LossConfig, OnlineTeacher, distillation_loss, l1_weight, next_tokens
+from train.teacher_cache import say_top_k
 
 B, T, D, V = 2, 12, 8, 37
 
@@ -196,5 +197,5 @@ def test_a_loss_without_its_teacher_or_with_no_weight_is_refused():
         {"kd_weight": -1.0},
         {"l1_stages": ((5, 1.0), (5, 2.0))},
     ):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(FalconError, match=next(iter(wrong))):
             LossConfig(**wrong)

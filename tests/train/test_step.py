@@ -13,10 +13,10 @@ from falcon_relu.model import Falcon
 from falcon_relu.sharding import make_mesh, param_shardings, use_mesh
 from tests.conftest import random_params
 from train.config import OptimizerConfig
-from train.data.teacher_cache import say_top_k
 from train.loss import LossConfig, next_tokens
 from train.state import init_state, learning_rate_schedule, make_optimizer, state_shardings
 from train.step import loss_and_sums, make_train_step
+from train.teacher_cache import say_top_k
 
 CONFIG = family("tiny-40b").with_activation("relu")
 STUDENT = Falcon(CONFIG)

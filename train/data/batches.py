@@ -12,7 +12,7 @@ import math
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import grain
 import numpy as np
@@ -95,11 +95,38 @@ class DataConfig:
             raise ValueError(f"DataConfig.seed must lie in [0, 2^32), got {self.seed}")
 
 
-def read_manifests(config: DataConfig) -> list[Manifest]:
-    """The manifest of each source, made sure to fit the config and each other.
+class Manifests(NamedTuple):
+    """What the folders of a config hold, as read once.
+
+    Attributes:
+      tokens: the manifest of each source.
+      teachers: that of each source's teacher shards; empty where no cached teacher is to teach.
+    """
+
+    tokens: list[Manifest]
+    teachers: list[TeacherManifest]
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer."""
+        return self.tokens[0].vocab_size
+
+    def rows(self, split: str) -> int:
+        """Rows of a split, over all sources."""
+        return sum(manifest.splits[split].rows for manifest in self.tokens)
+
+    def digests(self) -> dict[str, str]:
+        """A hash of what each folder holds, wherever it lies: what a run must find unchanged."""
+        tokens = {f"source {i}": manifest.digest() for i, manifest in enumerate(self.tokens)}
+        return tokens | {f"source {i}'s teacher": teacher.digest() for i, teacher in enumerate(self.teachers)}
+
+
+def read_manifests(config: DataConfig) -> Manifests:
+    """The manifests of all folders, made sure to fit the config and each other.
 
     Raises:
-      FalconError: a folder is unfinished, damaged or of another row length, or two were made by different tokenizers.
+      FalconError: a folder is unfinished, damaged or of another row length, or two were made by different tokenizers
+        or written by different teachers or in different ways.
     """
     manifests = [read_manifest(source.path) for source in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
@@ -110,23 +137,12 @@ def read_manifests(config: DataConfig) -> list[Manifest]:
             )
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
             raise FalconError(f"{source.path} and {config.sources[0].path} were made by different tokenizers")
-    return manifests
+    return Manifests(manifests, [] if config.teacher_cache is None else _read_teachers(config, manifests))
 
 
-def read_teachers(config: DataConfig) -> list[TeacherManifest]:
-    """The manifest of each source's teacher shards; none where no cached teacher is to teach.
-
-    Raises:
-      FalconError: shards are unfinished, damaged or of other rows, or two sources were written by different teachers or
-        in different ways.
-    """
-    if config.teacher_cache is None:
-        return []
-    folders = [Path(source.path) / config.teacher_cache for source in config.sources]
-    teachers = [
-        read_teacher_manifest(folder, manifest)
-        for folder, manifest in zip(folders, read_manifests(config), strict=True)
-    ]
+def _read_teachers(config: DataConfig, manifests: list[Manifest]) -> list[TeacherManifest]:
+    folders = [Path(source.path) / str(config.teacher_cache) for source in config.sources]
+    teachers = [read_teacher_manifest(folder, manifest) for folder, manifest in zip(folders, manifests, strict=True)]
     for folder, teacher in zip(folders, teachers, strict=True):
         for name in ("top_k", "dtype", "temperature", "vocab_size"):
             if getattr(teacher, name) != getattr(teachers[0], name):
@@ -136,14 +152,9 @@ def read_teachers(config: DataConfig) -> list[TeacherManifest]:
     return teachers
 
 
-def data_digests(config: DataConfig) -> dict[str, str]:
-    """A hash of what each folder of the config holds, wherever the folder lies: what a run must find unchanged."""
-    tokens = {f"source {i}": manifest.digest() for i, manifest in enumerate(read_manifests(config))}
-    taught = {f"source {i}'s teacher": teacher.digest() for i, teacher in enumerate(read_teachers(config))}
-    return tokens | taught
-
-
-def train_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
+def train_batches(
+    config: DataConfig, rows: np.ndarray | None = None, manifests: Manifests | None = None
+) -> grain.DatasetIterator[Batch]:
     """Endless training batches: of each global batch, some rows, all by default.
 
     Every source is gone through in a new random order each epoch, each row once. `get_state()` of the iterator is a
@@ -153,12 +164,13 @@ def train_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.D
     Args:
       config: what to read.
       rows: indices into the global batch, from 0.
+      manifests: `read_manifests(config)`, by a caller that has them.
 
     Raises:
       FalconError: the shards do not fit the config, or are missing or damaged.
     """
     wanted = _wanted(config, rows)
-    stored = _Rows(config, "train")
+    stored = _Rows(config, "train", manifests)
     for source, count in zip(config.sources, stored.counts, strict=True):
         if not count:
             raise FalconError(f"{source.path} holds no training rows")
@@ -175,13 +187,15 @@ def train_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.D
     return _iterate(mixture.batch(config.batch_size, batch_fn=read), config)
 
 
-def validation_batches(config: DataConfig, rows: np.ndarray | None = None) -> grain.DatasetIterator[Batch]:
+def validation_batches(
+    config: DataConfig, rows: np.ndarray | None = None, manifests: Manifests | None = None
+) -> grain.DatasetIterator[Batch]:
     """Every validation row of all sources once, in order; the last batch is filled up with empty rows (segment 0).
 
     Args and errors are those of `train_batches`; having no validation rows at all is an error too.
     """
     wanted = _wanted(config, rows)
-    stored = _Rows(config, "validation")
+    stored = _Rows(config, "validation", manifests)
     if not any(stored.counts):
         raise FalconError("no source holds validation rows: prepare the text with a larger validation_fraction")
     everything = grain.MapDataset.concatenate([_addresses(i, n) for i, n in enumerate(stored.counts) if n])
@@ -224,14 +238,14 @@ class _Rows:
       counts: rows of each source.
     """
 
-    def __init__(self, config: DataConfig, split: str):
-        manifests = read_manifests(config)
+    def __init__(self, config: DataConfig, split: str, manifests: Manifests | None):
+        manifests = manifests or read_manifests(config)
         self._seq_len = config.seq_len
-        self._vocab_size = manifests[0].vocab_size
-        self._teachers = read_teachers(config)
-        self.counts = [manifest.splits[split].rows for manifest in manifests]
+        self._vocab_size = manifests.vocab_size
+        self._teachers = manifests.teachers
+        self.counts = [manifest.splits[split].rows for manifest in manifests.tokens]
         self._names = [str(source.path) for source in config.sources]
-        shards = [manifest.splits[split].shards for manifest in manifests]
+        shards = [manifest.splits[split].shards for manifest in manifests.tokens]
         _allow_open_files((2 if self._teachers else 1) * sum(map(len, shards)))
         self._sources = [
             _open(Path(source.path), of_source) for source, of_source in zip(config.sources, shards, strict=True)

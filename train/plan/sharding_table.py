@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from falcon_relu.sharding import MESH_AXES, abstract_params, batch_sharding, param_axes, param_shardings
+from falcon_relu.sharding import MESH_AXES, abstract_params, param_axes, param_shardings
 from train.config import TrainConfig
-from train.plan.plan import architectures
-from train.state import abstract_state, make_optimizer, state_shardings
+from train.job import make_job
+from train.plan.compile import read_config
 
 
 def sharding_table(config: TrainConfig, mesh_shape: tuple[int, int, int]) -> list[dict[str, Any]]:
@@ -26,23 +27,21 @@ def sharding_table(config: TrainConfig, mesh_shape: tuple[int, int, int]) -> lis
       Rows of array, shape, dtype, logical axes, PartitionSpec (all text) and bytes a device (int).
     """
     mesh: Any = AbstractMesh(mesh_shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    student, teacher = architectures(config)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(student, optimizer, state_shardings(student, optimizer, mesh))
+    job = make_job(config, mesh, read_config)
+    student, state = job.student.config, job.abstract_state()
     axes = {_path(path): spec for path, spec in _leaves(param_axes(student))}
     rows = [_row("state/" + _path(path), leaf, leaf.sharding, axes) for path, leaf in _leaves(state)]
     copies = [("working copy", student, config.compute_dtype)]
-    if teacher is not None:
-        copies.append(("teacher", teacher, config.teacher_dtype))
+    if job.teacher is not None:
+        copies.append(("teacher", job.teacher.config, config.teacher_dtype))
     for kind, arch, dtype in copies:
         shardings = jax.tree.leaves(param_shardings(arch, mesh))
         for (path, leaf), sharding in zip(_leaves(abstract_params(arch)), shardings, strict=True):
             norm = kind == "working copy" and path[-1].key in ("scale", "bias")
             held = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if norm else jnp.dtype(dtype))
             rows.append(_row(f"{kind}/{_path(path)}", held, sharding, axes))
-    batch = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len), jnp.int32)
-    for array in ("tokens_BxT", "segment_ids_BxT", "positions_BxT"):
-        rows.append(_row(f"batch/{array}", batch, batch_sharding(mesh), {}))
+    for path, leaf in flatten_dict(job.abstract_batch(config.data.batch_size)).items():
+        rows.append(_row("/".join(("batch", *path)), leaf, leaf.sharding, {}))
     return rows
 
 

@@ -13,7 +13,7 @@ from falcon_relu.cli.demo.stages import Demo
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.progress import console
-from train.memory import keep_freed_memory
+from train.machine import keep_freed_memory
 
 PUBLISHED_RETENTION = 0.973  # average score of ReluFalcon-40B over that of Falcon-40B, six benchmarks
 

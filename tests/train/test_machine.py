@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from train.xla_flags import RECOMMENDED, recommend
+from train.machine import RECOMMENDED, recommend
 
 
 def test_flags_are_set_once_and_the_users_own_stay():

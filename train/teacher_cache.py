@@ -27,11 +27,11 @@ from falcon_relu.files import read_json, write_json
 from falcon_relu.model import Falcon, Params, head_kernel
 from falcon_relu.progress import progress
 from falcon_relu.sharding import batch_sharding, make_mesh, param_shardings, use_mesh
-from train.checkpoints import fingerprint
 from train.data.batches import Batch, unpack
 from train.data.shards import Manifest, Shard, decode_row, manifest_path, read_manifest, token_dtype, write_records
 from train.data.teacher_shards import LogProbDtype, TeacherManifest, encode_targets
-from train.loss import CachedTeacher, next_tokens
+from train.folder.checkpoints import fingerprint
+from train.loss import CachedTeacher, join_chunks, largest_divisor, next_tokens, split_chunks
 
 # Adds what a cached teacher says to a batch: (parameters, batch) -> (what it says, logsumexp [B, T]).
 _Say = Callable[[Params, Batch], tuple[CachedTeacher, jax.Array]]
@@ -172,14 +172,8 @@ def say_top_k(
         log_next_BxC = jnp.take_along_axis(log_p_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
         return CachedTeacher(ids_BxCxk, top_BxCxk, jnp.stack(rest, axis=-1), log_next_BxC), total_BxC
 
-    B, T, _ = hidden_BxTxD.shape
-    size = max(c for c in range(1, min(chunk, T) + 1) if T % c == 0)
-
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [T / size, B, size, ...]
-        return jnp.moveaxis(x.reshape(B, T // size, size, *x.shape[2:]), 1, 0)
-
-    said = jax.lax.map(of_chunk, (split(hidden_BxTxD), split(targets_BxT)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), said)
+    size = largest_divisor(hidden_BxTxD.shape[1], chunk)
+    return join_chunks(jax.lax.map(of_chunk, split_chunks((hidden_BxTxD, targets_BxT), size)))
 
 
 def _make_say(teacher: Falcon, config: TeacherCacheConfig, mesh: Mesh) -> _Say:

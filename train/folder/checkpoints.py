@@ -1,4 +1,4 @@
-"""Checkpoints of a run on Orbax: state, data position, and a fingerprint that shows whether both came back whole."""
+"""Checkpoints of a run on Orbax: state and data position, with checksums that show whether they came back whole."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from falcon_relu.checkpoints.schema import seal, unseal
 from falcon_relu.errors import FalconError
 from train.distributed import all_agree, wait_for_all
 from train.state import TrainState
@@ -41,7 +42,8 @@ class Checkpoints:
         self._folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, create=True)
         _remove_unfinished(self._folder)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        with writing(f"checkpoints to {self._folder}"):
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +66,7 @@ class Checkpoints:
         """
         if self._manager.latest_step() == step:
             return
-        facts = facts | {"fingerprint": fingerprint(state)}
+        facts = seal(facts | {"fingerprint": fingerprint(state)})
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts))
         with writing(f"a checkpoint to {self._folder}"):
             self._manager.save(step, args=items)
@@ -97,6 +99,12 @@ class Checkpoints:
             + ". They are left as they are; bring back what is missing, or remove the folder to start anew"
         )
 
+    @staticmethod
+    def exist(folder: Path) -> bool:
+        """Whether process 0 sees a finished checkpoint in a folder; every process must ask."""
+        here = folder.is_dir() and any(path.name.isdigit() and path.is_dir() for path in folder.iterdir())
+        return bool(multihost_utils.broadcast_one_to_all(np.array(here)))
+
     def steps(self) -> list[int]:
         """The checkpoints that were written to their end, newest first, as process 0 sees them."""
         steps = np.full(_MOST_LISTED, -1)
@@ -123,7 +131,11 @@ class Checkpoints:
             problem = _first_line(error)
         if not all_agree(problem is None):
             return None, {}, problem or "another process could not read its part"
-        found, wanted = fingerprint(state), facts.get("fingerprint", {})
+        try:
+            facts = unseal(facts, "facts", "")
+        except FalconError:
+            return None, {}, "the position in the data or other facts read back other than written"
+        found, wanted = fingerprint(state), facts["fingerprint"]
         changed = [name for name in found if found[name] != wanted.get(name)]
         if changed:
             return None, {}, f"{', '.join(changed)} read back other than written"
@@ -167,9 +179,13 @@ def writing(what: str) -> Iterator[None]:
         raise
     except Exception as problem:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's other tasks would each say the same
+        said = _first_line(problem)
+        in_the_way = isinstance(problem, IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError)
         raise FalconError(
-            f"could not write {what} (disk full?): {_first_line(problem)}. What was finished before is as it was: make "
-            "room, then run the same command again"
+            f"could not write {what}: {said}. Remove what is in the way, or choose another --out"
+            if in_the_way
+            else f"could not write {what} (disk full?): {said}. What was finished before is as it was: make room, then "
+            "run the same command again"
         ) from problem
 
 

@@ -1,13 +1,15 @@
-"""XLA flags that let collectives run beside products; set once, before JAX looks for devices."""
+"""What a process sets once, before JAX starts: XLA's flags, and the C library's allocator."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-# Platform -> (environment variable, flags). What each does: docs/plan.md.
+# Platform -> (environment variable, flags): they let collectives run beside products. What each does: docs/plan.md.
 RECOMMENDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "tpu": (
         "LIBTPU_INIT_ARGS",
@@ -52,3 +54,19 @@ def recommend(platform: str, environment: MutableMapping[str, str] = os.environ)
     if platform in RECOMMENDED:
         variable, flags = RECOMMENDED[platform]
         environment.setdefault(variable, " ".join(flags))
+
+
+# mallopt(3) of glibc: M_ARENA_MAX (one heap for all threads), M_MMAP_MAX (no block outside it), M_TRIM_THRESHOLD
+# (nothing given back).
+_ALLOCATOR = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
+
+
+def keep_freed_memory() -> None:
+    """Makes the process keep the memory that it frees, on glibc; elsewhere nothing happens.
+
+    A CPU training step allocates the same buffers again each time; memory that went back to the system is zeroed again
+    page by page, which took a fifth of a step's time. Must be called before JAX starts its threads.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        for parameter, value in _ALLOCATOR:
+            ctypes.CDLL("libc.so.6").mallopt(parameter, value)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
-import train.data.teacher_cache
 import train.loop
+import train.teacher_cache
 from falcon_relu.checkpoints.native import save_params
 from falcon_relu.cli.main import main
 from falcon_relu.config import family
@@ -24,8 +24,8 @@ from tests.train.data.texts import make_documents, make_tokenizer, prepare_texts
 from train.config import OptimizerConfig, TrainConfig
 from train.data.batches import DataConfig, Source, train_batches, validation_batches
 from train.data.shards import read_manifest
-from train.data.teacher_cache import TeacherCacheConfig, write_teacher_cache
 from train.loss import LossConfig, next_tokens
+from train.teacher_cache import TeacherCacheConfig, write_teacher_cache
 
 T, K = 32, 7
 CONFIG = family("tiny-40b")
@@ -110,7 +110,7 @@ def test_the_record_is_what_the_page_says(cached, inputs):
 
 def test_a_killed_writer_goes_on_where_it_was(inputs, cached, monkeypatch):
     config = _cache(inputs, name="again", temperature=2.0)
-    original, done = train.data.teacher_cache.write_records, []
+    original, done = train.teacher_cache.write_records, []
 
     def fail_at_third(path, records):
         if len(done) == 2:
@@ -119,10 +119,10 @@ def test_a_killed_writer_goes_on_where_it_was(inputs, cached, monkeypatch):
         done.append(path)
         return original(path, records)
 
-    monkeypatch.setattr(train.data.teacher_cache, "write_records", fail_at_third)
+    monkeypatch.setattr(train.teacher_cache, "write_records", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         write_teacher_cache(config)
-    monkeypatch.setattr(train.data.teacher_cache, "write_records", original)
+    monkeypatch.setattr(train.teacher_cache, "write_records", original)
     before = {path: path.stat().st_mtime_ns for path in done}
     assert None not in write_teacher_cache(config).manifests
     assert before == {path: path.stat().st_mtime_ns for path in done}
@@ -208,6 +208,7 @@ def test_training_from_a_cache_of_the_whole_vocabulary_is_training_online(inputs
         np.testing.assert_allclose(steps[1], steps[0], rtol=1e-4)
     hot = dataclasses.replace(offline, loss=LossConfig(kd_weight=1.0, temperature=2.0))
     with pytest.raises(FalconError, match=r"temperatures 1 and 1\.0, the loss wants 2\.0"):
-        train.loop._check_cached_teacher(hot, CONFIG)
-    with pytest.raises(ValueError, match="both a teacher and"):
+        train.loop.run(dataclasses.replace(hot, out=tmp_path / "hot"))
+    assert not (tmp_path / "hot").exists()  # refused before anything is written
+    with pytest.raises(FalconError, match="both a teacher and"):
         dataclasses.replace(offline, teacher=str(inputs[2]))

@@ -1,0 +1,138 @@
+"""The folder of a run: whose it is, how often it was started, what the model is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from falcon_relu.checkpoints.schema import read_as
+from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
+from falcon_relu.files import check_output, lock, read_json, write_json
+from train.config import TrainConfig, deciding_settings
+from train.distributed import all_agree, check_same, wait_for_all
+from train.folder.checkpoints import writing
+from train.folder.log import LOG, TENSORBOARD
+
+_CONFIG = "config.json"
+_ARCHITECTURE = "architecture.json"
+_STARTS = "starts.jsonl"
+_FIGURES = "figures.json"
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Within, no other run writes to the folder; process 0 holds its lock for all.
+
+    Raises:
+      FalconError: another run does, or the folder cannot be made; in every process.
+    """
+    check_output(out, folder=True, replace=True)
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(lock(out))
+            except (FalconError, OSError) as error:
+                problem = error
+        if not all_agree(problem is None):
+            raise FalconError(str(problem or f"{out}: process 0 could not take the lock of the folder, and says why"))
+        yield
+
+
+def finished_figures(config: TrainConfig) -> dict[str, Any] | None:
+    """Makes sure that the run's folder is new or this run's; returns the figures of a finished run.
+
+    Raises:
+      FalconError: the folder holds a run whose result would be another, or something that is no part of a run.
+    """
+    wanted = config.as_json()
+    check_same(hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).digest(), "settings")
+    for name in (_CONFIG, _ARCHITECTURE, _STARTS, _FIGURES, LOG):
+        check_output(config.out / name, replace=True)
+    for name in (TENSORBOARD, "checkpoints", "weights"):
+        check_output(config.out / name, folder=True, replace=True)
+    path = config.out / _CONFIG
+    if path.exists():
+        before, now = (deciding_settings(c.as_json()) for c in (read_as(TrainConfig, path), config))
+        if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+            raise FalconError(
+                f"{config.out} holds a run with other settings ({', '.join(changed)}); choose another --out, or remove "
+                "it"
+            )
+    figures = config.out / _FIGURES
+    return _read_figures(figures) if all_agree(figures.exists()) else None
+
+
+def _read_figures(path: Path) -> dict[str, Any]:
+    figures = read_json(path)
+    items = figures.items() if isinstance(figures, dict) else ()
+    numbers = [value if isinstance(value, list) else [value] for _, value in items]
+    if not numbers or not all(isinstance(number, int | float) for row in numbers for number in row):
+        raise FalconError(f"{path} holds no figures of a run; remove it and run the same command again")
+    return figures
+
+
+def claim(config: TrainConfig) -> None:
+    """Writes the run's settings into its folder.
+
+    Raises:
+      FalconError: the folder cannot be written, or is not on a disk that all processes share.
+    """
+    path = config.out / _CONFIG
+    wait_for_all("looked at the folder")
+    if jax.process_index() == 0:
+        with writing(str(path)):
+            write_json(path, config.as_json())
+    wait_for_all("claimed the folder")
+    if not all_agree(path.exists()):
+        raise FalconError(f"{config.out} is not on a disk that all {jax.process_count()} processes share")
+
+
+def finish(out: Path, figures: dict[str, Any]) -> None:
+    """Marks the run as finished."""
+    if jax.process_index() == 0:
+        write_json(out / _FIGURES, figures)
+
+
+def write_architecture(out: Path, architecture: FalconConfig) -> None:
+    """Keeps what the student is, so that going on needs no look at where it started from."""
+    if jax.process_index() == 0:
+        write_json(out / _ARCHITECTURE, dataclasses.asdict(architecture))
+
+
+def read_architecture(out: Path) -> FalconConfig:
+    """What the student is.
+
+    Raises:
+      FalconError: the file is missing or damaged.
+    """
+    return read_as(FalconConfig, out / _ARCHITECTURE)
+
+
+def note_start(config: TrainConfig, step: int, mesh: jax.sharding.Mesh) -> None:
+    """Adds a line on this start: when, from which step, on what."""
+    if jax.process_index() == 0:
+        line = {
+            "step": step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "processes": jax.process_count(),
+            "mesh": dict(mesh.shape),
+            "device": jax.devices()[0].device_kind,
+        }
+        path = config.out / _STARTS
+        with writing(str(path)), path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"  # by a process that was killed
+                file.write(b"\n" if torn else b"")
+            file.write(f"{json.dumps(line)}\n".encode())

@@ -1,0 +1,115 @@
+"""The log of a run: JSON lines and TensorBoard, written by process 0."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from falcon_relu.files import regular_file, write_text
+from train.folder.checkpoints import writing
+
+Figures = dict[str, Any]
+
+LOG = "log.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class RunLog:
+    """`log.jsonl` and TensorBoard of a run, written by process 0; every step stands in them once.
+
+    Args:
+      out: folder of the run.
+      first: steps that a checkpoint holds; later lines, of work that was lost, are dropped.
+      on_line: called with every line that is written.
+
+    Attributes:
+      last: the figures of the last training step that was logged.
+      validated: steps that have a validation in the log.
+    """
+
+    def __init__(self, out: Path, first: int, on_line: Callable[[Figures], None] | None = None):
+        self._on_line = on_line or (lambda _: None)
+        self._path = out / LOG
+        self.last: Figures = {}
+        self._board: SummaryWriter | None = None
+        kept = [line for line in read_log(self._path) if line["step"] <= first]
+        self.last = next((line for line in reversed(kept) if "loss" in line), {})
+        self.validated = {line["step"] for line in kept if "validation" in line}
+        if jax.process_index() == 0:
+            with writing(str(self._path)):
+                write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            with writing(str(out / TENSORBOARD)):
+                self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=first + 1 if first else None)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._board is not None:
+            with contextlib.suppress(OSError):  # on a full disk: what stopped the run says more
+                self._board.close()
+
+    def steps(self, step: int, figures: Figures) -> None:
+        """Logs the figures of a training step."""
+        self.last = {"step": step} | figures
+        self._write(self.last)
+        self._show("train", step, figures)
+
+    def validation(self, step: int, figures: Figures) -> None:
+        """Logs the means over the validation rows."""
+        self._write({"step": step, "validation": figures})
+        self._show("validation", step, figures)
+
+    def samples(self, step: int, texts: dict[str, str]) -> None:
+        """Logs continuations by their prompts."""
+        self._write({"step": step, "samples": texts})
+        if self._board is not None:
+            for number, (prompt, text) in enumerate(texts.items()):
+                self._board.add_text(f"samples/{number}", f"**{prompt}**{text}", step)
+
+    def _write(self, line: Figures) -> None:
+        if jax.process_index() == 0:
+            with writing(str(self._path)), self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._on_line(line)
+
+    def _show(self, group: str, step: int, figures: Figures) -> None:
+        if self._board is None:
+            return
+        for name, value in figures.items():
+            if isinstance(value, list):
+                self._board.add_scalar(f"{group}/{name}", float(np.mean(value)), step)
+                for layer, item in enumerate(value):
+                    self._board.add_scalar(f"{group}_{name}/layer_{layer:02d}", item, step)
+            else:
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def read_log(path: Path) -> list[Figures]:
+    """The lines of a log; one that is none, as a killed process or an editor leaves it, is named and passed over.
+
+    Raises:
+      FalconError: the log is no file that may be read.
+    """
+    if not path.exists() and not path.is_symlink():
+        return []
+    lines: list[Figures] = []
+    for number, raw in enumerate(regular_file(path).read_bytes().splitlines(), 1):
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):  # not JSON, or not UTF-8
+            line = None
+        step = line.get("step") if isinstance(line, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
+            lines.append(line)
+        else:
+            logging.warning("%s:%d is not a line of a log, and is left out", path, number)
+    return lines

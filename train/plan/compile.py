@@ -1,0 +1,178 @@
+"""The programs of a run, compiled for devices that are not there.
+
+Nothing of the model's size is allocated: programs are lowered from shapes. For TPUs the compiler is libtpu's and the
+devices are a named topology's. For other devices XLA:CPU partitions them over as many virtual devices; it has no
+products in bfloat16 and would widen them, so that it is given float16 instead, which takes the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from falcon_relu.checkpoints.load import load_config
+from falcon_relu.checkpoints.native import is_native
+from falcon_relu.config import Activation, FalconConfig, family
+from falcon_relu.errors import FalconError
+from falcon_relu.sharding import RULES, make_mesh
+from train.config import TrainConfig
+from train.data.batches import read_manifests
+from train.flops import TPUS, Chip
+from train.job import Job, make_job
+
+# Hub ids whose architecture is known without a download.
+_HUB = {
+    "tiiuae/falcon-40b": "falcon-40b",
+    "tiiuae/falcon-180b": "falcon-180b",
+    "tiiuae/falcon-7b": "falcon-7b",
+    "tiiuae/falcon-11b": "falcon2-11b",
+    "tiiuae/falcon-rw-1b": "falcon-rw-1b",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program of a run.
+
+    Attributes:
+      name: as in `Job.programs`.
+      text: the compiled module.
+      memory: bytes on a device by what they are for, while the program runs.
+      seconds: that compiling took.
+    """
+
+    name: str
+    text: str
+    memory: dict[str, float]
+    seconds: float
+
+    @property
+    def bytes(self) -> float:
+        """Bytes on one device."""
+        return sum(self.memory.values())
+
+
+class TooLargeError(Exception):
+    """The compiler found that a program does not fit; the message is its own first line."""
+
+
+def topology_devices(topology: str) -> tuple[list[jax.Device], Chip]:
+    """The devices of a TPU topology such as "v5p:4x4x4", none of which need be there, and what they are.
+
+    Raises:
+      FalconError: libtpu is not installed, or knows no such topology.
+    """
+    kind = topology.split(":")[0]
+    if kind not in TPUS:
+        raise FalconError(f"no figures of the chip in topology {topology!r}; known: {', '.join(TPUS)}, as in v5p:4x4x4")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no metadata server what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside another plan, or a run on a TPU that is here
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # from the plugin's loader or from libtpu itself, of no common type
+        if "libtpu" in str(error) or isinstance(error, ImportError):
+            raise FalconError(
+                f"compiling for {topology} needs libtpu: pip install 'falcon-relu[tpu]' (it needs no TPU)"
+            ) from error
+        raise FalconError(f"topology {topology!r}: {first_line(error)}") from error
+    return list(described.devices), TPUS[kind]
+
+
+def virtual_devices(number: int) -> list[jax.Device]:
+    """So many CPU devices to partition over; must be called before JAX has looked for devices.
+
+    Raises:
+      FalconError: JAX has others already.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", number)
+    devices = jax.devices("cpu")
+    if len(devices) != number:
+        raise FalconError(f"this process has {len(devices)} CPU devices, not {number}; plan in a process of its own")
+    return devices
+
+
+def read_config(source: str, activation: Activation | None) -> FalconConfig:
+    """The architecture of a checkpoint, as far as can be told without a download.
+
+    Raises:
+      FalconError: it is neither a folder here nor one of the known hub ids.
+    """
+    folder = Path(source)
+    if is_native(folder) or (folder / "config.json").is_file():
+        return load_config(source, activation=activation)
+    if source.lower() in _HUB:
+        return family(_HUB[source.lower()])
+    raise FalconError(f"{source} is no folder here, and a plan downloads nothing; known hub ids: {', '.join(_HUB)}")
+
+
+def planned_job(config: TrainConfig, devices: Sequence[jax.Device]) -> Job:
+    """The job that `train` would make of `config` on such devices; of the data, what is here is looked at.
+
+    Raises:
+      FalconError: as `train` would refuse to start.
+    """
+    narrow = jnp.float16 if devices[0].platform == "cpu" else jnp.bfloat16
+    here = all(Path(source.path).is_dir() for source in config.data.sources)
+    manifests = read_manifests(config.data) if here else None
+    return make_job(config, make_mesh(config.mesh, devices), read_config, manifests=manifests, narrow=narrow)
+
+
+def compile_programs(job: Job) -> Iterator[Program]:
+    """Compiles the programs of a run one by one, the training step first.
+
+    Raises:
+      TooLargeError: the compiler knows the device's memory, and a program does not fit in.
+    """
+    mesh: Any = job.mesh
+    state, teacher = job.abstract_state(), job.abstract_teacher()
+    resident = {
+        "parameters, float32": _bytes_per_device(state.params),
+        "Adam moments, float32": _bytes_per_device(state.opt_state),
+        "teacher": _bytes_per_device(teacher),
+    }
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+        for name, (function, arguments) in job.programs().items():
+            start = time.perf_counter()
+            lowered: Any = function.lower(*arguments)  # type: ignore[attr-defined]
+            try:
+                compiled = lowered.compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise TooLargeError(f"{name}: {first_line(error)}") from error
+                raise
+            stats = compiled.memory_analysis()
+            # Validation does not take the optimizer's state, which is there all the same.
+            taken = sum(resident.values()) - (0 if name == "training step" else resident["Adam moments, float32"])
+            memory = resident | {
+                "batch and counters": stats.argument_size_in_bytes - taken,
+                "gradients, activations, gathered weights": stats.temp_size_in_bytes,
+                "results beside the donated state": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+                "code": stats.generated_code_size_in_bytes,
+            }
+            yield Program(name, compiled.as_text(), memory, time.perf_counter() - start)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _bytes_per_device(tree: Any) -> float:
+    leaves = jax.tree.leaves(tree)
+    return float(sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves))
