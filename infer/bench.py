@@ -1,7 +1,7 @@
-"""Speed of decoding at real widths, with random weights, against what the memory delivers to the same threads.
+"""Speed of decoding at a model's real widths, with random weights, against the memory bandwidth of the same threads.
 
-Times on a shared machine drift, so everything that is compared is measured in turn, again and again, and medians are
-reported. Weights must be far larger than the last-level cache, and active sets change from call to call.
+Times on a shared machine drift, so what is compared is measured alternately in one loop, and medians are reported.
+Weights must be far larger than the last-level cache, and the set of active neurons changes from call to call.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from infer.weights.formats import DTYPES, Format, Rows, quantise
 from infer.weights.layout import DecodeWeights, Formats, LayerWeights, Norm, PredictorWeights
 from infer.weights.memory import free_memory, huge_empty
 
-_PATTERN_ROWS = 2048  # distinct random rows; a matrix repeats them, which memory cannot tell
-_KERNEL_BYTES = 4 << 30  # of the matrices that a kernel is measured on
+_PATTERN_ROWS = 2048  # distinct random rows; a matrix repeats them, which costs the memory the same
+_KERNEL_BYTES = 4 << 30  # total size of the matrices that a kernel is measured on
 _MOST_MATRICES = 16
 
 
 def random_weights(config: FalconConfig, formats: Formats, rank: int, seed: int = 0) -> DecodeWeights:
-    """Decode weights of true widths that cost little time to make.
+    """Random decode weights at the config's widths, quick to generate.
 
-    All up-projections come out positive, so that every neuron that is chosen fires and its down row is read too. The
-    predictors' logits are random: set the share of neurons with `with_active_share`.
+    All pre-activations are positive, so every selected neuron fires and its down-projection row is read too. The
+    predictors' logits are random: `with_active_share` sets the share of neurons that they select.
     """
     D, F, V = config.d_model, config.d_ff, config.vocab_size
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
@@ -72,7 +72,7 @@ def random_weights(config: FalconConfig, formats: Formats, rank: int, seed: int 
 def random_rows(
     rng: np.random.Generator, M: int, D: int, format: Format, mean: float = 0.0, distinct: int = _PATTERN_ROWS
 ) -> Rows:
-    """[M, D] of normal numbers in huge pages, on the device."""
+    """Rows [M, D] of normally distributed numbers, in huge pages, as device arrays."""
     pattern = quantise(rng.standard_normal((min(M, distinct), D), np.float32) * 0.02 + mean, format)
     repeats = -(-M // pattern.shape[0])
     data = huge_empty((M, D), DTYPES[format])
@@ -84,7 +84,7 @@ def random_rows(
 
 
 def with_active_share(weights: DecodeWeights, share: float) -> DecodeWeights:
-    """The weights with budgets of that share of the neurons: the highest logits, other ones for every token."""
+    """The weights with each predictor's budget set to that share of the neurons; every token selects other ones."""
     budget = jnp.int32(round(share * weights.config.d_ff))
     layers = tuple(
         dataclasses.replace(layer, predictor=dataclasses.replace(layer.predictor, budget=budget))  # type: ignore[type-var]
@@ -97,16 +97,17 @@ def with_active_share(weights: DecodeWeights, share: float) -> DecodeWeights:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenFigures:
-    """One way of decoding, measured.
+class StepTimes:
+    """Measured decode steps of one setting; a step decodes one token a sequence.
 
     Attributes:
-      seconds: time of each step.
-      head_seconds: of the vocabulary head alone, which a step includes, after each step.
-      choosing_seconds: of choosing the neurons of all layers, which a sparse step includes, after each step; else 0.
-      bandwidth: bytes a second that memory delivered to plain reading after each step.
-      bytes: of weights read by a step.
-      head_bytes: of these, the vocabulary head's, which a model has once.
+      seconds: time of each step, [steps].
+      head_seconds: time of the vocabulary head alone, measured after each step; a step includes it.
+      choosing_seconds: time of selecting the neurons of all layers, measured after each step; a sparse step includes
+        it; 0 in the other modes.
+      bandwidth: memory bandwidth of a plain read after each step, bytes a second.
+      bytes: weights read by a step.
+      head_bytes: how many of these are the vocabulary head's.
       active: share of the neurons read.
     """
 
@@ -124,11 +125,18 @@ class TokenFigures:
         return self.seconds - self.head_seconds
 
     def row(
-        self, name: dict[str, Any], dense: TokenFigures | None, layers: int, full_layers: int, full_bandwidth: float
+        self, name: dict[str, Any], dense: StepTimes | None, layers: int, full_layers: int, full_bandwidth: float
     ) -> dict[str, Any]:
-        """As a table row, projected to a whole model on a machine of another bandwidth at the same share of it.
+        """A row of the results table, with the speed of the whole model projected to another memory bandwidth.
 
-        Ratios are medians over the steps of what was measured one after the other: memory may be slower a second later.
+        Args:
+          name: the row's first columns.
+          dense: the times of dense decoding in the same loop, if it was measured.
+          layers: number of layers measured.
+          full_layers: number of layers of the whole model.
+          full_bandwidth: memory bandwidth to project to, bytes a second; the same share of it is assumed to be used.
+
+        Ratios are taken within each step and their median is reported, since the machine's speed drifts between steps.
         """
         seconds, bandwidth = float(np.median(self.seconds)), float(np.median(self.bandwidth))
         full_bytes = self.head_bytes + (self.bytes - self.head_bytes) * full_layers / layers
@@ -147,35 +155,35 @@ class TokenFigures:
         }
 
 
-def measure_ways(
-    ways: Sequence[tuple[DecodeWeights, Mode]], backend: kernels.Backend, context: int, steps: int, batch: int = 1
-) -> list[TokenFigures]:
-    """Decodes random tokens with half of the context behind them, one step each way in turn.
+def measure_settings(
+    settings: Sequence[tuple[DecodeWeights, Mode]], backend: kernels.Backend, context: int, steps: int, batch: int = 1
+) -> list[StepTimes]:
+    """Decodes random tokens with half of the context filled, one step of each setting (weights, mode) in turn.
 
-    The ways must share their matrices; their predictors' budgets may differ.
+    The settings must share their matrices; their predictors' budgets may differ.
     """
-    weights = ways[0][0]
+    weights = settings[0][0]
     c = weights.config
     rng = np.random.default_rng(0)
     read = memory_reader([rows for layer in weights.layers for rows in (layer.up, layer.down)])
     choose = _choosing(c.d_ff, c.n_layers, kernels.backend(backend))
     hidden_BxD = jnp.ones((batch, c.d_model), jnp.float32)
-    states = [half_full(c, batch, context) for _ in ways]
-    times = np.zeros((len(ways), steps + 1, 4))  # a step, the head, choosing, reading
-    reads: list[Any] = [None] * len(ways)
+    states = [half_full(c, batch, context) for _ in settings]
+    times = np.zeros((len(settings), steps + 1, 4))  # a step, the head, choosing, reading
+    reads: list[Any] = [None] * len(settings)
     for step in range(steps + 1):
-        for i, (chosen, mode) in enumerate(ways):
+        for i, (variant, mode) in enumerate(settings):
             token_B = jnp.asarray(rng.integers(0, c.vocab_size, batch), jnp.int32)
             start = time.perf_counter()
-            logits, states[i], reads[i] = decode_step(chosen, states[i], token_B, mode=mode, backend=backend)
+            logits, states[i], reads[i] = decode_step(variant, states[i], token_B, mode=mode, backend=backend)
             logits.block_until_ready()
             times[i, step, 0] = time.perf_counter() - start
             times[i, step, 1] = timed(functools.partial(unembed, backend=backend), weights, hidden_BxD)
-            predictor = chosen.layers[0].predictor
+            predictor = variant.layers[0].predictor
             times[i, step, 2] = choose(predictor.budget) if predictor and mode == "sparse" else 0.0
             times[i, step, 3] = read()
     return [
-        TokenFigures(
+        StepTimes(
             seconds=of[1:, 0],  # the first step compiles
             head_seconds=of[1:, 1],
             choosing_seconds=of[1:, 2],
@@ -184,34 +192,34 @@ def measure_ways(
             head_bytes=weights.head_rows.nbytes,
             active=float(read.down_L.sum()) / (c.d_ff * c.n_layers),
         )
-        for of, read, (_, mode) in zip(times, reads, ways, strict=True)
+        for of, read, (_, mode) in zip(times, reads, settings, strict=True)
     ]
 
 
 def measure_widths(
     model: str, *, layers: int = 1, active: float = 0.1, steps: int = 10, backend: kernels.Backend = "auto"
 ) -> list[dict[str, Any]]:
-    """Decoding at the widths of a member of the family, with random weights in bf16: dense, exact, sparse in turn.
+    """Measures dense, exact and sparse decoding at the widths of a model of the family, with random weights in bf16.
 
     Args:
-      model: member of the family.
-      layers: of it; each takes as much memory as one of the real model's.
-      active: share of the neurons that the predictors, of rank D / 8, choose.
-      steps: tokens that are timed.
-      backend: of the kernels.
+      model: name of the model in `FAMILY`.
+      layers: number of layers; each takes as much memory as one of the real model's.
+      active: share of the neurons that the predictors, of rank D / 8, select.
+      steps: number of tokens timed.
+      backend: kernels to use.
 
     Returns:
       A mapping for each mode.
 
       - name: the mode.
-      - bytes: read for a token.
-      - seconds: median time of one.
-      - bandwidth: bytes a second that memory gave to plain reading between the steps.
+      - bytes: bytes of weights read for a token.
+      - seconds: median time of a token.
+      - bandwidth: memory bandwidth of plain reads between the steps, bytes a second.
       - active: share of the down-projections' rows that were read.
     """
     config = family(model).replace(n_layers=layers, activation="relu", tied_embeddings=True)
     every = random_weights(config, Formats(), rank=config.d_model // 8)
-    ways: list[tuple[DecodeWeights, Mode]] = [
+    settings: list[tuple[DecodeWeights, Mode]] = [
         (with_active_share(every, active if m == "sparse" else 1), m) for m in MODES
     ]
     return [
@@ -222,12 +230,14 @@ def measure_widths(
             "bandwidth": float(np.median(found.bandwidth)),
             "active": found.active,
         }
-        for found, (_, mode) in zip(measure_ways(ways, backend, context=256, steps=steps), ways, strict=True)
+        for found, (_, mode) in zip(
+            measure_settings(settings, backend, context=256, steps=steps), settings, strict=True
+        )
     ]
 
 
 def measure_prefill(weights: DecodeWeights, prompt: int, repeats: int) -> dict[str, Any]:
-    """Reading a prompt of so many tokens, the logits after its last one included, as a table row."""
+    """Measures the prefill of a prompt of `prompt` tokens, the logits after the last included; a row of results."""
     c = weights.config
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, prompt).tolist()
 
@@ -241,7 +251,7 @@ def measure_prefill(weights: DecodeWeights, prompt: int, repeats: int) -> dict[s
     final = sum(
         w.shape[0] * w.shape[1] for w in (weights.layers[-1].out, weights.layers[-1].up, weights.layers[-1].down)
     )
-    products = 2 * (prompt * (every - final) + final + c.vocab_size * c.d_model)  # `final` meets the last token only
+    products = 2 * (prompt * (every - final) + final + c.vocab_size * c.d_model)  # `final`: of the last token only
     return {
         "prompt": prompt,
         "seconds": seconds,
@@ -251,7 +261,7 @@ def measure_prefill(weights: DecodeWeights, prompt: int, repeats: int) -> dict[s
 
 
 def memory_reader(matrices: list[Rows]) -> Callable[[], float]:
-    """A function that streams through the next of the matrices, all threads reading, and returns bytes a second."""
+    """A function that reads the next of the matrices with all threads and returns the bandwidth in bytes a second."""
     order = iter(range(1 << 60))
 
     def read() -> float:
@@ -263,18 +273,15 @@ def memory_reader(matrices: list[Rows]) -> Callable[[], float]:
 
 
 def memory_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes a second that memory delivers to all threads together, reading `size` bytes of numbers in a stream.
-
-    Fewer where less memory is free.
-    """
+    """Memory bandwidth in bytes a second: all threads together read `size` bytes, or less where memory is short."""
     data = huge_empty((int(min(size, free_memory() / 4)) >> 14, 1 << 12), np.float32)
-    data.fill(1.0)  # pages never written would all be the same one
+    data.fill(1.0)  # pages never written all map to one zero page, which stays in the cache
     read = memory_reader([Rows(jax.device_put(data))])
     return float(np.median([read() for _ in range(3)]))
 
 
 def half_full(c: FalconConfig, batch: int, context: int) -> DecodeState:
-    """A cache in f16 with half of its context behind the next token."""
+    """A KV cache in f16 with half of its `context` positions filled."""
     state = DecodeState.empty(c, batch, context, jnp.float16)
     return dataclasses.replace(state, length_B=jnp.full(batch, context // 2, jnp.int32))
 
@@ -285,9 +292,9 @@ def half_full(c: FalconConfig, batch: int, context: int) -> DecodeState:
 def measure_kernels(
     D: int, F: int, format: Format, active: tuple[float, ...], repeats: int, backends: Sequence[kernels.Backend]
 ) -> Iterator[dict[str, Any]]:
-    """One table row a kernel and backend: its rate against plain reading of as many rows in the same order.
+    """Yields a row of results for each kernel and backend: its bandwidth against a plain read of the same rows.
 
-    A call goes through all matrices, each product waiting for the one before, as the layers of a model do.
+    A call goes through all matrices, each product depending on the one before, as in the layers of a model.
     """
     rng = np.random.default_rng(0)
     size = F * D * DTYPES[format].itemsize
@@ -305,7 +312,7 @@ def measure_kernels(
 
 
 def measure_select(F: int, share: float, repeats: int, backends: Sequence[kernels.Backend]) -> list[dict[str, Any]]:
-    """Time of choosing that share of F neurons, by threshold and by budget."""
+    """Measures selecting that share of F neurons, by threshold and by budget; a row of results for each."""
     rows = []
     highest = (statistics.NormalDist().inv_cdf(1 - share) if share < 1 else -np.inf, F)
     for k in map(kernels.backend, backends):
@@ -327,11 +334,11 @@ def _against_reading(
     F = matrices[0].shape[0]
     size = len(matrices) * (F if share is None else round(share * F)) * matrices[0].row_bytes
     rates = np.zeros((repeats + 1, 2))  # of reading, then of the kernel
-    for turn in range(repeats + 1):
+    for repeat in range(repeats + 1):
         for i, (call, start) in enumerate(((_reader(), jnp.int32(0)), (run, x))):
             index = [() if share is None else _random_index(rng, F, share) for _ in matrices]
-            jax.block_until_ready(index)  # copies that go on would be measured too
-            rates[turn, i] = size / timed(call, matrices, index, start)
+            jax.block_until_ready(index)  # else its copies are measured too
+            rates[repeat, i] = size / timed(call, matrices, index, start)
     memory, rate = rates[1:].T  # the first calls compile
     return {
         "GB/s": float(np.median(rate)) / 1e9,
@@ -341,12 +348,12 @@ def _against_reading(
 
 
 def _chain(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """kernel(matrix, index, x) for every matrix and its index, in order: none can start before the last one ended."""
+    """Calls kernel(matrix, index, x) for every matrix and its index, each call depending on the result of the last."""
 
     @jax.jit
     def run(matrices: list[Rows], index: list[tuple], x: jax.Array) -> jax.Array:
         for w, i in zip(matrices, index, strict=True):
-            # To one number of x: XLA would do an addition to all of x anew in every later one.
+            # Added to a single element: XLA would repeat an addition to all of x in every later call.
             first = x[:, :1] + 0.0 * kernel(w, i, x)[:, :1]
             x = jax.lax.dynamic_update_slice(x, first, (0, 0))
         return x
@@ -368,7 +375,7 @@ def _reader() -> Callable[..., jax.Array]:
 
 
 def _choosing(F: int, times: int, k: ModuleType, threshold: float = -np.inf) -> Callable[[Any], float]:
-    """A function from a budget to the time of choosing among F random scores so many times."""
+    """A function from a budget to the time of selecting among F random scores, `times` times in a row."""
     score_BxF = jnp.asarray(np.random.default_rng(0).standard_normal((1, F)), jnp.float32)
 
     @jax.jit
@@ -388,7 +395,7 @@ def _random_index(rng: np.random.Generator, F: int, share: float) -> tuple[jax.A
 
 
 def timed(function: Callable[..., Any], *args: Any) -> float:
-    """Seconds that the function takes, its arrays included."""
+    """Seconds until the function's results are computed."""
     start = time.perf_counter()
     jax.block_until_ready(function(*args))
     return time.perf_counter() - start

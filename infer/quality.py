@@ -1,4 +1,4 @@
-"""What number formats and modes of decoding cost: the decode step itself on given text, against a reference."""
+"""What number formats and decoding modes cost in quality: the decode step run on given text, against a reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class DecodeSetting(NamedTuple):
-    """What is measured: decoding with these weights, in this mode."""
+    """A configuration of decoding to be measured: these weights, in this mode."""
 
     weights: DecodeWeights
     mode: Mode = "dense"
@@ -34,20 +34,20 @@ def measure_quality(
     """How far decoding in each setting is from the reference's dense decoding, token by token on the same text.
 
     Args:
-      reference: the model in the format to be held against.
-      settings: by name.
-      batches: token ids [B, T], int32, each sequence read from its start; the sequences of a batch share their reads,
-        as when they are decoded together, so that "sparse" reads the union of their choices.
-      backend: of the kernels.
+      reference: the model in the number format that the others are compared with.
+      settings: what to measure, by name.
+      batches: token ids [B, T], int32. The sequences of a batch are decoded together, so that "sparse" reads the union
+        of the neurons selected for them.
+      backend: kernels to use.
 
     Returns:
       Metrics of each setting, by its name.
 
       - kl: KL(reference || setting), nats a token.
       - agreement: share of tokens with the same likeliest next token.
-      - loss: nats a next token.
+      - loss: cross-entropy of the next token, nats.
       - read, fired: shares of the up-projections' and of the down-projections' rows that are read.
-      - bytes: of weights read for a step.
+      - bytes: bytes of weights read for a step.
 
     Raises:
       FalconError: the weights cannot serve a mode.
@@ -65,26 +65,28 @@ def measure_quality(
         tokens, targets, steps = tokens + B * T, targets + B * (T - 1), steps + T
     counts = dict(kl=tokens, agreement=tokens, loss=targets, read=steps, fired=steps, bytes=steps)
     return {
-        name: {figure: float(sum_ / n) for (figure, n), sum_ in zip(counts.items(), sums, strict=True)}
+        name: {metric: float(sum_ / n) for (metric, n), sum_ in zip(counts.items(), sums, strict=True)}
         for name, sums in totals.items()
     }
 
 
 def one_kind(weights: DecodeWeights, other: DecodeWeights, kind: Kind) -> DecodeWeights:
-    """The same model with the matrices of one kind taken from `other`; nothing is copied."""
+    """`weights` with the matrices of one kind replaced by those of `other`; nothing is copied."""
 
-    def taken(part: Any, source: Any) -> Any:
+    def replaced(part: Any, source: Any) -> Any:
         names = [name for name in KINDS[kind] if hasattr(part, name)]
         return dataclasses.replace(part, **{name: getattr(source, name) for name in names})
 
-    layers = tuple(taken(*pair) for pair in zip(weights.layers, other.layers, strict=True))
-    return dataclasses.replace(taken(weights, other), layers=layers)
+    layers = tuple(replaced(*pair) for pair in zip(weights.layers, other.layers, strict=True))
+    return dataclasses.replace(replaced(weights, other), layers=layers)
 
 
 def teacher_forced(
     weights: DecodeWeights, tokens_BxT: np.ndarray, *, mode: Mode = "dense", backend: kernels.Backend = "auto"
 ) -> tuple[jax.Array, np.ndarray]:
-    """Logits [B, T, V] after each of the given tokens, and sums over the steps: shares read up and down, bytes."""
+    """Logits [B, T, V] after each of the given tokens; sums over the T steps of the shares of up-projection and
+    down-projection rows read, and of the bytes read.
+    """
     B, T = tokens_BxT.shape
     c = weights.config
     state = DecodeState.empty(c, B, T)

@@ -1,4 +1,4 @@
-"""Log-likelihoods from the CPU decode path: contexts by the prefill, what is scored by the decode steps of a mode."""
+"""Log-likelihoods from CPU decoding: the prefill reads the context, decode steps score the continuation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from infer.weights.layout import DecodeWeights
 
 
 class DecodeEngine:
-    """Decode weights in one of the three modes, a sequence at a time; see `falcon_relu.evaluation.scoring.Engine`.
+    """Evaluates decode weights in one of the three modes, a sequence at a time; an `evaluation.scoring.Engine`.
 
-    As in decoding, a context is read by the prefill, which uses every neuron. Its last token, and all tokens that are
-    scored, go through decode steps of the mode. What branches share is read once: their steps start from the same
-    state, since all that a step leaves behind is entries past the state's length.
+    As in decoding, the context is read by the prefill, which uses every neuron; the context's last token and the
+    continuation go through decode steps of the mode. A prefix that several branches share is read once: each branch
+    starts again from the prefix's length, and overwrites the cache entries of the branch before it.
 
     Raises:
       FalconError: the weights cannot serve the mode.
@@ -35,17 +35,17 @@ class DecodeEngine:
         self._state: DecodeState | None = None
 
     def batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """Every row alone, the one with the longest branch first."""
-        return [[row] for row in sorted(rows, key=_depth, reverse=True)]
+        """A batch for every row, the longest first, so that its cache can be reused for the others."""
+        return [[row] for row in sorted(rows, key=_longest, reverse=True)]
 
     def score(self, batch: Sequence[Row]) -> dict[int, Score]:
-        """The rows' prefixes, then branch after branch."""
+        """Scores of the rows' requests, by the request's number."""
         return {number: score for row in batch for number, score in self._score_row(row).items()}
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, until: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """One prompt after the other."""
+        """Continues each prompt, one at a time, until `until` holds for the new ids or sampling ends."""
         return [self._continue(prompt, sampling, until) for prompt in prompts]
 
     def _continue(self, prompt: Sequence[int], sampling: Sampling, until: Callable[[list[int]], bool]) -> list[int]:
@@ -58,7 +58,7 @@ class DecodeEngine:
         return ids
 
     def _score_row(self, row: Row) -> dict[int, Score]:
-        state = self._read(self._room(_depth(row)), row.prefix)
+        state = self._read(self._empty_state(_longest(row)), row.prefix)
         scores: dict[int, Score] = {}
         for branch in row.branches:
             state = dataclasses.replace(state, length_B=jnp.full(1, len(row.prefix), jnp.int32))
@@ -68,8 +68,8 @@ class DecodeEngine:
         self._state = state
         return scores
 
-    def _room(self, tokens: int) -> DecodeState:
-        """An empty state with room for so many tokens, in the buffers of the last one where they suffice."""
+    def _empty_state(self, tokens: int) -> DecodeState:
+        """An empty state with space for so many tokens, in the buffers of the last one where they are large enough."""
         state, self._state = self._state, None
         if state is None or state.keys[0].shape[1] < tokens:
             return DecodeState.empty(self.config, 1, padded_length(tokens, 128))
@@ -94,6 +94,6 @@ class DecodeEngine:
         return sums, state
 
 
-def _depth(row: Row) -> int:
-    """Tokens of the longest sequence in a row."""
+def _longest(row: Row) -> int:
+    """Number of tokens of the longest sequence in a row."""
     return len(row.prefix) + max(len(branch.tokens) for branch in row.branches)

@@ -19,15 +19,15 @@ from infer.weights.layout import Formats
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Output):
-    """Measure decoding with random weights of true widths: whole tokens, or single kernels with --micro.
+    """Measure decoding with random weights at a model's real widths: whole tokens, or single kernels with --micro.
 
-    Read bandwidth is measured on the same threads in the same run, between the steps.
+    Memory bandwidth is measured with the same threads in the same run, between the steps.
     """
 
     model: str = "falcon-40b"
     """Member of the family whose widths are used."""
     layers: int = 4
-    """Layers; a whole model is projected from these."""
+    """Number of layers to measure; the whole model's speed is projected from them."""
     vocab_size: int | None = None
     """Rows of the vocabulary head; the model's own if not given."""
     format: Format = "bf16"
@@ -42,13 +42,13 @@ class Args(Output):
     prompt: int = 200
     """Tokens of the prompt whose prefill is measured; 0 for none."""
     context: int = 512
-    """Positions of the cache, half of them filled."""
+    """Positions in the KV cache, half of them filled."""
     batch: int = 1
     """Sequences decoded together."""
     steps: int = 12
     """Measured steps, or calls of each kernel."""
     bandwidth: float = 67.2
-    """GB/s of the machine that the projection is for; that of the published figures by default."""
+    """Memory bandwidth in GB/s of the machine to project to; that of the published results by default."""
     micro: bool = False
     """Measure single kernels instead of whole tokens."""
 
@@ -79,17 +79,17 @@ def _tokens(args: Args) -> dict[str, object]:
     with progress("making weights", 1 + len(_backends(args)), "measurements") as advance:
         weights = bench.random_weights(config, Formats.all(args.format), args.rank)
         advance(note=f"{weights.nbytes / 1e9:.1f} GB")
-        ways = [
+        settings = [
             (bench.with_active_share(weights, share), mode)
             for mode in args.modes
             for share in (args.active if mode == "sparse" else (1.0,))
         ]
         for backend in _backends(args):
-            found = bench.measure_ways(ways, backend, args.context, args.steps, args.batch)
-            dense = next((f for f, (_, mode) in zip(found, ways, strict=True) if mode == "dense"), None)
-            for figures, (_, mode) in zip(found, ways, strict=True):
+            found = bench.measure_settings(settings, backend, args.context, args.steps, args.batch)
+            dense = next((times for times, (_, mode) in zip(found, settings, strict=True) if mode == "dense"), None)
+            for times, (_, mode) in zip(found, settings, strict=True):
                 name = {"backend": kernels.describe(kernels.backend(backend)), "mode": mode, "format": args.format}
-                rows.append(figures.row(name, dense, args.layers, full.n_layers, 1e9 * args.bandwidth))
+                rows.append(times.row(name, dense, args.layers, full.n_layers, 1e9 * args.bandwidth))
             advance(note=backend)
         if args.prompt:
             prompts.append(bench.measure_prefill(weights, args.prompt, repeats=2))
