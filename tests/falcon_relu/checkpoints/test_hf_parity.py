@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from falcon_relu.checkpoints.convert import export_hf, import_hf
+from falcon_relu.checkpoints.hf_files import read_headers, read_tensors
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.config import family
 from falcon_relu.generation import Sampling, generate
 from falcon_relu.model import Falcon
 from tests.conftest import TINY
+from tests.falcon_relu.checkpoints.folders import hf_arrays, write_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -113,3 +115,14 @@ def test_what_is_exported_is_what_was_imported_and_loads_in_transformers(name, t
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, theirs(tokens).logits)
+
+
+def test_transformers_too_takes_one_file_before_the_shards_beside_it(tmp_path):
+    shards = write_hf(tmp_path / "both", hf_arrays(seed=1), max_shard_bytes=100_000)
+    arrays = hf_arrays()
+    write_hf(shards, arrays)
+    theirs = transformers.FalconForCausalLM.from_pretrained(shards).state_dict()
+    ours = dict(read_tensors(read_headers(shards)))
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(ours[name], array)
+        np.testing.assert_array_equal(theirs[name].numpy(), array)
