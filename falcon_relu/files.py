@@ -53,6 +53,7 @@ def write_aside(
         return
     target = _real(target)  # a link stays a link, to what is written now
     with lock(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         aside = aside_path(target)
         remove(aside)
         if not target.exists() and (old := _beside(target, "old")).exists():
@@ -119,9 +120,9 @@ def check_output(target: Path, *, folder: bool = False, replace: bool = False, m
 def lock(target: Path, *, shared: bool = False) -> Iterator[None]:
     """Keeps other processes, and other threads of this one, from writing `target` while the block does.
 
-    The block may take the same lock again. The lock is a hidden file beside `target`, held with flock(2): it ends with
-    the process, however that ends. (The library filelock leaves its file behind, beside every output of the user's.)
-    Disks without locks go without.
+    The block may take the same lock, and that of anything in a folder, again. It is a hidden file beside `target`, held
+    with flock(2), which ends with the process, however that ends. (The library filelock leaves its file behind, beside
+    every output of the user's.) Disks without locks go without.
 
     Args:
       target: a file or folder, there or not.
@@ -131,7 +132,7 @@ def lock(target: Path, *, shared: bool = False) -> Iterator[None]:
       FalconError: another one holds it.
     """
     target = _real(target)
-    if target in _HELD.get():
+    if not _HELD.get().isdisjoint((target, *target.parents)):
         yield
         return
     path = _beside(target, "lock")
@@ -164,10 +165,16 @@ def lock_part(folder: Path, index: int, count: int) -> Iterator[None]:
       count: of how many.
 
     Raises:
-      FalconError: another process does this part, or the folder whole.
+      FalconError: another process does this part, or the folder whole; or as `check_output`.
     """
-    with lock(folder, shared=count > 1), lock(Path(folder) / f"part {index} of {count}"):
+    check_output(folder, folder=True, replace=True)
+    with lock(Path(folder) / f"part {index} of {count}"), lock(folder, shared=count > 1):
         yield
+
+
+def inherit_lock(target: Path) -> None:
+    """Says that the process that started this one holds `lock(target)` for both, as long as this one lives."""
+    _HELD.set(_HELD.get() | {_real(target)})
 
 
 def aside_path(target: Path) -> Path:
@@ -311,6 +318,8 @@ def _locked(path: Path, shared: bool, target: Path) -> int:
             held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # another one removed the empty folder just now
             continue
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise FalconError(f"{target} cannot be made: {error.filename}: {error.strerror}") from None
         try:
             fcntl.flock(held, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:

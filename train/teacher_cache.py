@@ -6,6 +6,7 @@ what is finished. Jobs of an array share the files; whoever finds all finished w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, write_json
+from falcon_relu.files import lock_part, read_json, write_json
 from falcon_relu.model import Falcon, Params, head_kernel
 from falcon_relu.progress import progress
 from falcon_relu.sharding import batch_sharding, make_mesh, param_shardings, use_mesh
@@ -109,7 +110,7 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
 
     Raises:
       FalconError: an input is missing, damaged or does not fit, or a cache was begun with other settings, for other
-        tokens or by another teacher.
+        tokens or by another teacher, or another process does the same part of it.
     """
     started = time.monotonic()
     index, count = shard
@@ -120,7 +121,9 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
     if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise FalconError(f"batch_size {config.batch_size} cannot be shared evenly by the mesh {dict(mesh.shape)}")
     dtype = jnp.dtype(config.compute_dtype)
-    with use_mesh(mesh):
+    with use_mesh(mesh), contextlib.ExitStack() as locks:
+        for path in config.tokens:
+            locks.enter_context(lock_part(Path(path) / config.name, index, count))
         architecture, params = load_model(config.teacher, activation=config.teacher_activation, dtype=dtype, mesh=mesh)
         if architecture.vocab_size < max(config.top_k, *(manifest.vocab_size for manifest in tokens)):
             raise FalconError(
@@ -140,7 +143,8 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
         with progress("teacher-cache", all_rows, "tokens", scale=tokens[0].seq_len, done=all_rows - rows) as advance:
             for folder, file in missing:
                 size += folder.write(file, functools.partial(say, params), advance)
-    return Cached(tuple(folder.finish() for folder in folders), rows, size, time.monotonic() - started)
+        manifests = tuple(folder.finish() for folder in folders)
+    return Cached(manifests, rows, size, time.monotonic() - started)
 
 
 def say_top_k(

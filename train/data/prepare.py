@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, remove, write_json
+from falcon_relu.files import inherit_lock, lock_part, read_json, remove, write_json
 from falcon_relu.progress import progress
 from falcon_relu.tokenizer import Tokenizer
 from train.data.shards import (
@@ -115,7 +115,8 @@ def prepare(config: PrepareConfig) -> Prepared:
     """Tokenises and packs `config.inputs` into `config.out`, going on where an earlier run stopped.
 
     Raises:
-      FalconError: an input or the tokenizer is wrong, or the folder was begun with other settings or inputs.
+      FalconError: an input or the tokenizer is wrong, the folder was begun with other settings or inputs, or another
+        process does the same part of it.
     """
     tokenizer = Tokenizer(config.tokenizer)
     reader = TextReader(config.inputs, config.text_field)
@@ -124,7 +125,11 @@ def prepare(config: PrepareConfig) -> Prepared:
     started = time.monotonic()
     units = own = 0
     total_mb = None if reader.total_bytes is None else reader.total_bytes / 1e6
-    with progress("prepare", total_mb, "MB") as advance, _Workers(config, settings, advance) as workers:
+    with (
+        lock_part(config.out, index, count),
+        progress("prepare", total_mb, "MB") as advance,
+        _Workers(config, settings, advance) as workers,
+    ):
         for number, (records, megabytes) in enumerate(_units(reader, config.unit_mb)):
             units += 1
             mine = number % count == index
@@ -134,7 +139,7 @@ def prepare(config: PrepareConfig) -> Prepared:
             else:
                 advance(megabytes)
         workers.drain()
-    manifest = _finish(config, tokenizer, reader, units)
+        manifest = _finish(config, tokenizer, reader, units)
     return Prepared(manifest, own, workers.tokens, time.monotonic() - started)
 
 
@@ -257,7 +262,9 @@ class _Workers:
     def __enter__(self) -> _Workers:
         # Spawned, not forked: the caller may have threads, JAX's for one.
         spawn = multiprocessing.get_context("spawn")
-        self._pool = futures.ProcessPoolExecutor(self._processes, spawn, _start_worker, (self._config.tokenizer,))
+        self._pool = futures.ProcessPoolExecutor(
+            self._processes, spawn, _start_worker, (self._config.tokenizer, self._config.out)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -306,13 +313,14 @@ def _cpus() -> int:
 _worker_tokenizer: Tokenizer
 
 
-def _start_worker(tokenizer: Path) -> None:
+def _start_worker(tokenizer: Path, out: Path) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker_tokenizer = Tokenizer(tokenizer)
+    inherit_lock(out)
 
 
 def _die_with_parent() -> None:
