@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import tyro
 
+from falcon_relu.checkpoints.schema import parse
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.evaluation.card import LICENCES, MISSING, render
+from falcon_relu.evaluation.card_facts import HeldOut, Manifest, Results, Sparsity, Speeds, Training
 from falcon_relu.files import read_json, write_text
 
 
@@ -55,20 +57,25 @@ def run(args: Args) -> None:
     if args.base is not None and args.base not in LICENCES:
         raise FalconError(f"the licence of {args.base} is not known here; known: {', '.join(LICENCES)}")
     facts: dict[str, Any] = {"name": args.name, "base": args.base}
-    facts["training"] = _read(args.run and args.run / "config.json")
-    facts["data"] = {folder.name: _read(folder / "manifest.json") for folder in args.data}
-    facts |= {name: _read(getattr(args, name)) for name in ("relu", "original", "sparse", "held_out", "sparsity")}
-    facts["speeds"] = [_read(path) for path in args.speeds]
+    facts["training"] = _read(Training, args.run and args.run / "config.json")
+    names = [folder.resolve().name for folder in args.data]
+    facts["data"] = {
+        name if names.count(name) == 1 else str(folder): _read(Manifest, folder / "manifest.json")
+        for name, folder in zip(names, args.data, strict=True)
+    }
+    facts |= {name: _read(Results, getattr(args, name)) for name in ("relu", "original", "sparse")}
+    facts |= {"held_out": _read(HeldOut, args.held_out), "sparsity": _read(Sparsity, args.sparsity)}
+    facts["speeds"] = [_read(Speeds, path) for path in args.speeds]
     card = render(facts)
     write_text(args.out, card, replace=args.overwrite)
     given = [name for name, value in facts.items() if value and name not in ("name", "base")]
     report({"card": str(args.out), "from": ", ".join(given) or "nothing", "missing": card.count(MISSING)}, args)
 
 
-def _read(path: Path | None) -> dict[str, Any] | None:
+def _read(kind: type, path: Path | None) -> Any:
+    """The value in a JSON file, made sure to be of a kind; None without a path."""
     if path is None:
         return None
     found = read_json(path)
-    if not isinstance(found, dict):
-        raise FalconError(f"{path} is not what a command of this project writes: it holds no object")
+    parse(kind, found, path, unknown_keys=True)
     return found

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-MISSING = "*not measured*"
+from falcon_relu.checkpoints.schema import parse
+from falcon_relu.evaluation.card_facts import (
+    Facts,
+    Figure,
+    HeldOut,
+    Manifest,
+    Results,
+    SparseText,
+    Sparsity,
+    Speeds,
+    Split,
+    Training,
+    markdown_text,
+)
 
-Facts = Mapping[str, Any]
+MISSING = "*not measured*"
 
 
 class Licence(NamedTuple):
@@ -51,225 +65,212 @@ _LIMITATIONS = """\
 - Assess risks and set up guardrails before any use that people depend on."""
 
 
-def render(facts: Facts) -> str:
-    """The card.
+def render(facts: Mapping[str, Any]) -> str:
+    """The card. All text in the facts is shown as text, whatever is in it.
 
     Args:
-      facts: any of name, base (on the hub, or None), training (a run's config.json), data (manifests of token shards by
-        name), relu, original and sparse (results.json of falcon-relu eval), held_out, sparsity and speeds (a list), as
-        the commands write them.
+      facts: name and any of base (on the hub, or None), training (a run's config.json), data (manifests of token shards
+        by name), relu, original and sparse (results.json of falcon-relu eval), held_out, sparsity and speeds (a list),
+        as the commands write them.
+
+    Raises:
+      FalconError: a fact is of another type than its command writes; the message names it.
     """
-    licence = LICENCES.get(facts.get("base") or "")
+    f = parse(Facts, facts, "the card's facts", unknown_keys=True)
+    licence = LICENCES.get(f.base or "")
+    training = f.training or Training(steps=None)
     parts = [
-        _front_matter(facts, licence),
-        f"# {facts['name']}\n",
-        _about(facts),
+        _front_matter(f.base, licence),
+        f"# {f.name}\n",
+        _about(f.base if licence else None, training),
         "## Data\n",
-        _data(facts.get("data") or {}),
+        _data(f.data),
         "## Training\n",
-        _training(facts.get("training")),
+        _training(training),
         "## Evaluation\n",
-        _evaluation(facts),
+        _evaluation(f),
         "## Sparsity\n",
-        _sparsity(facts.get("sparsity")),
+        _sparsity(f.sparsity),
         "## Speed\n",
-        _speeds(facts.get("speeds") or []),
+        _speeds(f.speeds),
         "## Limitations\n",
-        _LIMITATIONS.format(activation=_get(facts, "training.activation") or "relu") + "\n",
+        _LIMITATIONS.format(activation=training.activation or "relu") + "\n",
         "## Licence\n",
         f"{licence.text if licence else 'Licence of the base model: *not stated*.'}\n",
     ]
     return "\n".join(parts)
 
 
-def _front_matter(facts: Facts, licence: Licence | None) -> str:
+def _front_matter(base: str | None, licence: Licence | None) -> str:
     fields: dict[str, Any] = {
         "language": ["en"],
         "pipeline_tag": "text-generation",
         "tags": ["falcon", "relu", "sparse"],
     }
     if licence is not None:
-        fields |= {"license": licence.tag, "base_model": facts["base"]}
+        fields |= {"license": licence.tag, "base_model": base}
     return "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items()) + "---\n"
 
 
-def _about(facts: Facts) -> str:
-    base = facts.get("base")
+def _about(base: str | None, training: Training) -> str:
     origin = f"[{base}](https://huggingface.co/{base})" if base else "A Falcon"
-    activation = _get(facts, "training.activation") or MISSING
     return (
-        f"{origin} with the activation of its MLPs replaced (now: {activation}) and fine-tuned to behave as "
-        "before. Most activations are then zero, so that a CPU can decode while reading a small part of the weights.\n"
+        f"{origin} with the activation of its MLPs replaced (now: {training.activation or MISSING}) and fine-tuned to "
+        "behave as before. Most activations are then zero, so that a CPU can decode while reading a small part of the "
+        "weights.\n"
     )
 
 
-def _data(manifests: Mapping[str, Facts]) -> str:
+def _data(manifests: Mapping[str, Manifest]) -> str:
     rows = []
     for name, manifest in manifests.items():
-        splits = manifest.get("splits") or {}
-        tokens, held = (_get(splits, f"{split}.tokens") for split in ("train", "validation"))
-        documents = _get(splits, "train.documents")
-        rows.append([name, _number(documents, ",.0f"), _number(tokens, ",.0f"), _number(held, ",.0f")])
+        train, held = (manifest.splits.get(split, Split()) for split in ("train", "validation"))
+        counts = (train.documents, train.tokens, held.tokens)
+        rows.append([name, *(_number(count, ",.0f") for count in counts)])
     return _table(["source", "documents", "tokens", "held-out tokens"], rows)
 
 
-def _training(run: Facts | None) -> str:
-    run = run or {}
-    tokens = None
-    sizes = [run.get("steps"), _get(run, "data.batch_size"), _get(run, "data.seq_len")]
-    if None not in sizes:
-        tokens = sizes[0] * sizes[1] * sizes[2]
-    weights = [f"{what} {_number(_get(run, path), 'g')}" for what, path in _LOSS.items()]
+def _training(run: Training) -> str:
+    steps, B, T = run.steps, run.data.batch_size, run.data.seq_len
+    tokens = None if steps is None or B is None or T is None else steps * B * T
+    loss, optimizer = run.loss, run.optimizer
+    weights = {
+        "next token": loss.lm_weight,
+        "KL(teacher || student)": loss.kd_weight,
+        "temperature": loss.temperature,
+    }
+    rates = (_number(rate, "g") for rate in (optimizer.learning_rate, optimizer.final_learning_rate))
     rows = [
         ["tokens", _number(tokens, ",.0f")],
-        ["steps", _number(run.get("steps"), ",.0f")],
-        [
-            "batch",
-            f"{_number(_get(run, 'data.batch_size'), ',.0f')} x {_number(_get(run, 'data.seq_len'), ',.0f')} tokens",
-        ],
-        ["loss", ", ".join(weights)],
-        ["teacher", str(run.get("teacher") or MISSING)],
-        [
-            "learning rate",
-            _number(_get(run, "optimizer.learning_rate"), "g")
-            + ", cosine to "
-            + _number(_get(run, "optimizer.final_learning_rate"), "g"),
-        ],
-        ["warm-up steps", _number(_get(run, "optimizer.warmup_steps"), ",.0f")],
-        ["weight decay", _number(_get(run, "optimizer.weight_decay"), "g")],
-        ["products in", str(run.get("compute_dtype") or MISSING)],
+        ["steps", _number(steps, ",.0f")],
+        ["batch", f"{_number(B, ',.0f')} x {_number(T, ',.0f')} tokens"],
+        ["loss", ", ".join(f"{what} {_number(weight, 'g')}" for what, weight in weights.items())],
+        ["teacher", run.teacher or MISSING],
+        ["learning rate", ", cosine to ".join(rates)],
+        ["warm-up steps", _number(optimizer.warmup_steps, ",.0f")],
+        ["weight decay", _number(optimizer.weight_decay, "g")],
+        ["products in", run.compute_dtype or MISSING],
     ]
     return _table(["", ""], rows)
 
 
-_LOSS = {
-    "next token": "loss.lm_weight",
-    "KL(teacher || student)": "loss.kd_weight",
-    "temperature": "loss.temperature",
-}
-
-
 def _evaluation(facts: Facts) -> str:
     """The benchmarks, ReLU beside original beside sparse decoding, then held-out text."""
-    columns = {"ReLU": "relu", "original": "original", "ReLU, sparse decoding": "sparse"}
-    shown = {heading: facts.get(key) for heading, key in columns.items()}
+    shown = {"ReLU": facts.relu, "original": facts.original, "ReLU, sparse decoding": facts.sparse}
     names: dict[tuple[str, str], None] = {}
     for results in shown.values():
-        for row in (results or {}).get("rows", []):
-            names[row["benchmark"], row["metric"] or ""] = None
+        for row in results.rows if results else ():
+            names[row.benchmark, row.metric or ""] = None
     rows = []
     for benchmark, metric in names:
-        found = {heading: _row(results, benchmark, metric) for heading, results in shown.items()}
-        shots = {row["shots"] for row in found.values() if row and row.get("shots") is not None}
+        found = [_row(results, benchmark, metric) for results in shown.values()]
+        shots = {row.shots for row in found if row and row.shots is not None}
         label = f"{benchmark} ({', '.join(map(str, sorted(shots)))}-shot)" if shots else benchmark
-        rows.append([label, *(_score(row) for row in found.values())])
+        rows.append([label, *map(_score, found)])
     if rows:
-        averages = [_number(_percent(_get(results or {}, "average")), ".2f") for results in shown.values()]
+        averages = [_number(_percent(results.average if results else None), ".2f") for results in shown.values()]
         rows.append(["average", *averages])
-    text = _table(["benchmark, %", *columns], rows)
+    text = _table(["benchmark, %", *shown], rows)
     text += "\n" + "\n".join(_remarks(shown)) + "\n"
-    held = facts.get("held_out") or {}
+    held = facts.held_out or HeldOut(perplexity=None)
+    sparse = held.sparse or SparseText()
     figures = [
-        ["perplexity", _number(held.get("perplexity"), ",.3f")],
-        ["KL(original || ReLU), nats a token", _number(held.get("kl"), ".4f")],
-        ["same likeliest next token as the original", _number(_percent(held.get("agreement")), ".2f", " %")],
-        ["KL(dense || sparse), nats a token", _number(_get(held, "sparse.kl"), ".4f")],
-        ["same likeliest next token, dense and sparse", _number(_percent(_get(held, "sparse.agreement")), ".2f", " %")],
-        ["neurons read by sparse decoding", _number(_percent(_get(held, "sparse.read")), ".1f", " %")],
+        ["perplexity", _number(held.perplexity, ",.3f")],
+        ["KL(original || ReLU), nats a token", _number(held.kl, ".4f")],
+        ["same likeliest next token as the original", _number(_percent(held.agreement), ".2f", " %")],
+        ["KL(dense || sparse), nats a token", _number(sparse.kl, ".4f")],
+        ["same likeliest next token, dense and sparse", _number(_percent(sparse.agreement), ".2f", " %")],
+        ["neurons read by sparse decoding", _number(_percent(sparse.read), ".1f", " %")],
     ]
     return f"{text}\n{_table(['held-out text', ''], figures)}"
 
 
-def _score(row: Facts | None) -> str:
-    if not row or row.get("value") is None:
+def _score(row: Figure | None) -> str:
+    if row is None or row.value is None:
         return MISSING
-    error = _percent(row.get("error"))
-    return f"{_percent(row['value']):.2f}" + (f" ± {error:.2f}" if error is not None else "")
+    return f"{100 * row.value:.2f}" + (f" ± {100 * row.error:.2f}" if row.error is not None else "")
 
 
-def _remarks(shown: Mapping[str, Facts | None]) -> list[str]:
+def _remarks(shown: Mapping[str, Results | None]) -> list[str]:
     """What limits the figures, each once."""
     found: dict[str, None] = {}
     for heading, results in shown.items():
-        limit = (results or {}).get("limit")
-        if limit is not None:
-            found[f"- {heading}: at most {limit} questions of each task."] = None
-        for row in (results or {}).get("rows", []):
-            if row.get("note"):
-                found[f"- {row['benchmark']}: {row['note']}."] = None
+        if results is None:
+            continue
+        if results.limit is not None:
+            found[f"- {heading}: at most {results.limit} questions of each task."] = None
+        for row in results.rows:
+            if row.note:
+                found[f"- {row.benchmark}: {row.note}."] = None
     return list(found)
 
 
-def _sparsity(sparsity: Facts | None) -> str:
-    sparsity = sparsity or {}
-    layers = sparsity.get("layers") or []
-    text = f"Zero activations on held-out text: {_number(_percent(sparsity.get('zeros')), '.1f', ' %')}.\n"
-    if layers:
-        least, most = (pick(layers, key=lambda row: row["zeros"]) for pick in (min, max))
+def _sparsity(sparsity: Sparsity | None) -> str:
+    zeros = None if sparsity is None else sparsity.zeros
+    text = f"Zero activations on held-out text: {_number(_percent(zeros), '.1f', ' %')}.\n"
+    if sparsity is not None and sparsity.layers:
+        least, most = (pick(sparsity.layers, key=lambda row: row.zeros) for pick in (min, max))
         text += (
-            f"From {100 * least['zeros']:.1f} % (layer {least['layer']}) to {100 * most['zeros']:.1f} % (layer "
-            f"{most['layer']}).\n"
+            f"From {100 * least.zeros:.1f} % (layer {least.layer}) to {100 * most.zeros:.1f} % (layer {most.layer}).\n"
         )
-    union = [[str(row["batch"]), f"{100 * row['fires']:.1f} %"] for row in sparsity.get("union") or []]
+    union = [[str(row.batch), f"{100 * row.fires:.1f} %"] for row in (sparsity.union if sparsity else ())]
     allowed = [
-        [f"{row['allowed kl']:g}", f"{row['kl']:.4f}", f"{100 * row['read']:.1f} %"]
-        for row in sparsity.get("allowed") or []
+        [f"{row.allowed:g}", f"{row.kl:.4f}", f"{100 * row.read:.1f} %"]
+        for row in (sparsity.allowed if sparsity else ())
     ]
     text += "\n" + _table(["sequences decoded together", "neurons that fire in any"], union)
     return text + "\n" + _table(["allowed KL(dense || sparse)", "measured", "neurons read"], allowed)
 
 
-def _speeds(speeds: Sequence[Facts]) -> str:
+def _speeds(speeds: Sequence[Mapping[str, Any]]) -> str:
     """Every measured way, with machine and bandwidth."""
     if not speeds:
         return f"{MISSING}\n"
     parts = []
-    for found in speeds:
-        machine = found.get("machine") or {}
-        cpu, cores = machine.get("cpu") or MISSING, _number(machine.get("cores"), ".0f")
-        text = f"Machine: {cpu}, {cores} cores, {_number(machine.get('memory_gb'), '.0f')} GB of memory.\n"
-        if "tokens" in found:
-            text += f"Random weights at the widths of {found.get('model')}, {found.get('layers')} layers.\n"
-        table = found["tokens"] if isinstance(found.get("tokens"), list) else [found]
-        rows = [{name: value for name, value in row.items() if isinstance(value, str | int | float)} for row in table]
+    for measured in speeds:
+        found = parse(Speeds, measured, "speeds", unknown_keys=True)
+        machine = found.machine
+        text = f"Machine: {machine.cpu or MISSING}, {_number(machine.cores, '.0f')} cores, "
+        text += f"{_number(machine.memory_gb, '.0f')} GB of memory.\n"
+        table: Sequence[Mapping[str, Any]] = [measured]
+        if isinstance(found.tokens, list):
+            layers = _number(found.layers, ".0f")
+            text += f"Random weights at the widths of {found.model or MISSING}, {layers} layers.\n"
+            table = found.tokens
+        rows = [{k: v for k, v in row.items() if isinstance(v, str | int | float)} for row in table]
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        parts.append(text + "\n" + _table(columns, [[_cell(row.get(name)) for name in columns] for row in rows]))
+        cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+        parts.append(text + "\n" + _table([*map(markdown_text, columns)], cells))
     return "\n".join(parts)
 
 
-def _row(results: Facts | None, benchmark: str, metric: str) -> Facts | None:
-    rows = (results or {}).get("rows", [])
-    return next((row for row in rows if (row["benchmark"], row["metric"] or "") == (benchmark, metric)), None)
+def _row(results: Results | None, benchmark: str, metric: str) -> Figure | None:
+    rows = results.rows if results else []
+    return next((row for row in rows if (row.benchmark, row.metric or "") == (benchmark, metric)), None)
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return f"{', '.join(filter(None, headings))}: {MISSING}\n"
     lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(_escaped(cell) for cell in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(_bars_escaped(cell) for cell in line)} |\n" for line in lines)
 
 
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+def _bars_escaped(cell: str) -> str:
+    return re.sub(r"(?<!\\)\|", r"\\|", cell)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: str | int | float | None) -> str:
     if value is None:
         return MISSING
-    return value if isinstance(value, str) else f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return (
+        markdown_text(value) if isinstance(value, str) else f"{value:,.4g}" if isinstance(value, float) else str(value)
+    )
 
 
-def _number(value: Any, spec: str, unit: str = "") -> str:
+def _number(value: float | None, spec: str, unit: str = "") -> str:
     return MISSING if value is None else format(value, spec) + unit
 
 
 def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
-
-
-def _get(facts: Facts, path: str) -> Any:
-    """What lies at a dotted path, None where any part is missing."""
-    value: Any = facts
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value

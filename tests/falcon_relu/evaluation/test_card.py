@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 
 import pytest
 
 from falcon_relu.cli.main import main
 from falcon_relu.evaluation.card import LICENCES, MISSING, render
+from falcon_relu.evaluation.card_facts import markdown_text
 
 RUN = {
     "steps": 70,
@@ -68,15 +71,145 @@ def test_licence_is_the_base_models(base):
     assert ("TII" in card) != apache
 
 
+def card(folder, **files) -> int:
+    """Runs the command on files of the given texts, into README.md."""
+    given = ["card", str(folder / "README.md"), "--name", files.pop("name", "M"), "--overwrite"]
+    for option, text in files.items():
+        path = folder / {"run": "run/config.json", "data": "data/manifest.json"}.get(option, f"{option}.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+        given += [f"--{option.replace('_', '-')}", str(path.parent if option in ("run", "data") else path)]
+    return main(given)
+
+
 def test_command_writes_the_card_from_files(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(RUN))
-    (tmp_path / "relu.json").write_text(json.dumps(results(0.25)))
-    asked = ["card", str(tmp_path / "README.md"), "--name", "M", "--run", str(tmp_path / "run")]
-    assert main([*asked, "--relu", str(tmp_path / "relu.json")]) == 0
+    assert card(tmp_path, run=json.dumps(RUN), relu=json.dumps(results(0.25))) == 0
     assert "| 25.00 ± 1.00 |" in (tmp_path / "README.md").read_text()
-    assert main([*asked, "--base", "someone/else"]) == 1
+    asked = ["card", str(tmp_path / "README.md"), "--name", "M"]
+    assert main([*asked, "--overwrite", "--base", "someone/else"]) == 1
     assert "licence of someone/else" in capsys.readouterr().err
-    (tmp_path / "list.json").write_text("[]")
-    assert main([*asked, "--relu", str(tmp_path / "list.json")]) == 1
-    assert "holds no object" in capsys.readouterr().err
+    assert main(asked) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert "25.00" in (tmp_path / "README.md").read_text()
+
+
+NASTY = "a\n---\n| b | `c` <script>1</script>\n# [d](javascript:e) *f* _g_ \\| $h$ ~~i~~ ![j](k) &amp; \u202e"
+
+
+def nasty_everywhere() -> dict:
+    row = {"benchmark": NASTY, "metric": NASTY, "shots": 1, "value": 0.5, "error": None, "note": NASTY}
+    speeds = {"machine": {"cpu": NASTY}, "model": NASTY, "layers": 1, "tokens": [{NASTY: NASTY, "ms": 1.0}]}
+    return {
+        "name": NASTY,
+        "training": RUN | {"teacher": NASTY, "compute_dtype": NASTY},
+        "data": {NASTY: {"splits": {NASTY: {"tokens": 1}, "train": {"tokens": 2}}}},
+        "relu": {"rows": [row], "average": 0.5},
+        "speeds": [speeds, {NASTY: NASTY}],
+    }
+
+
+def test_text_from_outside_is_only_ever_text():
+    plain = json.loads(json.dumps(nasty_everywhere()).replace(json.dumps(NASTY)[1:-1], "plain"))
+    shown, wanted = render(nasty_everywhere()), render(plain)
+    assert "<script" not in shown
+    assert shown.encode()  # no half of a surrogate pair
+    outline = re.sub("plain", "@", wanted)
+    assert re.sub(re.escape(markdown_text(NASTY)), "@", shown) == outline
+    assert shown.count("\n") == wanted.count("\n")
+
+
+def test_markdown_shows_the_text_itself():
+    md = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    shown = html.unescape(re.sub("<[^>]*>", "", md.render(f"| {markdown_text(NASTY)} | x |\n|---|---|\n| y | z |\n")))
+    assert " ".join(shown.split()) == " ".join(NASTY.replace("\u202e", "\ufffd").split()) + " x y z"
+    assert "<a" not in md.render(markdown_text(NASTY))
+    assert "<em>" not in md.render(markdown_text(NASTY))
+
+
+WRONG = {  # option -> texts, and the field that is named
+    "relu": [
+        ("[]", ""),
+        ("3", ""),
+        ("null", ""),
+        ("", ""),
+        ('{"rows": [', ""),
+        ("\xff", ""),
+        ("[" * 90_000, ""),
+        ("{}", "rows"),
+        ('{"rows": {}}', "rows"),
+        ('{"rows": [3]}', "rows.0"),
+        ('{"rows": [{"benchmark": null}]}', "rows.0.benchmark"),
+        ('{"rows": [{"benchmark": "a", "value": "1"}]}', "rows.0.value"),
+        ('{"rows": [], "average": NaN}', "average"),
+        ('{"rows": [{"benchmark": "a", "value": 1e400}]}', "rows.0.value"),
+        ('{"rows": [], "limit": -1}', "limit"),
+        ('{"rows": [], "average": true}', "average"),
+        ('{"rows": [{"benchmark": "a", "shots": 1.5}]}', "rows.0.shots"),
+        ('{"rows": [{"benchmark": "a", "note": []}]}', "rows.0.note"),
+        ('{"rows": [], "average": 1e300}', "average"),
+    ],
+    "held_out": [
+        ("{}", "perplexity"),
+        ('{"perplexity": "1"}', "perplexity"),
+        ('{"perplexity": 1, "sparse": []}', "sparse"),
+        ('{"perplexity": 1, "agreement": 7}', "agreement"),
+        ('{"perplexity": [1]}', "perplexity"),
+    ],
+    "sparsity": [
+        ("{}", "zeros"),
+        ('{"zeros": 2}', "zeros"),
+        ('{"zeros": 0.5, "layers": [{}]}', "layers.0"),
+        ('{"zeros": 0.5, "layers": [{"layer": 1, "zeros": null}]}', "layers.0.zeros"),
+        ('{"zeros": 0.5, "union": {"batch": 1}}', "union"),
+        ('{"zeros": 0.5, "allowed": [{"kl": 1}]}', "allowed.0"),
+        ('{"zeros": 0.5, "allowed": [{"allowed kl": "x", "kl": 1, "read": 0}]}', "allowed.0"),
+    ],
+    "speeds": [
+        ("[]", ""),
+        ('{"machine": []}', "machine"),
+        ('{"machine": {"cpu": 3}}', "machine.cpu"),
+        ('{"tokens": "many"}', "tokens"),
+        ('{"tokens": [3]}', "tokens"),
+        ('{"machine": {"cores": 1e9}}', "machine.cores"),
+        ('{"tokens/s": Infinity}', "tokens/s"),
+        ('{"layers": []}', "layers"),
+    ],
+    "run": [
+        ("{}", "steps"),
+        ('{"steps": "70"}', "steps"),
+        ('{"steps": 7, "data": []}', "data"),
+        ('{"steps": 7, "activation": "<script>"}', "activation"),
+        ('{"steps": 7, "loss": {"lm_weight": "1"}}', "loss.lm_weight"),
+        ('{"steps": 7, "optimizer": {"warmup_steps": 1.5}}', "optimizer.warmup_steps"),
+        ('{"steps": 7, "data": {"batch_size": -1}}', "data.batch_size"),
+        ('{"steps": 1' + "0" * 5000 + "}", ""),
+    ],
+    "data": [
+        ("{}", "splits"),
+        ('{"splits": []}', "splits"),
+        ('{"splits": {"train": 3}}', "splits.train"),
+        ('{"splits": {"train": {"tokens": -1}}}', "splits.train.tokens"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("option", "text", "field"), [(o, *case) for o, cases in WRONG.items() for case in cases])
+def test_a_file_that_is_not_the_commands_is_named_with_its_field(tmp_path, capsys, option, text, field):
+    assert card(tmp_path, **{option: text.encode("latin-1") if text == "\xff" else text}) == 1
+    said = capsys.readouterr().err
+    named = {"run": "config.json", "data": "manifest.json"}.get(option, f"{option}.json")
+    assert named in said
+    assert field in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_shards_of_one_name_are_told_apart(tmp_path):
+    for i, parent in enumerate(("a", "b"), 1):
+        (tmp_path / parent / "tokens").mkdir(parents=True)
+        (tmp_path / parent / "tokens" / "manifest.json").write_text(json.dumps({"splits": {"train": {"tokens": i}}}))
+    folders = [str(tmp_path / parent / "tokens") for parent in ("a", "b")]
+    assert main(["card", str(tmp_path / "card.md"), "--name", "M", "--data", *folders]) == 0
+    text = (tmp_path / "card.md").read_text()
+    assert f"a/tokens | {MISSING} | 1 |" in text
+    assert f"b/tokens | {MISSING} | 2 |" in text
