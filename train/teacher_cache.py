@@ -22,15 +22,26 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_model
+from falcon_relu.checkpoints.schema import read_as, seal
 from falcon_relu.config import Activation
-from falcon_relu.errors import FalconError
-from falcon_relu.files import lock_part, read_json, write_json
+from falcon_relu.errors import FalconError, check_number
+from falcon_relu.files import lock_part, read_json
 from falcon_relu.model import Falcon, Params, head_kernel
 from falcon_relu.progress import progress
 from falcon_relu.sharding import batch_sharding, make_mesh, param_shardings, use_mesh
 from train.data.batches import Batch, unpack
-from train.data.shards import Manifest, Shard, decode_row, manifest_path, read_manifest, token_dtype, write_records
-from train.data.teacher_shards import LogProbDtype, TeacherManifest, encode_targets
+from train.data.shards import (
+    Manifest,
+    Shard,
+    check_shard,
+    decode_row,
+    manifest_path,
+    read_manifest,
+    token_dtype,
+    write_records,
+    write_shared,
+)
+from train.data.teacher_shards import TEACHER_CACHE, LogProbDtype, TeacherManifest, encode_targets
 from train.folder.checkpoints import fingerprint
 from train.loss import CachedTeacher, join_chunks, largest_divisor, next_tokens, split_chunks
 
@@ -57,7 +68,7 @@ class TeacherCacheConfig:
       mesh: devices along (data, fsdp, tensor); one -1 takes what is left.
 
     Raises:
-      ValueError: a field is out of range; the message names it.
+      FalconError: a field is out of range; the message names it.
     """
 
     teacher: str
@@ -75,14 +86,14 @@ class TeacherCacheConfig:
 
     def __post_init__(self) -> None:
         for field in ("top_k", "batch_size", "chunk"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+            check_number(field, getattr(self, field), low=1)
+        if self.query_chunk is not None:
+            check_number("query_chunk", self.query_chunk, low=1)
+        check_number("temperature", self.temperature, above=0)
         if not self.tokens:
-            raise ValueError("no folder of token shards given")
-        if Path(self.name).name != self.name:
-            raise ValueError(f"name must be a folder's name, not a path, got {self.name!r}")
+            raise FalconError("no folder of token shards given")
+        if self.name in ("", ".", "..", "units") or Path(self.name).name != self.name:
+            raise FalconError(f"name must be a folder's name, not a path, got {self.name!r}")
 
 
 class Cached(NamedTuple):
@@ -229,7 +240,7 @@ class _Folder:
                     "remove it"
                 )
         else:
-            self._write_json(path, settings)
+            write_shared(path, settings, self._job)
 
     def files(self) -> Iterator[Shard]:
         """The files of token shards, of all splits."""
@@ -238,13 +249,19 @@ class _Folder:
 
     def is_finished(self, file: Shard) -> bool:
         """Whether what the teacher says of a file of token shards is written down."""
-        unit, written = self._unit(file), self.path / file.file
-        return unit.exists() and written.exists() and written.stat().st_size == read_json(unit)["bytes"]
+        unit = self._unit(file)
+        if not unit.exists():
+            return False
+        try:
+            check_shard(self.path, self._read(unit, file), TEACHER_CACHE)
+        except FalconError:
+            return False  # damaged or missing, and written again
+        return True
 
     def write(self, file: Shard, say: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any) -> int:
         """Writes it down; returns the bytes."""
         written = write_records(self.path / file.file, self._records(file, say, advance))
-        self._write_json(self._unit(file), dataclasses.asdict(written))
+        write_shared(self._unit(file), dataclasses.asdict(written), self._job)
         return written.bytes
 
     def finish(self) -> TeacherManifest | None:
@@ -252,21 +269,22 @@ class _Folder:
         if not all(self._unit(file).exists() for file in self.files()):
             return None
         splits = {
-            name: tuple(Shard(**read_json(self._unit(file))) for file in split.shards)
+            name: tuple(self._read(self._unit(file), file) for file in split.shards)
             for name, split in self._tokens.splits.items()
         }
         manifest = dataclasses.replace(self._manifest, splits=splits)
-        self._write_json(manifest_path(self.path), manifest.to_json())
+        write_shared(manifest_path(self.path), seal(manifest.to_json()), self._job)
         return manifest
 
     def _unit(self, file: Shard) -> Path:
         return self.path / "units" / f"{file.file}.json"
 
-    def _write_json(self, path: Path, value: Any) -> None:
-        # Jobs of an array may write the same at the same moment: each has its own file, names are swapped in one step.
-        own = path.with_suffix(f".{self._job}.json")
-        write_json(own, value)
-        own.replace(path)
+    def _read(self, unit: Path, file: Shard) -> Shard:
+        """What the file in `units/` says of the teacher's file for a file of token shards."""
+        written = read_as(Shard, unit)
+        if (written.file, written.rows) != (file.file, file.rows):
+            raise FalconError(f"{unit} is of another file: remove it and run the same `{TEACHER_CACHE}` again")
+        return written
 
     def _records(
         self, file: Shard, say: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any

@@ -14,6 +14,7 @@ from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.progress import console
 from train.data.prepare import PrepareConfig, Prepared, prepare
+from train.data.text import ZST_WINDOW_LIMIT
 
 _BAD_LINES_SHOWN = 5
 
@@ -46,6 +47,8 @@ class Args(Output):
     """Processes that tokenise; 0: one a CPU."""
     shard: str = "0/1"
     """i/n: do only the i-th of n parts, counted from 0, as one job of an array; all share one folder."""
+    zst_window_mb: int = ZST_WINDOW_LIMIT
+    """MiB of memory that a .zst input may ask for; those packed with `zstd --long=31` ask for 2048."""
 
     def written(self) -> list[Made]:
         """What is written besides `json`."""
@@ -73,11 +76,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def _show_bad_lines(prepared: Prepared) -> None:
-    bad = prepared.manifest.bad_lines if prepared.manifest else ()
-    for line in bad[:_BAD_LINES_SHOWN]:
+    if prepared.manifest is None or not prepared.manifest.bad_lines:
+        return
+    examples, count = prepared.manifest.bad_examples, prepared.manifest.bad_lines
+    for line in examples[:_BAD_LINES_SHOWN]:
         console.print(line, style="yellow")
-    if len(bad) > _BAD_LINES_SHOWN:
-        console.print(f"... {len(bad):,} bad lines in all, listed in the manifest", style="yellow")
+    if count > _BAD_LINES_SHOWN:
+        listed = f"the first {len(examples)} are" if count > len(examples) else "all are"
+        console.print(f"... {count:,} lines without text in all; {listed} in the manifest", style="yellow")
 
 
 def _figures(prepared: Prepared) -> dict[str, object]:
@@ -101,4 +107,4 @@ def _figures(prepared: Prepared) -> dict[str, object]:
         }
         for name, split in prepared.manifest.splits.items()
     ]
-    return figures | {"finished": True, "bad lines": len(prepared.manifest.bad_lines), "splits": splits}
+    return figures | {"finished": True, "bad lines": prepared.manifest.bad_lines, "splits": splits}

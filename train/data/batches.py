@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import NamedTuple, NotRequired, TypedDict
 import grain
 import numpy as np
 
-from falcon_relu.errors import FalconError
-from train.data.shards import Manifest, Shard, decode_row, read_manifest
+from falcon_relu.errors import FalconError, check_number, check_seed
+from train.data.shards import MAX_SEQ_LEN, Manifest, Shard, decode_row, read_manifest
 from train.data.teacher_shards import Targets, TeacherManifest, decode_targets, read_teacher_manifest
 
+_OTHER_FILES = 512  # open at a time, at most: libraries, sockets, checkpoints
 Address = tuple[int, int]  # (source, row)
 Row = tuple[np.ndarray, np.ndarray]  # token ids [T], lengths of the document pieces
 
@@ -67,7 +67,7 @@ class DataConfig:
       prefetch: batches read ahead, at least one a thread.
 
     Raises:
-      ValueError: a field is out of range; the message names it.
+      FalconError: a field is out of range; the message names it.
     """
 
     sources: tuple[Source, ...]
@@ -80,19 +80,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("DataConfig.sources is empty: name at least one folder of token shards")
+            raise FalconError("DataConfig.sources is empty: name at least one folder of token shards")
         for source in self.sources:
-            if not (math.isfinite(source.weight) and source.weight > 0):
-                raise ValueError(
-                    f"DataConfig.sources: {source.path} has the weight {source.weight}; it must be above 0"
-                )
-        for name in ("seq_len", "batch_size", "threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DataConfig.{name} must be at least 1, got {getattr(self, name)}")
+            check_number(f"DataConfig.sources: the weight of {source.path}", source.weight, above=0)
+        check_number("DataConfig.seq_len", self.seq_len, low=1, high=MAX_SEQ_LEN)
+        for name in ("batch_size", "threads", "prefetch"):
+            check_number(f"DataConfig.{name}", getattr(self, name), low=1)
         if self.prefetch < self.threads:
-            raise ValueError(f"DataConfig.prefetch must be at least threads ({self.threads}), got {self.prefetch}")
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"DataConfig.seed must lie in [0, 2^32), got {self.seed}")
+            raise FalconError(f"DataConfig.prefetch must be at least threads ({self.threads}), got {self.prefetch}")
+        check_seed("DataConfig.seed", self.seed)
+        if self.teacher_cache is not None and Path(self.teacher_cache).name != self.teacher_cache:
+            raise FalconError(f"DataConfig.teacher_cache must be a folder's name, got {self.teacher_cache!r}")
 
 
 class Manifests(NamedTuple):
@@ -315,14 +313,20 @@ def _named(row: int, where: str, command: str) -> Iterator[None]:
 
 
 def _allow_open_files(shards: int) -> None:
-    """Raises the soft limit on open files where the shards, which stay open, need it."""
-    needed = shards + 512  # the rest: libraries, sockets, checkpoints
+    """Raises the soft limit on open files where the shards, which stay open, leave little to the rest."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    wanted = shards + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != resource.RLIM_INFINITY and soft < shards + _open_files():
         raise FalconError(
             f"{shards} token shards need more open files than this machine allows ({hard}): raise `ulimit -n`, or "
             "prepare with a larger unit_mb"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _open_files() -> int:
+    """Files that this process has open now, where the system tells."""
+    folder = Path("/proc/self/fd")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0

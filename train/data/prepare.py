@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures as futures
 import dataclasses
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -23,12 +24,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from falcon_relu.errors import FalconError
-from falcon_relu.files import inherit_lock, lock_part, read_json, remove, write_json
+from falcon_relu.checkpoints.schema import read_as, seal
+from falcon_relu.errors import FalconError, check_number, check_seed
+from falcon_relu.files import inherit_lock, lock_part, remove, write_json
 from falcon_relu.progress import progress
 from falcon_relu.tokenizer import Tokenizer
 from train.data.shards import (
     FORMAT,
+    MAX_SEQ_LEN,
+    PREPARE,
     SPLITS,
     Manifest,
     Shard,
@@ -38,10 +42,14 @@ from train.data.shards import (
     pack,
     token_dtype,
     write_shard,
+    write_shared,
 )
-from train.data.text import Record, TextReader, text_of
+from train.data.text import ZST_WINDOW_LIMIT, Record, TextReader, text_of
 
 _BATCH_BYTES = 1 << 19  # of text for one call of the tokenizer: its results take many times that
+_MOST_UNIT_MB = 8192
+_MOST_PROCESSES = 1024
+_BAD_EXAMPLES = 100  # lines without text that the manifest lists; the others are counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ class PrepareConfig:
       unit_mb: MB of text that make one shard.
       processes: that tokenise; 0 for one a CPU.
       shard: (i, n): do every n-th unit from the i-th, from 0.
+      zst_window_mb: MiB of memory that a `.zst` input may ask for as its window.
 
     Raises:
       FalconError: a value is out of range.
@@ -74,25 +83,22 @@ class PrepareConfig:
     unit_mb: float = 32.0
     processes: int = 0
     shard: tuple[int, int] = (0, 1)
+    zst_window_mb: int = ZST_WINDOW_LIMIT
 
     def __post_init__(self) -> None:
+        if not self.inputs:
+            raise FalconError("no input given")
+        check_number("seq_len (a row is held whole)", self.seq_len, low=2, high=MAX_SEQ_LEN)
+        check_number("validation_fraction", self.validation_fraction, low=0)
+        check_seed("seed", self.seed)
+        check_number("unit_mb (a unit's text is in memory)", self.unit_mb, above=0, high=_MOST_UNIT_MB)
+        check_number("processes", self.processes, low=0, high=_MOST_PROCESSES)
+        check_number("zst_window_mb", self.zst_window_mb, low=1, high=ZST_WINDOW_LIMIT)
+        if self.validation_fraction >= 1:
+            raise FalconError(f"validation_fraction must be below 1, got {self.validation_fraction}")
         index, count = self.shard
-        for wrong, message in (
-            (not self.inputs, "no input given"),
-            (self.seq_len < 2, f"seq_len must be at least 2, got {self.seq_len}"),
-            (
-                not 0 <= self.validation_fraction < 1,
-                f"validation_fraction must lie in [0, 1), not {self.validation_fraction}",
-            ),
-            (self.unit_mb <= 0, f"unit_mb must be more than 0, got {self.unit_mb}"),
-            (self.processes < 0, f"processes must not be negative, got {self.processes}"),
-            (
-                not 0 <= index < count,
-                f"shard {index}/{count}: the first number counts from 0 and lies below the second",
-            ),
-        ):
-            if wrong:
-                raise FalconError(message)
+        if not 0 <= index < count:
+            raise FalconError(f"shard {index}/{count}: the first number counts from 0 and lies below the second")
 
 
 class Prepared(NamedTuple):
@@ -119,7 +125,7 @@ def prepare(config: PrepareConfig) -> Prepared:
         process does the same part of it.
     """
     tokenizer = Tokenizer(config.tokenizer)
-    reader = TextReader(config.inputs, config.text_field)
+    reader = TextReader(config.inputs, config.text_field, config.zst_window_mb)
     settings = _settings(config, tokenizer)
     index, count = config.shard
     started = time.monotonic()
@@ -166,6 +172,34 @@ def _units(reader: TextReader, unit_mb: float) -> Iterator[tuple[list[Record], f
 # --- one unit, in a worker process ---
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitSplit:
+    """What a unit gave to a split; `tokens` counts the end-of-text tokens and not the padding."""
+
+    tokens: int
+    documents: int
+    shard: Shard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What a unit gave: the content of the file that says that it is finished.
+
+    Attributes:
+      settings: that it was made with.
+      crc32: of its records.
+      splits: those that it has documents of.
+      bad_lines: how many of its lines or rows could not be used.
+      bad_examples: `file:line: reason` for the first of them.
+    """
+
+    settings: dict[str, Any]
+    crc32: int
+    splits: dict[str, UnitSplit]
+    bad_lines: int
+    bad_examples: tuple[str, ...]
+
+
 def prepare_unit(
     number: int, records: Sequence[Record], settings: dict[str, Any], tokenizer: Tokenizer, out: Path
 ) -> int:
@@ -177,17 +211,22 @@ def prepare_unit(
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             split = _split_of(text, settings["seed"], settings["validation_fraction"])
             documents[split].append(np.array([*ids, tokenizer.eos_id], dtype))
-    splits: dict[str, dict[str, Any]] = {}
+    splits: dict[str, UnitSplit] = {}
     for split, arrays in documents.items():
         path = out / f"{split}-{number:06d}.array_record"
         remove(path)
         if arrays:
             shard = write_shard(path, pack(arrays, settings["seq_len"]))
-            counts = {"tokens": sum(map(len, arrays)), "documents": len(arrays)}
-            splits[split] = counts | {"shard": dataclasses.asdict(shard)}
-    unit = {"settings": settings, "crc32": _crc32(records), "splits": splits, "bad_lines": bad}
-    write_json(_unit_path(out, number), unit)
-    return sum(split["tokens"] for split in splits.values())
+            splits[split] = UnitSplit(tokens=sum(map(len, arrays)), documents=len(arrays), shard=shard)
+    unit = Unit(
+        settings=settings,
+        crc32=_crc32(records),
+        splits=splits,
+        bad_lines=len(bad),
+        bad_examples=tuple(bad[:_BAD_EXAMPLES]),
+    )
+    write_json(_unit_path(out, number), dataclasses.asdict(unit))
+    return sum(split.tokens for split in splits.values())
 
 
 def _batches(records: Sequence[Record], text_field: str, bad: list[str]) -> Iterator[list[str]]:
@@ -227,21 +266,24 @@ def _is_finished(out: Path, number: int, records: Sequence[Record], settings: di
     path = _unit_path(out, number)
     if not path.exists():
         return False
-    unit = read_json(path)
-    changed = [name for name, value in settings.items() if unit["settings"].get(name) != value]
+    try:
+        unit = read_as(Unit, path)
+    except FalconError:
+        return False  # damaged, and made again
+    changed = [name for name, value in settings.items() if unit.settings.get(name) != value]
     if changed:
-        were = ", ".join(f"{name} was {unit['settings'].get(name)}, now {settings[name]}" for name in changed)
+        were = ", ".join(f"{name} was {unit.settings.get(name)}, now {settings[name]}" for name in changed)
         raise FalconError(f"{out} was begun with other settings ({were}): choose another folder or remove it")
-    if unit["crc32"] != _crc32(records):
+    if unit.crc32 != _crc32(records):
         raise FalconError(
             f"the text that begins at {records[0].source}:{records[0].number} is not what {path} was made from: the "
             f"inputs or their order changed since; choose another folder or remove {out}"
         )
     try:
-        for split in unit["splits"].values():
-            check_shard(out, Shard(**split["shard"]))
+        for split in unit.splits.values():
+            check_shard(out, split.shard, PREPARE)
     except FalconError:
-        return False  # made again
+        return False
     return True
 
 
@@ -345,12 +387,13 @@ def _finish(config: PrepareConfig, tokenizer: Tokenizer, reader: TextReader, uni
         return None
     if _unit_path(config.out, units).exists():
         raise FalconError(f"{config.out} has more units than the inputs give now: choose another folder or remove it")
-    finished = [read_json(path) for path in paths]
-    bad = tuple(line for unit in finished for line in unit["bad_lines"])
-    splits = {name: _join([unit["splits"][name] for unit in finished if name in unit["splits"]]) for name in SPLITS}
+    finished = [read_as(Unit, path) for path in paths]
+    bad = sum(unit.bad_lines for unit in finished)
+    examples = tuple(itertools.chain.from_iterable(unit.bad_examples for unit in finished))[:_BAD_EXAMPLES]
+    splits = {name: _join([unit.splits[name] for unit in finished if name in unit.splits]) for name in SPLITS}
     if not any(split.documents for split in splits.values()):
-        first = f"; the first: {bad[0]}" if bad else ""
-        raise FalconError(f"the inputs hold no document: {len(bad)} lines could not be used{first}")
+        first = f"; the first: {examples[0]}" if examples else ""
+        raise FalconError(f"the inputs hold no document: {bad} lines could not be used{first}")
     manifest = Manifest(
         seq_len=config.seq_len,
         vocab_size=tokenizer.vocab_size,
@@ -361,19 +404,16 @@ def _finish(config: PrepareConfig, tokenizer: Tokenizer, reader: TextReader, uni
         sources=tuple(reader.sources),
         splits=splits,
         bad_lines=bad,
+        bad_examples=examples,
     )
-    # Two jobs of an array may end at the same moment: each writes its own file, and the names are swapped in one step.
-    own = manifest_path(config.out).with_suffix(f".{config.shard[0]}.json")
-    write_json(own, manifest.to_json())
-    own.replace(manifest_path(config.out))
+    write_shared(manifest_path(config.out), seal(manifest.to_json()), config.shard[0])
     return manifest
 
 
-def _join(parts: list[dict[str, Any]]) -> Split:
-    shards = tuple(Shard(**part["shard"]) for part in parts)
+def _join(parts: Sequence[UnitSplit]) -> Split:
     return Split(
-        rows=sum(shard.rows for shard in shards),
-        tokens=sum(part["tokens"] for part in parts),
-        documents=sum(part["documents"] for part in parts),
-        shards=shards,
+        rows=sum(part.shard.rows for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        documents=sum(part.documents for part in parts),
+        shards=tuple(part.shard for part in parts),
     )

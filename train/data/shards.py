@@ -24,12 +24,17 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, write_aside
+from falcon_relu.checkpoints.schema import parse, unseal
+from falcon_relu.errors import FalconError, check_number, check_seed
+from falcon_relu.files import read_json, write_aside, write_json
 
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "validation")
+MAX_SEQ_LEN = 1 << 20  # a row is held and checked whole, and padded to this length
+MAX_VOCABULARY = 1 << 31  # token ids are int32
+_ABOUT_INPUTS = ("sources", "bad_lines", "bad_examples")  # fields that the rows do not depend on
 _RUN_DTYPE = np.dtype("<u4")
+PREPARE = "falcon-relu prepare"
 _ONE_ROW_A_GROUP = "group_size:1"  # so that rows can be read in any order
 
 
@@ -42,6 +47,12 @@ class Shard:
     bytes: int
     crc32: int
 
+    def __post_init__(self) -> None:
+        if not self.file or Path(self.file).name != self.file:
+            raise FalconError(f"{self.file!r} is no file name")
+        check_number(f"rows of {self.file}", self.rows, low=1)
+        check_number(f"bytes of {self.file}", self.bytes, low=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -51,6 +62,12 @@ class Split:
     tokens: int
     documents: int
     shards: tuple[Shard, ...]
+
+    def __post_init__(self) -> None:
+        if self.rows != sum(shard.rows for shard in self.shards):
+            raise FalconError(f"{self.rows} rows are not what {len(self.shards)} shards hold together")
+        if not 0 <= self.documents <= self.tokens:
+            raise FalconError(f"a split cannot have {self.documents} documents in {self.tokens} tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +83,11 @@ class Manifest:
       validation_fraction: share of documents that went to the validation split.
       sources: the inputs, as they were given.
       splits: "train" and "validation".
-      bad_lines: `file:line: reason` for everything that could not be used.
+      bad_lines: how many lines or rows could not be used.
+      bad_examples: `file:line: reason` for the first of them.
+
+    Raises:
+      FalconError: a field is out of range, or two do not agree.
     """
 
     seq_len: int
@@ -77,7 +98,20 @@ class Manifest:
     validation_fraction: float
     sources: tuple[str, ...]
     splits: Mapping[str, Split]
-    bad_lines: tuple[str, ...]
+    bad_lines: int
+    bad_examples: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_number("seq_len", self.seq_len, low=2, high=MAX_SEQ_LEN)
+        check_number("vocab_size", self.vocab_size, low=1, high=MAX_VOCABULARY)
+        check_number("eos_id", self.eos_id, low=0, high=self.vocab_size - 1)
+        check_number("bad_lines", self.bad_lines, low=len(self.bad_examples))
+        check_seed("seed", self.seed)
+        if sorted(self.splits) != sorted(SPLITS):
+            raise FalconError(f"splits must be {' and '.join(SPLITS)}, got {sorted(self.splits)}")
+        for name, split in self.splits.items():
+            if split.tokens > split.rows * self.seq_len:
+                raise FalconError(f"{split.tokens} {name} tokens do not fit {split.rows} rows of {self.seq_len}")
 
     def to_json(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
@@ -85,7 +119,7 @@ class Manifest:
 
     def digest(self) -> str:
         """A hash of what the folder holds, the same wherever it and the text lie."""
-        content = {name: value for name, value in self.to_json().items() if name not in ("sources", "bad_lines")}
+        content = {name: value for name, value in self.to_json().items() if name not in _ABOUT_INPUTS}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -105,39 +139,64 @@ def read_manifest(folder: Path) -> Manifest:
         raise FalconError(
             f"{folder} holds no finished token shards (no manifest.json): run `falcon-relu prepare` first"
         )
-    value = read_json(path)
-    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-        raise FalconError(f"{path} is not a manifest of format {FORMAT}: prepare the folder again")
-    try:
-        splits = {
-            name: Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
-            for name, split in value["splits"].items()
-        }
-        tuples = {name: tuple(value[name]) for name in ("sources", "bad_lines")}
-        manifest = Manifest(**value | tuples | {"splits": splits})
-    except (TypeError, KeyError, AttributeError) as error:
-        raise FalconError(f"{path} is damaged: {error}") from None
-    for split in splits.values():
+    value = read_sealed(path, FORMAT, f"the same `{PREPARE}` again")
+    manifest = parse(Manifest, value, path)
+    for split in manifest.splits.values():
         for shard in split.shards:
-            check_shard(Path(folder), shard)
+            check_shard(Path(folder), shard, PREPARE)
     return manifest
 
 
-def check_shard(folder: Path, shard: Shard) -> None:
+def write_shared(path: Path, value: Mapping[str, Any], job: int) -> None:
+    """Writes JSON that other jobs of an array may write at the same moment: each renames a file of its own.
+
+    Args:
+      path: the file.
+      value: the same in all jobs.
+      job: which of them this is.
+    """
+    own = path.with_suffix(f".{job}.json")
+    write_json(own, value)
+    own.replace(path)
+
+
+def read_sealed(path: Path, form: int, again: str) -> dict[str, Any]:
+    """What was given to `schema.seal`, without its format.
+
+    Args:
+      path: the manifest.
+      form: the one format that is known.
+      again: the command that writes it again.
+
+    Raises:
+      FalconError: the file is of another format, or was changed since.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("format") != form:
+        raise FalconError(f"{path} is not a manifest of format {form}: remove it and run {again}")
+    content = unseal(value, path, f"copy it again, or remove it and run {again}")
+    del content["format"]
+    return content
+
+
+def check_shard(folder: Path, shard: Shard, command: str) -> None:
     """Makes sure that a shard is there, and whole by its size.
+
+    Args:
+      folder: where it lies.
+      shard: what its manifest says of it.
+      command: that made it, for the error.
 
     Raises:
       FalconError: it is not.
     """
-    if Path(shard.file).name != shard.file:
-        raise FalconError(f"{folder}: the manifest names {shard.file!r}, which is no file name")
     path = folder / shard.file
     if not path.is_file():
-        raise FalconError(f"{path} is missing: copy it again, or run the same `falcon-relu prepare` again")
+        raise FalconError(f"{path} is missing: copy it again, or run the same `{command}` again")
     if path.stat().st_size != shard.bytes:
         raise FalconError(
             f"{path} has {path.stat().st_size:,} bytes, not the {shard.bytes:,} of its manifest: remove it and run the "
-            "same `falcon-relu prepare` again"
+            f"same `{command}` again"
         )
 
 

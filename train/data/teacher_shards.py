@@ -29,11 +29,21 @@ from typing import Any, Literal, TypedDict
 import ml_dtypes
 import numpy as np
 
-from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json
-from train.data.shards import Manifest, Shard, manifest_path, token_dtype
+from falcon_relu.checkpoints.schema import parse
+from falcon_relu.errors import FalconError, check_number
+from train.data.shards import (
+    MAX_SEQ_LEN,
+    MAX_VOCABULARY,
+    Manifest,
+    Shard,
+    check_shard,
+    manifest_path,
+    read_sealed,
+    token_dtype,
+)
 
-FORMAT = 1
+FORMAT = 2
+TEACHER_CACHE = "falcon-relu teacher-cache"
 LogProbDtype = Literal["bfloat16", "float32"]
 _FLOATS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
 _CRC_BYTES = 4
@@ -61,6 +71,9 @@ class TeacherManifest:
       teacher: where the teacher came from, its architecture, and a fingerprint of its weights.
       tokens: `Manifest.digest()` of the token shards.
       splits: the files of each split, in the order of the token shards.
+
+    Raises:
+      FalconError: a field is out of range.
     """
 
     top_k: int
@@ -71,6 +84,14 @@ class TeacherManifest:
     teacher: Mapping[str, Any]
     tokens: str
     splits: Mapping[str, tuple[Shard, ...]]
+
+    def __post_init__(self) -> None:
+        check_number("vocab_size", self.vocab_size, low=1, high=MAX_VOCABULARY)
+        check_number("top_k", self.top_k, low=1, high=self.vocab_size)
+        check_number("temperature", self.temperature, above=0)
+        check_number("seq_len", self.seq_len, low=2, high=MAX_SEQ_LEN)
+        if not isinstance(self.teacher.get("weights"), str):
+            raise FalconError("teacher.weights must be the fingerprint of the teacher's weights")
 
     def to_json(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
@@ -101,28 +122,18 @@ def read_teacher_manifest(folder: Path, tokens: Manifest) -> TeacherManifest:
     path = manifest_path(folder)
     if not path.exists():
         raise FalconError(f"{folder} holds no finished teacher shards: run `falcon-relu teacher-cache` first")
-    value = read_json(path)
-    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-        raise FalconError(f"{path} is not a teacher's manifest of format {FORMAT}: write the cache again")
-    try:
-        splits = {name: tuple(Shard(**shard) for shard in shards) for name, shards in value["splits"].items()}
-        manifest = TeacherManifest(**value | {"splits": splits})
-        counts = {name: [(shard.file, shard.rows) for shard in shards] for name, shards in splits.items()}
-    except (TypeError, KeyError, AttributeError) as error:
-        raise FalconError(f"{path} is damaged: {error}") from None
+    value = read_sealed(path, FORMAT, f"the same `{TEACHER_CACHE}` again")
+    manifest = parse(TeacherManifest, value, path)
+    counts = {name: [(shard.file, shard.rows) for shard in shards] for name, shards in manifest.splits.items()}
     belongs = {name: [(shard.file, shard.rows) for shard in split.shards] for name, split in tokens.splits.items()}
-    if manifest.tokens != tokens.digest() or counts != belongs:
+    if manifest.tokens != tokens.digest() or manifest.seq_len != tokens.seq_len or counts != belongs:
         raise FalconError(
             f"{folder} was written for other token shards than those that lie beside it: remove it and run "
             "`falcon-relu teacher-cache` again"
         )
-    for shards in splits.values():
+    for shards in manifest.splits.values():
         for shard in shards:
-            if not (folder / shard.file).is_file() or (folder / shard.file).stat().st_size != shard.bytes:
-                raise FalconError(
-                    f"{folder / shard.file} is missing or cut short: copy it again, or remove it and {path} and run "
-                    "the same `falcon-relu teacher-cache` again"
-                )
+            check_shard(folder, shard, TEACHER_CACHE)
     return manifest
 
 

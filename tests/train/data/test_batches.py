@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from falcon_relu.checkpoints.schema import seal
 from falcon_relu.errors import FalconError
 from tests.train.data.texts import make_documents, make_tokenizer, prepare_texts, read_rows
 from train.data.batches import DataConfig, Source, train_batches, validation_batches
@@ -152,11 +153,12 @@ def test_what_does_not_fit_is_told_before_reading(config, folder, tmp_path):
         train_batches(DataConfig(**vars(config) | {"sources": (*config.sources, Source(other))}))
     for changes, message in (
         ({"sources": ()}, "sources is empty"),
-        ({"sources": (Source(folder, -1.0),)}, "weight -1.0"),
+        ({"sources": (Source(folder, -1.0),)}, "weight of .* -1.0"),
         ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed"),
         ({"threads": 9}, "prefetch"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(FalconError, match=message):
             DataConfig(**vars(config) | changes)
 
 
@@ -183,6 +185,17 @@ def test_missing_short_and_damaged_shards_are_named(config, folder, tmp_path):
     shard.unlink()
     with pytest.raises(FalconError, match=f"{shard.name} is missing"):
         train_batches(here)
-    (copy / "manifest.json").write_text('{"format": 2, "splits": {"train": {"rows": 1}}}')
-    with pytest.raises(FalconError, match=r"manifest\.json is damaged"):
-        train_batches(here)
+    manifest = copy / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    for change, reason in (
+        ({"format": 2}, "not a manifest of format"),
+        ({"eos_id": 1}, "was changed since"),
+        (seal({**whole, "vocab_size": 10**12}), "vocab_size must be"),
+        (seal({**whole, "vocab_size": "400"}), "vocab_size: .* integer"),
+        (seal({**whole, "seq_len": 10**9}), "seq_len must be"),
+        (seal({**whole, "splits": {}}), "splits must be"),
+        (seal({**whole, "splits": {**whole["splits"], "train": {**whole["splits"]["train"], "rows": 1}}}), "1 rows"),
+    ):
+        manifest.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(FalconError, match=rf"manifest\.json.*{reason}"):
+            train_batches(here)
