@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 import train.loop
 import train.teacher_cache
 from falcon_relu.checkpoints.native import save_params
+from falcon_relu.checkpoints.schema import seal, unseal
 from falcon_relu.cli.main import main
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
@@ -146,9 +147,12 @@ def test_what_does_not_belong_together_is_refused(inputs, cached, tmp_path):
         ({"tokens": "0" * 64}, "other token shards"),
         ({"temperature": 3.0}, "differ in temperature"),
         ({"teacher": {"weights": "x"}}, "different teachers"),
-        ({"splits": {"train": 1}}, "damaged"),
+        ({"splits": {"train": 1}}, "splits.train"),
+        ({"top_k": 10**9}, "top_k must be"),
+        ({"temperature": 0.0}, "temperature must be"),
+        ({"dtype": "int8"}, "dtype"),
     ):
-        manifest.write_text(json.dumps(json.loads(kept) | change))
+        manifest.write_text(json.dumps(seal(unseal(json.loads(kept), "", "") | change)))
         with pytest.raises(FalconError, match=message):
             train_batches(cached)
     manifest.write_text(kept)
@@ -157,21 +161,22 @@ def test_what_does_not_belong_together_is_refused(inputs, cached, tmp_path):
     files = [inputs[0] / "teacher" / name for name in names[:2]]
     first, second = (path.read_bytes() for path in files)
     files[0].write_bytes(first[:-1])
-    with pytest.raises(FalconError, match="cut short"):
+    with pytest.raises(FalconError, match=r"bytes, not the .* of its manifest.* `falcon-relu teacher-cache`"):
         train_batches(cached)
     files[0].write_bytes(first)
-    table = json.loads((inputs[0] / "teacher" / "manifest.json").read_text())
+    manifest = inputs[0] / "teacher" / "manifest.json"
+    kept = manifest.read_text()
+    table = unseal(json.loads(kept), "", "")
     shards = table["splits"]["train"]
     shards[0]["bytes"], shards[1]["bytes"] = len(second), len(first)
-    (inputs[0] / "teacher" / "manifest.json").write_text(json.dumps(table))
+    manifest.write_text(json.dumps(seal(table)))
     files[0].write_bytes(second)
     files[1].write_bytes(first)
     with pytest.raises(FalconError, match=r"cannot read row \d+ of the teacher's shards in .*another row"):
         list(itertools.islice(train_batches(cached), 40))
     files[0].write_bytes(first)
     files[1].write_bytes(second)
-    shards[0]["bytes"], shards[1]["bytes"] = len(first), len(second)
-    (inputs[0] / "teacher" / "manifest.json").write_text(json.dumps(table))
+    manifest.write_text(kept)
 
 
 def test_training_from_a_cache_of_the_whole_vocabulary_is_training_online(inputs, tmp_path):
