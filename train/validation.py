@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.config import Activation
+from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon, Params
 from falcon_relu.sharding import make_mesh, use_mesh
 from train.data.batches import Batch, DataConfig, validation_batches
@@ -41,8 +42,10 @@ def validate(
     source: str | Path,
     data: DataConfig,
     *,
+    source_activation: Activation | None = None,
     activation: Activation | None = None,
     teacher: str | Path | None = None,
+    teacher_activation: Activation | None = None,
     loss: LossConfig | None = None,
     mesh: Mesh | None = None,
 ) -> Figures:
@@ -51,20 +54,30 @@ def validate(
     Args:
       source: the model, as for `load_model`.
       data: its validation rows are read.
+      source_activation: the activation that it was trained with, where its Hugging Face config does not state it.
       activation: run it under another activation: the swapped but untuned student.
       teacher: model to compare with.
+      teacher_activation: as `source_activation`, of the teacher.
       loss: what "loss" is; cross-entropy alone by default.
       mesh: devices; all of them along fsdp by default.
+
+    Raises:
+      FalconError: as `load_model`, or the two models do not share a vocabulary.
     """
     loss = loss or LossConfig()
     mesh = mesh or make_mesh()
     rows = Rows(mesh, data.batch_size)
     with use_mesh(mesh):
-        config, params = load_model(source, mesh=mesh)
+        config, params = load_model(source, activation=source_activation, mesh=mesh)
         student = Falcon(config if activation is None else config.with_activation(activation))
         teacher_model, teacher_params = None, None
         if teacher is not None:
-            teacher_config, teacher_params = load_model(teacher, mesh=mesh)
+            teacher_config, teacher_params = load_model(teacher, activation=teacher_activation, mesh=mesh)
+            if teacher_config.vocab_size != config.vocab_size:
+                raise FalconError(
+                    f"{teacher} has a vocabulary of {teacher_config.vocab_size:,}, {source} one of "
+                    f"{config.vocab_size:,}: a teacher must share its student's tokens"
+                )
             teacher_model = Falcon(teacher_config)
         step = make_validation_step(loss, student, teacher_model)
         batches = validation_batches(data, rows.own)

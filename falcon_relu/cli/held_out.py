@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from falcon_relu.checkpoints.load import load_model
+from falcon_relu.checkpoints.load import load_config, load_model
 from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
 from infer.predictor.predictor import load_predictor
 from infer.predictor.quality import compare_sparse
 from train.data.batches import DataConfig, Source, validation_batches
@@ -34,10 +34,14 @@ class Args(Output):
     """Native weights, Hugging Face folder or hub id."""
     data: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of token shards made by falcon-relu prepare."""
+    activation: Activation | None = None
+    """MLP activation, where a Hugging Face config does not state it: gelu for the original models."""
+    swap_to: Activation | None = None
+    """Run the model under this activation instead: the swapped but untuned student."""
     teacher: str | None = None
     """Model to compare with."""
-    activation: Activation | None = None
-    """Run the model under this activation: the swapped but untuned student."""
+    teacher_activation: Activation | None = None
+    """MLP activation of the teacher, where a Hugging Face config does not state it."""
     predictor: Path | None = None
     """Predictor file of the model."""
     batch_size: int = 8
@@ -50,17 +54,38 @@ def run(args: Args) -> None:
     """Measures and reports."""
     if not args.data:
         raise FalconError("name at least one folder of token shards")
+    check_number("--batch-size", args.batch_size, low=1)
+    check_number("--batches", args.batches, low=1)
+    if args.teacher is None and args.teacher_activation is not None:
+        raise FalconError("--teacher-activation says what --teacher is of; name a teacher too")
+    config = load_config(
+        args.model, activation=args.activation
+    )  # what is wrong with it is said before weights are read
+    config = config if args.swap_to is None else config.with_activation(args.swap_to)
+    if args.teacher is not None:
+        try:
+            load_config(args.teacher, activation=args.teacher_activation)
+        except FalconError as error:  # which advises the flag of other commands
+            raise FalconError(f"the teacher: {error}".replace(" --activation", " --teacher-activation")) from None
+    predictor = None if args.predictor is None else load_predictor(args.predictor, config)
     seq_len = read_manifest(args.data[0]).seq_len
     data = DataConfig(sources=tuple(map(Source, args.data)), seq_len=seq_len, batch_size=args.batch_size)
-    found = validate(args.model, data, activation=args.activation, teacher=args.teacher)
-    figures: dict[str, Any] = {"model": args.model, "teacher": args.teacher, "activation": args.activation}
+    found = validate(
+        args.model,
+        data,
+        source_activation=args.activation,
+        activation=args.swap_to,
+        teacher=args.teacher,
+        teacher_activation=args.teacher_activation,
+    )
+    figures: dict[str, Any] = {"model": args.model, "teacher": args.teacher, "activation": config.activation}
     figures |= {"perplexity": math.exp(found["cross_entropy"]), "cross_entropy": found["cross_entropy"]}
     figures |= {name: found[name] for name in ("accuracy", "kl", "agreement") if name in found}
     sparse = None
-    if args.predictor is not None:
-        config, params = load_model(args.model, activation=args.activation)
+    if predictor is not None:
+        _, params = load_model(args.model, activation=args.activation)
         rows = itertools.islice(validation_batches(data), args.batches)
-        sparse = compare_sparse(config, params, load_predictor(args.predictor, config), rows)
+        sparse = compare_sparse(config, params, predictor, rows)
         names = ("kl", "agreement", "dense_loss", "sparse_loss", "read", "fired")
         figures["dense against sparse"] = [{name: sparse[name] for name in names}]
     report(figures, args, also={"zeros": found["zeros"], "sparse": sparse})
