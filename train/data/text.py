@@ -249,7 +249,7 @@ def _read_parquet(source: str, text_field: str) -> Iterator[Record]:
     pyarrow = _extra("pyarrow", source)
     parquet = _extra("pyarrow.parquet", source)
     try:
-        with parquet.ParquetFile(regular_file(Path(source))) as file:
+        with parquet.ParquetFile(regular_file(Path(source)), page_checksum_verification=True) as file:
             if text_field not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise FalconError(f"{source} has no column {text_field!r}; it has: {names}")
@@ -263,6 +263,8 @@ def _read_parquet(source: str, text_field: str) -> Iterator[Record]:
                 for data in values:
                     number += 1
                     yield Record(source, number, _limited(data or b"", source, number), False)
+            if number != file.metadata.num_rows:
+                raise FalconError(f"{source} says that it has {file.metadata.num_rows} rows, and has {number}")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise FalconError(f"cannot read {source}: {_one_line(error)}") from None
 
