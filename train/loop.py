@@ -21,8 +21,8 @@ from train.config import TrainConfig, deciding_settings
 from train.data.batches import Batch, Manifests, read_manifests, train_batches, validation_batches
 from train.distributed import Rows, Stopped, StopVote, stop_signals
 from train.folder.checkpoints import Checkpoints, writing
-from train.folder.claim import claim, finish, finished_figures, held, note_start, read_architecture, write_architecture
-from train.folder.log import Figures, RunLog
+from train.folder.claim import claim, finish, finished_metrics, held, note_start, read_architecture, write_architecture
+from train.folder.log import MetricValues, RunLog
 from train.job import Job, make_job
 from train.state import TrainState, init_state
 from train.step import Metrics
@@ -30,38 +30,38 @@ from train.validation import run_validation
 from train.watch import Samples, Trace, Watch
 
 
-def run(config: TrainConfig, on_log: Callable[[Figures], None] | None = None) -> Figures:
-    """Runs `config` to its end, or goes on with it where an earlier process stopped; a finished run returns at once.
+def run(config: TrainConfig, on_log: Callable[[MetricValues], None] | None = None) -> MetricValues:
+    """Runs `config` to its end, resuming where an earlier process stopped; a finished run returns at once.
 
     Every process of a run calls it (see `train.distributed.joined`). Leaves in `config.out`:
 
       config.json        the settings of the latest start
-      architecture.json  what the student is
+      architecture.json  the student's config
       starts.jsonl       a line each start: step, time, processes, mesh, device
       log.jsonl          a line each `log_every` steps, each validation, each set of samples
       tensorboard/       the same for TensorBoard, and traces
       checkpoints/       one folder a step
       weights/           the finished student, native, float32
-      figures.json       the last validation, or the last step where there are no validation rows
+      metrics.json       the last validation, or the last step where there are no validation rows
 
     SIGTERM and Ctrl-C to any process save a checkpoint and stop all of them after the same step.
 
     Args:
       config: the run.
-      on_log: called in process 0 with every line of the log as it is written, to draw curves, say.
+      on_log: called in process 0 with every line of the log as it is written, for example to draw curves.
 
     Returns:
-      The content of `figures.json`.
+      The content of `metrics.json`.
 
     Raises:
       FalconError: an input is missing, changed or does not fit, `out` holds another run or cannot be written, or too
-        many steps in a row were not finite. The run can go on once that is mended.
-      Stopped: a signal came; the run can go on.
+        many steps in a row were not finite. Once that is fixed, the run can be resumed.
+      Stopped: a signal came; the run can be resumed.
     """
     with stop_signals() as asked, held(config.out):
-        figures = finished_figures(config)
-        if figures is not None:
-            return figures
+        metrics = finished_metrics(config)
+        if metrics is not None:
+            return metrics
         mesh = make_mesh(config.mesh)
         with use_mesh(mesh):
             prepared = _prepare(config, mesh)
@@ -72,7 +72,7 @@ def run(config: TrainConfig, on_log: Callable[[Figures], None] | None = None) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A run with its data, before anything of the model's size is loaded."""
+    """A run and its data, before any array of the model's size is loaded."""
 
     job: Job
     manifests: Manifests
@@ -84,7 +84,7 @@ class _Prepared:
 
 
 def _prepare(config: TrainConfig, mesh: Mesh) -> _Prepared:
-    """Reads what says how large everything is, and refuses what does not fit."""
+    """Reads configs and manifests only, and refuses a run whose parts do not fit each other."""
     manifests = read_manifests(config.data)
     resumes = Checkpoints.exist(config.out / "checkpoints")
     job = make_job(
@@ -107,34 +107,34 @@ def _prepare(config: TrainConfig, mesh: Mesh) -> _Prepared:
 
 
 def _train(
-    prepared: _Prepared, saved: Checkpoints, vote: StopVote, on_log: Callable[[Figures], None] | None
-) -> Figures:
+    prepared: _Prepared, saved: Checkpoints, vote: StopVote, on_log: Callable[[MetricValues], None] | None
+) -> MetricValues:
     job, config = prepared.job, prepared.job.config
     state = _restored(prepared, saved) if prepared.resumes else _fresh(job)
     teacher_params = _load_teacher(job)
     if vote.at_once():
-        raise Stopped  # nothing has been done that a checkpoint does not hold
+        raise Stopped  # there is nothing to save yet
     first = int(jax.device_get(state.step))
     note_start(config, first, job.mesh)
     with RunLog(config.out, first, on_log) as log:
         loop = _Loop(prepared, teacher_params, saved, log, vote)
         state = loop.steps(state)
-        figures = loop.validate(state, config.steps) if prepared.manifests.rows("validation") else log.last
+        metrics = loop.validate(state, config.steps) if prepared.manifests.rows("validation") else log.last
     with writing(f"the weights to {config.out}"):
         save_params(config.out / "weights", job.student.config, state.params, replace=True)
-        finish(config.out, figures)
-    return figures
+        finish(config.out, metrics)
+    return metrics
 
 
 class _Loop:
     """The steps of a run, and what is done between them.
 
     Args:
-      prepared: its programs and data.
-      teacher_params: of the teacher that is run.
-      saved: its checkpoints.
-      log: its log.
-      vote: whether to stop.
+      prepared: the run and its data.
+      teacher_params: parameters of an online teacher.
+      saved: the run's checkpoints.
+      log: the run's log.
+      vote: tells whether to stop.
     """
 
     def __init__(self, prepared: _Prepared, teacher_params: Params, saved: Checkpoints, log: RunLog, vote: StopVote):
@@ -143,14 +143,14 @@ class _Loop:
         self._step_fn, self._validation_fn = prepared.job.train_step(), prepared.job.validation_step()
 
     def steps(self, state: TrainState) -> TrainState:
-        """Runs the steps that are left; saves, logs, validates and stops as the config and signals ask."""
+        """Runs the remaining steps; saves, logs and validates as the config asks, and stops at a signal."""
         config, rows = self._job.config, self._prepared.rows
         first = int(jax.device_get(state.step))
         watch, trace = Watch(config, self._log, self._job.flops), Trace(config.out, config.profile)
         pending: tuple[int, Metrics] | None = None
         tokens = config.data.batch_size * config.data.seq_len
         if self._validates_after(first) and first not in self._log.validated:
-            self.validate(state, first)  # what stopped the run came before its figures were written
+            self.validate(state, first)  # the run was stopped before this validation was logged
         with progress(config.out.name, config.steps, "tokens", scale=tokens, done=first) as advance, trace:
             for step in range(first + 1, config.steps + 1):
                 batch = rows.to_global(next(self._prepared.batches))
@@ -158,7 +158,7 @@ class _Loop:
                 with jax.transfer_guard("disallow"):
                     state, metrics = self._step_fn(state, batch, self._teacher_params)
                 trace.after(step - first, metrics)
-                if pending is not None:  # while this step runs, the one before is read
+                if pending is not None:  # the metrics of the step before are read while this one runs
                     advance(1, watch.read(*pending))
                 pending = (step, metrics)
                 stopping, last = self._vote(), step == config.steps
@@ -175,7 +175,7 @@ class _Loop:
                     self._log.samples(step, self._prepared.samples.texts(state.params))
         return state
 
-    def validate(self, state: TrainState, step: int) -> Figures:
+    def validate(self, state: TrainState, step: int) -> MetricValues:
         """Means over the validation rows, logged.
 
         Raises:
@@ -193,12 +193,12 @@ class _Loop:
                 yield batch
 
         params = state.params, self._teacher_params
-        figures = run_validation(self._validation_fn, self._job.student, *params, batches(), rows)
-        self._log.validation(step, figures)
-        return figures
+        metrics = run_validation(self._validation_fn, self._job.student, *params, batches(), rows)
+        self._log.validation(step, metrics)
+        return metrics
 
     def _validates_after(self, step: int) -> bool:
-        """Whether validation is due on the way, after `step`; the end of the run validates in any case."""
+        """Whether validation is due after `step`; the last step is always validated, by the caller."""
         config = self._job.config
         has_rows = self._prepared.manifests.rows("validation") > 0
         return has_rows and 0 < step < config.steps and _due(step, config.validate_every)
@@ -215,9 +215,9 @@ def _due(step: int, every: int) -> bool:
 
 
 def _facts(prepared: _Prepared) -> dict[str, Any]:
-    """What the result depends on beside state and position, as a checkpoint keeps it.
+    """What a checkpoint keeps beside state and data position, and resuming compares.
 
-    Nothing is drawn at random on the way: the seeds are settings.
+    There is no random state: all seeds are settings.
     """
     return {
         "data": prepared.manifests.digests(),

@@ -45,11 +45,11 @@ def loss_and_sums(
       loss: weights, temperature, chunk.
       student: the model that learns.
       params: its parameters.
-      batch: rows of tokens, [B, T] each, and what a cached teacher said of them, if it is to teach.
+      batch: tokens, positions and segments, [B, T] each, and a cached teacher's targets, if there is one.
       teacher: the model to distil from, if any.
       teacher_params: its parameters.
       step: updates done so far, which the L1 term's weight depends on; without it that term is left out.
-      ramp: how far the student's activation has come, see `Falcon.hidden`.
+      ramp: weight of the student's own activation against its start activation, see `Falcon.hidden`.
     """
     rows: Any = batch
     tokens, positions, segments = rows["tokens_BxT"], rows["positions_BxT"], rows["segment_ids_BxT"]
@@ -64,13 +64,13 @@ def loss_and_sums(
         method="hidden",
         mutable=["statistics"] if weight is None else ["statistics", "magnitudes"],
     )
-    taught: Teacher | None = None
+    soft: Teacher | None = None
     if teacher is not None:
         t_hidden: Any = teacher.apply({"params": teacher_params}, tokens, positions, segments, method="hidden")
-        taught = OnlineTeacher(t_hidden, head_kernel(teacher.config, teacher_params))
+        soft = OnlineTeacher(t_hidden, head_kernel(teacher.config, teacher_params))
     elif "teacher" in rows:
-        taught = CachedTeacher(**rows["teacher"])
-    sums = distillation_loss(loss, hidden_BxTxD, head_kernel(student.config, params), targets_BxT, mask_BxT, taught)
+        soft = CachedTeacher(**rows["teacher"])
+    sums = distillation_loss(loss, hidden_BxTxD, head_kernel(student.config, params), targets_BxT, mask_BxT, soft)
     if weight is not None:
         l1 = jnp.sum(sown["magnitudes"]["layers"]["mlp"]["mean"].mean(0) * mask_BxT)
         sums = dataclasses.replace(sums, loss=sums.loss + weight * l1, l1=l1)
@@ -80,7 +80,7 @@ def loss_and_sums(
 
 
 def means(sums: LossSums, active_L: jax.Array, n_neurons: int) -> Metrics:
-    """Sums over positions as the means that people read; zeros [L] is the share of neurons that are zero."""
+    """Metrics of a batch: the sums divided by their count; zeros [L] is the share of neurons that are zero."""
     named = {
         "loss": sums.loss,
         "cross_entropy": sums.cross_entropy,
@@ -107,16 +107,16 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]:
     """The jitted step (state, batch, teacher parameters) -> (state, metrics); the state is donated.
 
-    The loss is the mean over the positions of the whole batch, however many microbatches it is worked through in. A
-    step whose loss or gradient norm is not finite changes neither parameters nor optimizer state and is counted.
+    The loss is the mean over the positions of the whole batch, whatever the number of microbatches. A step whose loss
+    or gradient norm is not finite changes neither parameters nor optimizer state and is counted.
 
     Args:
       loss: weights, temperature, chunk, stages of the L1 term.
       student: the model that learns.
-      teacher: the model to distil from, if one runs along; without it, what a cached one said comes with the batch.
-      optimizer: of the gradients' mean.
+      teacher: the model to distil from, if it runs in the step; the targets of a cached teacher are in the batch.
+      optimizer: applied to the mean gradient.
       mesh: devices.
-      microbatches: pieces that a batch is worked through in.
+      microbatches: number of pieces that a batch is split into, processed one after the other.
       activation_ramp: (begin, end): up to step `begin` the student has its `start_activation`, from `end` on its own,
         between them a linear blend.
     """
@@ -170,10 +170,10 @@ def make_train_step(
 
     shardings = state_shardings(student.config, optimizer, mesh)
     batch = batch_sharding(mesh)
-    taught = None if teacher is None else param_shardings(teacher.config, mesh)
+    of_teacher = None if teacher is None else param_shardings(teacher.config, mesh)
     everywhere = shardings.step  # metrics can be read in every process
     return jax.jit(
-        step, in_shardings=(shardings, batch, taught), out_shardings=(shardings, everywhere), donate_argnums=0
+        step, in_shardings=(shardings, batch, of_teacher), out_shardings=(shardings, everywhere), donate_argnums=0
     )
 
 
@@ -190,7 +190,7 @@ def make_validation_step(
 
 
 def _ramp(between: tuple[int, int], step: jax.Array) -> jax.Array:
-    """0 up to a step, 1 from a later one on, float32 scalar; a jump where they are the same."""
+    """0 up to step `between[0]`, 1 from step `between[1]` on, linear between them; float32 scalar."""
     begin, end = between
     share = jnp.clip((step - begin) / (end - begin), 0, 1) if end > begin else step >= end
     return share.astype(jnp.float32)

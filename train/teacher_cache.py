@@ -1,7 +1,8 @@
-"""Writing down once what a teacher says of token shards, for training without it: see `train.data.teacher_shards`.
+"""Caching a teacher's top-k log-probabilities for token shards, so that training need not run the teacher.
 
-A file of token shards is the unit of work: it is finished once its file in `units/` is there, and running again keeps
-what is finished. Jobs of an array share the files; whoever finds all finished writes the manifest.
+The format is in `train.data.teacher_shards`. The unit of work is a file of token shards: it is finished once its record
+in `units/` exists, and a later call keeps the finished ones. The jobs of an array divide the files among them; the job
+that finds all files finished writes the manifest.
 """
 
 from __future__ import annotations
@@ -45,27 +46,27 @@ from train.data.teacher_shards import TEACHER_CACHE, LogProbDtype, TeacherManife
 from train.folder.checkpoints import fingerprint
 from train.loss import CachedTeacher, join_chunks, largest_divisor, next_tokens, split_chunks
 
-# Adds what a cached teacher says to a batch: (parameters, batch) -> (what it says, logsumexp [B, T]).
-_Say = Callable[[Params, Batch], tuple[CachedTeacher, jax.Array]]
+# (teacher's parameters, batch) -> (its top-k targets, logsumexp of its logits [B, T]).
+_Predict = Callable[[Params, Batch], tuple[CachedTeacher, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherCacheConfig:
-    """Whose word on what to write down, and how much of it.
+    """Which teacher to cache for which tokens, and how.
 
     Attributes:
       teacher: native weights, Hugging Face folder or hub id.
-      tokens: folders that `falcon-relu prepare` finished; each gets its own cache.
-      name: of the folder that is made in each of them.
-      teacher_activation: the teacher's activation, if its config does not say.
-      top_k: k, tokens whose log-probabilities are kept at each position; all the others share one bucket.
-      temperature: that students will be distilled at; 1 is always possible too.
-      dtype: of the log-probabilities on disk.
+      tokens: folders of token shards that `falcon-relu prepare` finished; each gets its own cache.
+      name: name of the folder that is made in each of them.
+      teacher_activation: the teacher's activation, if its config does not state it.
+      top_k: k, the number of tokens whose log-probabilities are kept at each position; all others are one bucket.
+      temperature: the temperature of the distillation; a cache can also be used at temperature 1.
+      dtype: of the stored log-probabilities.
       compute_dtype: of the teacher's parameters and products.
-      batch_size: rows that go through the teacher at a time.
-      chunk: positions of each row whose logits exist at a time.
-      query_chunk: queries that attention handles at a time; None for all.
-      mesh: devices along (data, fsdp, tensor); one -1 takes what is left.
+      batch_size: rows that the teacher processes at a time.
+      chunk: positions of each row whose logits are computed at a time.
+      query_chunk: queries that attention processes at a time; None for all.
+      mesh: devices along (data, fsdp, tensor); a -1 takes the devices that are left.
 
     Raises:
       FalconError: a field is out of range; the message names it.
@@ -97,13 +98,13 @@ class TeacherCacheConfig:
 
 
 class Cached(NamedTuple):
-    """What one run did.
+    """The result of a call.
 
     Attributes:
-      manifests: of each folder; None where files of other shards are still to come.
-      new_rows: rows that went through the teacher.
-      bytes: of all that this run wrote.
-      seconds: that it took, loading included.
+      manifests: of each folder; None where other jobs' files are not finished.
+      new_rows: number of rows that the teacher processed.
+      bytes: number of bytes written.
+      seconds: duration, loading included.
     """
 
     manifests: tuple[TeacherManifest | None, ...]
@@ -113,20 +114,20 @@ class Cached(NamedTuple):
 
 
 def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0, 1)) -> Cached:
-    """Runs the teacher over all rows of `config.tokens` and writes down what it says, going on where it stopped.
+    """Runs the teacher over all rows of `config.tokens` and stores its top-k targets; finished files are kept.
 
     Args:
-      config: whose word on what.
-      shard: (i, n): do every n-th file only, from the i-th on, counted from 0.
+      config: which teacher, which tokens, and how.
+      shard: (i, n): this job's part, every n-th file from the i-th on, counted from 0.
 
     Raises:
-      FalconError: an input is missing, damaged or does not fit, or a cache was begun with other settings, for other
-        tokens or by another teacher, or another process does the same part of it.
+      FalconError: an input is missing, damaged or does not fit; the cache was begun with other settings, tokens or
+        teacher; or another process works on the same part.
     """
     started = time.monotonic()
     index, count = shard
     if not 0 <= index < count:
-        raise FalconError(f"shard {index}/{count}: the first number counts from 0 and lies below the second")
+        raise FalconError(f"shard {index}/{count}: the first number counts from 0 and must be below the second")
     tokens = [read_manifest(folder) for folder in config.tokens]
     mesh = make_mesh(config.mesh)
     if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -142,7 +143,7 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
             )
         digest = hashlib.sha256(json.dumps(fingerprint(params), sort_keys=True).encode()).hexdigest()
         teacher = {"source": config.teacher, "config": dataclasses.asdict(architecture), "weights": digest}
-        say = _make_say(Falcon(architecture, dtype, query_chunk=config.query_chunk), config, mesh)
+        predict = _make_predict(Falcon(architecture, dtype, query_chunk=config.query_chunk), config, mesh)
         folders = [
             _Folder(config, path, manifest, teacher, job=index)
             for path, manifest in zip(config.tokens, tokens, strict=True)
@@ -153,25 +154,25 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
         size = 0
         with progress("teacher-cache", all_rows, "tokens", scale=tokens[0].seq_len, done=all_rows - rows) as advance:
             for folder, file in missing:
-                size += folder.write(file, functools.partial(say, params), advance)
+                size += folder.write(file, functools.partial(predict, params), advance)
         manifests = tuple(folder.finish() for folder in folders)
     return Cached(manifests, rows, size, time.monotonic() - started)
 
 
-def say_top_k(
+def top_k_targets(
     hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array, *, top_k: int, temperature: float, chunk: int
 ) -> tuple[CachedTeacher, jax.Array]:
-    """What a teacher says, from its final hidden states: its top k, the rest, and the logsumexp of its logits [B, T].
+    """A teacher's targets from its final hidden states, and the logsumexp of its logits [B, T].
 
-    Products are in the dtype of the hidden states, all else in float32. B x chunk x V logits exist at a time.
+    Products are in the dtype of the hidden states, all else in float32. B x chunk x V logits are held at a time.
 
     Args:
       hidden_BxTxD: final hidden states.
       head_VxD: vocabulary head.
       targets_BxT: next tokens.
       top_k: k.
-      temperature: of the second rest.
-      chunk: positions at a time.
+      temperature: T of the second column of `CachedTeacher.log_rest_BxTx2`.
+      chunk: positions processed at a time.
     """
     head = head_VxD.astype(hidden_BxTxD.dtype)
 
@@ -191,20 +192,20 @@ def say_top_k(
     return join_chunks(jax.lax.map(of_chunk, split_chunks((hidden_BxTxD, targets_BxT), size)))
 
 
-def _make_say(teacher: Falcon, config: TeacherCacheConfig, mesh: Mesh) -> _Say:
-    def say(params: Params, batch: Batch) -> tuple[CachedTeacher, jax.Array]:
+def _make_predict(teacher: Falcon, config: TeacherCacheConfig, mesh: Mesh) -> _Predict:
+    def predict(params: Params, batch: Batch) -> tuple[CachedTeacher, jax.Array]:
         rows: Any = batch
         tokens, segments = rows["tokens_BxT"], rows["segment_ids_BxT"]
         hidden: Any = teacher.apply({"params": params}, tokens, rows["positions_BxT"], segments, method="hidden")
         head, (targets_BxT, _) = head_kernel(teacher.config, params), next_tokens(tokens, segments)
-        said, total_BxT = say_top_k(
+        targets, total_BxT = top_k_targets(
             hidden, head, targets_BxT, top_k=config.top_k, temperature=config.temperature, chunk=config.chunk
         )
-        ids = said.ids_BxTxk.astype(token_dtype(teacher.config.vocab_size))
-        log_probs = said.log_probs_BxTxk.astype(config.dtype)
-        return dataclasses.replace(said, ids_BxTxk=ids, log_probs_BxTxk=log_probs), total_BxT
+        ids = targets.ids_BxTxk.astype(token_dtype(teacher.config.vocab_size))
+        log_probs = targets.log_probs_BxTxk.astype(config.dtype)
+        return dataclasses.replace(targets, ids_BxTxk=ids, log_probs_BxTxk=log_probs), total_BxT
 
-    return jax.jit(say, in_shardings=(param_shardings(teacher.config, mesh), batch_sharding(mesh)))
+    return jax.jit(predict, in_shardings=(param_shardings(teacher.config, mesh), batch_sharding(mesh)))
 
 
 class _Folder:
@@ -213,7 +214,7 @@ class _Folder:
     def __init__(
         self, config: TeacherCacheConfig, tokens_path: Path, tokens: Manifest, teacher: dict[str, Any], job: int
     ):
-        """Makes the folder, or makes sure that it was begun for the same tokens and teacher in the same way."""
+        """Makes the folder, or checks that it was begun with the same tokens, teacher and settings."""
         self._config, self._tokens_path, self._tokens, self._job = config, Path(tokens_path), tokens, job
         self.path = self._tokens_path / config.name
         self._manifest = TeacherManifest(
@@ -248,7 +249,7 @@ class _Folder:
             yield from split.shards
 
     def is_finished(self, file: Shard) -> bool:
-        """Whether what the teacher says of a file of token shards is written down."""
+        """Whether the targets of a file of token shards are stored and undamaged."""
         unit = self._unit(file)
         if not unit.exists():
             return False
@@ -258,9 +259,9 @@ class _Folder:
             return False  # damaged or missing, and written again
         return True
 
-    def write(self, file: Shard, say: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any) -> int:
-        """Writes it down; returns the bytes."""
-        written = write_records(self.path / file.file, self._records(file, say, advance))
+    def write(self, file: Shard, predict: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any) -> int:
+        """Stores the targets of a file of token shards; returns the number of bytes."""
+        written = write_records(self.path / file.file, self._records(file, predict, advance))
         write_shared(self._unit(file), dataclasses.asdict(written), self._job)
         return written.bytes
 
@@ -280,26 +281,26 @@ class _Folder:
         return self.path / "units" / f"{file.file}.json"
 
     def _read(self, unit: Path, file: Shard) -> Shard:
-        """What the file in `units/` says of the teacher's file for a file of token shards."""
+        """The record in `units/` of the targets of a file of token shards."""
         written = read_as(Shard, unit)
         if (written.file, written.rows) != (file.file, file.rows):
-            raise FalconError(f"{unit} is of another file: remove it and run the same `{TEACHER_CACHE}` again")
+            raise FalconError(f"{unit} belongs to another file: remove it and run the same `{TEACHER_CACHE}` again")
         return written
 
     def _records(
-        self, file: Shard, say: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any
+        self, file: Shard, predict: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any
     ) -> Iterator[bytes]:
         """The records of a file, each batch fetched while the next one is computed."""
         records = _read_records(self._tokens_path / file.file)
         pending: list[tuple[list[bytes], tuple[CachedTeacher, jax.Array]]] = []
         for start in range(0, len(records), self._config.batch_size):
             now = records[start : start + self._config.batch_size]
-            pending.append((now, say(self._batch(now))))
+            pending.append((now, predict(self._batch(now))))
             if len(pending) > 1:
                 yield from _encode(*pending[0])
                 advance(len(pending.pop(0)[0]))
-        for before, said in pending:
-            yield from _encode(before, said)
+        for before, predicted in pending:
+            yield from _encode(before, predicted)
             advance(len(before))
 
     def _batch(self, records: list[bytes]) -> Batch:
@@ -318,8 +319,8 @@ def _read_records(path: Path) -> list[bytes]:
     return records
 
 
-def _encode(records: list[bytes], said: tuple[CachedTeacher, jax.Array]) -> Iterator[bytes]:
-    targets, total_BxT = jax.device_get(said)
+def _encode(records: list[bytes], predicted: tuple[CachedTeacher, jax.Array]) -> Iterator[bytes]:
+    targets, total_BxT = jax.device_get(predicted)
     for b, record in enumerate(records):
         row: Any = {name: array[b] for name, array in vars(targets).items()}
         yield encode_targets(row, total_BxT[b], record)

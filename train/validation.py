@@ -1,4 +1,4 @@
-"""Figures on held-out rows."""
+"""Metrics on held-out rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from falcon_relu.model import Falcon, Params
 from falcon_relu.sharding import make_mesh, use_mesh
 from train.data.batches import Batch, DataConfig, validation_batches
 from train.distributed import Rows
-from train.folder.log import Figures
+from train.folder.log import MetricValues
 from train.loss import LossConfig
 from train.step import make_validation_step, means
 from train.watch import to_host
@@ -31,7 +31,7 @@ def run_validation(
     teacher_params: Params,
     batches: Iterable[Batch],
     rows: Rows,
-) -> Figures:
+) -> MetricValues:
     """Means over all rows of `batches`, as `train.step.means` names them."""
     each = (validation_fn(params, rows.to_global(batch), teacher_params) for batch in batches)
     sums, active_L = functools.reduce(functools.partial(jax.tree.map, jnp.add), each)
@@ -48,8 +48,8 @@ def validate(
     teacher_activation: Activation | None = None,
     loss: LossConfig | None = None,
     mesh: Mesh | None = None,
-) -> Figures:
-    """Held-out figures of a stored model in float32; see `run_validation`.
+) -> MetricValues:
+    """Held-out metrics of a stored model in float32; see `run_validation`.
 
     Args:
       source: the model, as for `load_model`.

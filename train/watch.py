@@ -1,4 +1,4 @@
-"""What a run shows while it goes: its figures, the console's line, sample texts, traces."""
+"""What a run reports while it trains: metrics in its log, a line on the console, sample texts, profiler traces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from falcon_relu.sharding import working_copy
 from falcon_relu.tokenizer import Tokenizer
 from train.config import SamplesConfig, TrainConfig
 from train.flops import peak_flops
-from train.folder.log import TENSORBOARD, Figures, RunLog
+from train.folder.log import TENSORBOARD, MetricValues, RunLog
 from train.state import learning_rate_schedule
 from train.step import Metrics
 
@@ -26,7 +26,7 @@ class Watch:
 
     Args:
       config: the run.
-      log: where the figures go.
+      log: where the metrics are written.
       flops: model FLOPs of a step.
     """
 
@@ -36,12 +36,12 @@ class Watch:
         self._since: tuple[int, float] | None = None
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = None if peak is None else peak * jax.device_count()
-        # As a table: computing it on the way would wait for the devices.
+        # Computed beforehand: evaluating the schedule at every step would wait for the devices.
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         self._learning_rates = np.asarray(jax.vmap(schedule)(np.arange(config.steps)))
 
     def read(self, step: int, metrics: Metrics) -> str | None:
-        """Waits for a step; returns the console's note on it, if it is one to log.
+        """Waits for a step's metrics; where they are due, logs them and returns a summary for the console.
 
         Raises:
           FalconError: too many steps in a row were not finite.
@@ -57,25 +57,25 @@ class Watch:
         if step % self._config.log_every and step != self._config.steps:
             self._since = self._since or (step, now)  # the first step of a process compiles
             return None
-        figures = to_host(metrics)
-        figures["learning_rate"] = float(self._learning_rates[max(step - 1 - figures["skipped"], 0)])
-        figures |= self._speed(step, now)
+        values = to_host(metrics)
+        values["learning_rate"] = float(self._learning_rates[max(step - 1 - values["skipped"], 0)])
+        values |= self._speed(step, now)
         self._since = (step, now)
-        self._log.steps(step, figures)
-        kl = f" kl {figures['kl']:.3f}" if "kl" in figures else ""
-        skipped = f" skipped {figures['skipped']}" if figures["skipped"] else ""
-        return f"loss {figures['cross_entropy']:.3f}{kl} zeros {np.mean(figures['zeros']):.0%}{skipped}"
+        self._log.steps(step, values)
+        kl = f" kl {values['kl']:.3f}" if "kl" in values else ""
+        skipped = f" skipped {values['skipped']}" if values["skipped"] else ""
+        return f"loss {values['cross_entropy']:.3f}{kl} zeros {np.mean(values['zeros']):.0%}{skipped}"
 
-    def _speed(self, step: int, now: float) -> Figures:
+    def _speed(self, step: int, now: float) -> MetricValues:
         if self._since is None or step == self._since[0]:
             return {}
         steps_per_second = (step - self._since[0]) / (now - self._since[1])
         flops = steps_per_second * self._flops
-        figures = {"tokens_per_second": steps_per_second * self._tokens, "model_flops_per_second": flops}
-        return figures if self._peak is None else figures | {"mfu": flops / self._peak}
+        values = {"tokens_per_second": steps_per_second * self._tokens, "model_flops_per_second": flops}
+        return values if self._peak is None else values | {"mfu": flops / self._peak}
 
 
-def to_host(metrics: Metrics) -> Figures:
+def to_host(metrics: Metrics) -> MetricValues:
     """Metrics as values that JSON can hold."""
     return {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
 
@@ -89,7 +89,7 @@ class Samples:
       multiple: prompts are repeated up to a multiple of it, the devices that share a batch.
 
     Raises:
-      FalconError: the tokenizer cannot be read or does not fit the model, or makes nothing of a prompt.
+      FalconError: the tokenizer cannot be read or does not fit the model, or a prompt has no tokens.
     """
 
     def __init__(self, config: SamplesConfig, model: Falcon, multiple: int):
@@ -101,22 +101,22 @@ class Samples:
         if [] in prompts:
             raise FalconError(f"samples: the prompt {config.prompts[prompts.index([])]!r} has no tokens")
         self._prompts = (prompts * multiple)[: -(-len(prompts) // multiple) * multiple]
-        # Generation goes through the layers once a token: from a copy that has all of them on every data replica.
+        # Generation reads all layers for every token, so it uses a copy that is not sharded over `data`.
         self._copy = jax.jit(functools.partial(working_copy, model.config, dtype=model.dtype))
 
     def texts(self, params: Params) -> dict[str, str]:
         """Continuations under `params`, by their prompts."""
         ids = generate(self._model, self._copy(params), self._prompts, self._config.sampling)
-        # not strict: without the repeated ones
+        # not strict: drops the repeated prompts
         return dict(zip(self._config.prompts, map(self._tokenizer.decode, ids), strict=False))
 
 
 class Trace:
-    """The profiler's trace of some steps, in the folder where TensorBoard finds it; process 0's devices only.
+    """A profiler trace of some steps, of process 0's devices, in the run's TensorBoard folder.
 
     Args:
       out: folder of the run.
-      span: (first, last) step, counted from where this process starts.
+      span: (first, last) step to trace, counted from this process's first step.
     """
 
     def __init__(self, out: Path, span: tuple[int, int] | None):
@@ -140,7 +140,7 @@ class Trace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._on:  # the run's end cuts it short
+        if self._on:  # the run ended before the last step of the trace
             self._stop()
 
     def _stop(self) -> None:

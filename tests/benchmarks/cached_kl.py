@@ -27,7 +27,7 @@ from falcon_relu.model import head_kernel
 from train.data.batches import DataConfig, Source, validation_batches
 from train.data.shards import read_manifest, token_dtype
 from train.loss import CachedTeacher, LossConfig, OnlineTeacher, distillation_loss, next_tokens
-from train.teacher_cache import say_top_k
+from train.teacher_cache import top_k_targets
 
 LOSS = LossConfig(lm_weight=0.0, kd_weight=1.0)
 
@@ -71,7 +71,7 @@ def run(args: Args) -> None:
         kl, gradient = of(OnlineTeacher(t_hidden, teacher_head))
         online += np.array([kl, mask.sum()])
         for k in ks:
-            said, _ = say_top_k(t_hidden, teacher_head, targets, top_k=k, temperature=1.0, chunk=64)
+            said, _ = top_k_targets(t_hidden, teacher_head, targets, top_k=k, temperature=1.0, chunk=64)
             rest = jnp.sum(jnp.exp(said.log_rest_BxTx2[..., 0]) * mask)
             for dtype in ("float32", "bfloat16"):
                 stored = dataclasses.replace(said, log_probs_BxTxk=said.log_probs_BxTxk.astype(dtype))

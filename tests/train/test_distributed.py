@@ -54,7 +54,7 @@ def test_two_processes_train_as_one_does_and_outlive_the_death_of_one(tmp_path, 
     pair[1].kill()
     status, output = processes.finish(pair[0])
     assert status != 0, output
-    assert not (config.out / "figures.json").exists()
+    assert not (config.out / "metrics.json").exists()
     pair[1].communicate()
 
     pair = processes.start_two_as_slurm(config, cache=cache)

@@ -63,7 +63,7 @@ def test_killed_and_stopped_at_random_it_ends_with_the_same_bits(tmp_path, data)
     status, output = processes.finish(processes.start(run, devices=2, cache=cache))
     assert status == 0, output
     jax.tree.map(np.testing.assert_array_equal, *(load_model(config.out / "weights")[1] for config in (run, straight)))
-    assert read_json(run.out / "figures.json") == read_json(straight.out / "figures.json")
+    assert read_json(run.out / "metrics.json") == read_json(straight.out / "metrics.json")
     lines = [line["step"] for line in processes.read_log(run.out / "log.jsonl") if "loss" in line]
     assert lines == list(range(1, STEPS + 1))
 

@@ -104,10 +104,10 @@ def test_a_run_goes_on_elsewhere_with_other_settings_of_how(tmp_path, data, monk
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     shards = shutil.copytree(data.sources[0].path, tmp_path / "tokens")
     here = dataclasses.replace(data, sources=(Source(shards),))
-    figures = train.loop.run(
+    metrics = train.loop.run(
         config_of(moved, here, mesh=(2, 2, 2), microbatches=2, checkpoint_every=2, remat="full", query_chunk=8)
     )
-    assert figures["cross_entropy"] == pytest.approx(whole["cross_entropy"], rel=1e-4)
+    assert metrics["cross_entropy"] == pytest.approx(whole["cross_entropy"], rel=1e-4)
     assert_same_weights(moved, tmp_path / "whole", rtol=1e-3, atol=1e-4)
     starts = [json.loads(line) for line in (moved / "starts.jsonl").read_text().splitlines()]
     assert [(start["step"], start["mesh"]["tensor"]) for start in starts] == [(0, 1), (4, 2)]
@@ -137,7 +137,7 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(tmp_path, data, 
     for step, damage in ((8, flip_a_bit), (6, cut), (4, lose_a_file)):
         damage(checkpoints / str(step))
     (checkpoints / "9.orbax-checkpoint-tmp").mkdir()  # as a killed process leaves it
-    (tmp_path / "run" / "figures.json").unlink()
+    (tmp_path / "run" / "metrics.json").unlink()
     assert train.loop.run(config) == straight
     for step in (8, 6, 4):
         assert f"checkpoints/{step} is damaged" in caplog.text
@@ -145,7 +145,7 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(tmp_path, data, 
     assert sorted(path.name for path in checkpoints.iterdir() if path.name.isdigit()) == ["2", "4", "6", "8"]
     for step in (2, 4, 6, 8):
         lose_a_file(checkpoints / str(step))
-    (tmp_path / "run" / "figures.json").unlink()
+    (tmp_path / "run" / "metrics.json").unlink()
     with pytest.raises(FalconError, match=r"none of the checkpoints .* 8: .* 2: "):
         train.loop.run(config)
     assert (checkpoints / "8").is_dir()  # nothing is set aside, nothing is trained anew

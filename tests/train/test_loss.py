@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from falcon_relu.errors import FalconError
 from train.loss import LossConfig, OnlineTeacher, distillation_loss, l1_weight, next_tokens
-from train.teacher_cache import say_top_k
+from train.teacher_cache import top_k_targets
 
 B, T, D, V = 2, 12, 8, 37
 
@@ -86,7 +86,9 @@ def _gradients(config, hidden, head, targets, mask, teacher):
 
 
 def _cached(teacher, targets, k, temperature):
-    said, total = say_top_k(teacher.hidden_BxTxD, teacher.head_VxD, targets, top_k=k, temperature=temperature, chunk=5)
+    said, total = top_k_targets(
+        teacher.hidden_BxTxD, teacher.head_VxD, targets, top_k=k, temperature=temperature, chunk=5
+    )
     logits = teacher.hidden_BxTxD @ teacher.head_VxD.T
     np.testing.assert_allclose(total, jax.nn.logsumexp(logits, -1), rtol=1e-6)
     return said

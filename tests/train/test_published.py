@@ -105,9 +105,9 @@ def test_both_ways_to_be_taught_train_on_all_sources(folder):
         lines = [json.loads(line) for line in (folder / "runs" / run / "log.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         assert losses[-1] < losses[0]
-        figures = json.loads((folder / "runs" / run / "figures.json").read_text())
-        assert figures["kl"] >= 0
-        assert 0 < figures["zeros"][0] < 1
+        metrics = json.loads((folder / "runs" / run / "metrics.json").read_text())
+        assert metrics["kl"] >= 0
+        assert 0 < metrics["zeros"][0] < 1
 
 
 def test_the_tests_config_trains_from_the_cache(folder):

@@ -16,7 +16,7 @@ from train.config import OptimizerConfig
 from train.loss import LossConfig, next_tokens
 from train.state import init_state, learning_rate_schedule, make_optimizer, state_shardings
 from train.step import loss_and_sums, make_train_step
-from train.teacher_cache import say_top_k
+from train.teacher_cache import top_k_targets
 
 CONFIG = family("tiny-40b").with_activation("relu")
 STUDENT = Falcon(CONFIG)
@@ -43,7 +43,9 @@ def _cached(batch):
     tokens, segments = batch["tokens_BxT"], batch["segment_ids_BxT"]
     hidden = teacher.apply({"params": params}, tokens, batch["positions_BxT"], segments, method="hidden")
     targets, _ = next_tokens(jnp.asarray(tokens), jnp.asarray(segments))
-    said, _ = say_top_k(hidden, params["embed"]["embedding"], targets, top_k=20, temperature=LOSS.temperature, chunk=16)
+    said, _ = top_k_targets(
+        hidden, params["embed"]["embedding"], targets, top_k=20, temperature=LOSS.temperature, chunk=16
+    )
     return batch | {"teacher": {name: np.asarray(array) for name, array in vars(said).items()}}
 
 

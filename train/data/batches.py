@@ -1,6 +1,6 @@
 """Token shards to batches: a mixture of sources through Grain, shuffled, resumable, for any number of processes.
 
-The order of rows is laid out as a cheap pipeline of addresses. Only its last step reads, and a process reads only its
+The order of rows is a cheap pipeline of row addresses. Only its last step reads records, and a process reads only its
 own rows of a batch: the global batch is the same whatever the process count, and a position in the data is one number.
 """
 
@@ -29,8 +29,8 @@ class Batch(TypedDict):
     """Rows of packed documents; int32 [B, T] each.
 
     tokens_BxT: token ids, 0 where padded. segment_ids_BxT: 1, 2, ... for the documents of a row, 0 where padded.
-    positions_BxT: 0, 1, ... within each document, 0 where padded. teacher: what a cached teacher said of each position,
-    where one is to teach.
+    positions_BxT: 0, 1, ... within each document, 0 where padded. teacher: a cached teacher's targets, where the run
+    distils from one.
     """
 
     tokens_BxT: np.ndarray
@@ -45,7 +45,7 @@ class Source:
 
     Attributes:
       path: a folder that `falcon-relu prepare` finished.
-      weight: its share of the rows, against the other sources' weights.
+      weight: its proportion of the rows, relative to the other sources' weights.
     """
 
     path: Path
@@ -54,17 +54,17 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on.
+    """The data of a run.
 
     Attributes:
       sources: folders of token shards and their weights.
-      seq_len: T; must be what the shards were made with.
+      seq_len: T; must be that of the shards.
       batch_size: B, rows in a global batch, over all processes.
       seed: of the order of rows.
-      teacher_cache: name of the folder within each source where `falcon-relu teacher-cache` left what the teacher said;
-        it is then read along.
-      threads: that read ahead.
-      prefetch: batches read ahead, at least one a thread.
+      teacher_cache: name of the folder in each source where `falcon-relu teacher-cache` stored the teacher's targets;
+        None for no cached teacher.
+      threads: number of threads that read ahead.
+      prefetch: number of batches read ahead, at least one a thread.
 
     Raises:
       FalconError: a field is out of range; the message names it.
@@ -94,11 +94,11 @@ class DataConfig:
 
 
 class Manifests(NamedTuple):
-    """What the folders of a config hold, as read once.
+    """The manifests of a config's folders.
 
     Attributes:
-      tokens: the manifest of each source.
-      teachers: that of each source's teacher shards; empty where no cached teacher is to teach.
+      tokens: of each source's token shards.
+      teachers: of each source's teacher shards; empty without a cached teacher.
     """
 
     tokens: list[Manifest]
@@ -106,25 +106,25 @@ class Manifests(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the tokenizer."""
+        """Number of entries in the tokenizer's vocabulary."""
         return self.tokens[0].vocab_size
 
     def rows(self, split: str) -> int:
-        """Rows of a split, over all sources."""
+        """Number of rows of a split, over all sources."""
         return sum(manifest.splits[split].rows for manifest in self.tokens)
 
     def digests(self) -> dict[str, str]:
-        """A hash of what each folder holds, wherever it lies: what a run must find unchanged."""
+        """A hash of each folder's content, whatever its path; a resumed run compares them."""
         tokens = {f"source {i}": manifest.digest() for i, manifest in enumerate(self.tokens)}
         return tokens | {f"source {i}'s teacher": teacher.digest() for i, teacher in enumerate(self.teachers)}
 
 
 def read_manifests(config: DataConfig) -> Manifests:
-    """The manifests of all folders, made sure to fit the config and each other.
+    """The manifests of all folders, checked against the config and each other.
 
     Raises:
-      FalconError: a folder is unfinished, damaged or of another row length, or two were made by different tokenizers
-        or written by different teachers or in different ways.
+      FalconError: a folder is unfinished, damaged or of another row length; or two were made by different tokenizers,
+        or by different teachers, or with different settings of the teacher's cache.
     """
     manifests = [read_manifest(source.path) for source in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
@@ -153,16 +153,16 @@ def _read_teachers(config: DataConfig, manifests: list[Manifest]) -> list[Teache
 def train_batches(
     config: DataConfig, rows: np.ndarray | None = None, manifests: Manifests | None = None
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches: of each global batch, some rows, all by default.
+    """An endless iterator of training batches, or of this process's rows of each.
 
-    Every source is gone through in a new random order each epoch, each row once. `get_state()` of the iterator is a
-    small dict that JSON can hold; `set_state` on an iterator of the same config goes on exactly there, whichever rows
-    it reads: the number of processes may change.
+    Each epoch reads every row of a source once, in a new random order. `get_state()` of the iterator is a small dict
+    that JSON can hold; `set_state` on an iterator of the same config continues exactly there, whichever rows it reads:
+    the number of processes may change.
 
     Args:
-      config: what to read.
-      rows: indices into the global batch, from 0.
-      manifests: `read_manifests(config)`, by a caller that has them.
+      config: the data.
+      rows: indices into the global batch of the rows to read; all by default.
+      manifests: `read_manifests(config)`, if the caller has it.
 
     Raises:
       FalconError: the shards do not fit the config, or are missing or damaged.
@@ -173,7 +173,7 @@ def train_batches(
         if not count:
             raise FalconError(f"{source.path} holds no training rows")
     orders = [
-        # Grain's seed of an epoch is seed + epoch: the seeds of sources and runs must lie far apart.
+        # Grain shuffles an epoch with seed + epoch, so the seeds of sources and runs must lie far apart.
         _addresses(i, count).shuffle(int(np.random.SeedSequence([config.seed, i]).generate_state(1)[0])).repeat()
         for i, count in enumerate(stored.counts)
     ]
@@ -248,7 +248,7 @@ class _Rows:
         self._sources = [
             _open(Path(source.path), of_source) for source, of_source in zip(config.sources, shards, strict=True)
         ]
-        self._said = [
+        self._cached = [
             _open(Path(source.path) / str(config.teacher_cache), teacher.splits[split])
             for source, teacher in zip(config.sources, self._teachers, strict=bool(self._teachers))
         ]
@@ -256,15 +256,15 @@ class _Rows:
     def read(self, addresses: Sequence[Address | None]) -> Batch:
         """The rows at `addresses`; None gives an empty row."""
         rows: list[Row | None] = [None] * len(addresses)
-        said = self._teachers[0].targets(len(addresses)) if self._teachers else None
+        targets = self._teachers[0].targets(len(addresses)) if self._teachers else None
         for b, address in enumerate(addresses):
             if address is not None:
                 record, rows[b] = self._row(*address)
-                if said is not None:
+                if targets is not None:
                     for name, array in self._targets(*address, record).items():
-                        said[name][b] = array  # type: ignore[literal-required]
+                        targets[name][b] = array  # type: ignore[literal-required]
         batch = unpack(rows, self._seq_len)
-        return batch if said is None else Batch(**batch, teacher=said)
+        return batch if targets is None else Batch(**batch, teacher=targets)
 
     def _row(self, source: int, row: int) -> tuple[bytes, Row]:
         with _named(row, self._names[source], "prepare"):
@@ -273,7 +273,7 @@ class _Rows:
 
     def _targets(self, source: int, row: int, record: bytes) -> Targets:
         with _named(row, f"the teacher's shards in {self._names[source]}", "teacher-cache"):
-            return decode_targets(self._said[source][row], self._teachers[source], record)
+            return decode_targets(self._cached[source][row], self._teachers[source], record)
 
 
 def unpack(rows: Sequence[Row | None], seq_len: int) -> Batch:
@@ -302,7 +302,7 @@ def _open(folder: Path, shards: Sequence[Shard]) -> Sequence[bytes]:
 
 @contextlib.contextmanager
 def _named(row: int, where: str, command: str) -> Iterator[None]:
-    """Says which row could not be read, and what to do."""
+    """Turns an error of reading a row into one that names the row and says what to do."""
     try:
         yield
     except (FalconError, ValueError, IndexError, RuntimeError, OSError) as error:
@@ -313,7 +313,11 @@ def _named(row: int, where: str, command: str) -> Iterator[None]:
 
 
 def _allow_open_files(shards: int) -> None:
-    """Raises the soft limit on open files where the shards, which stay open, leave little to the rest."""
+    """Raises the soft limit on open files where the shards, which stay open, need more.
+
+    Raises:
+      FalconError: the hard limit is too low.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = shards + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -327,6 +331,6 @@ def _allow_open_files(shards: int) -> None:
 
 
 def _open_files() -> int:
-    """Files that this process has open now, where the system tells."""
+    """Number of files that this process has open now; 0 where the system does not tell."""
     folder = Path("/proc/self/fd")
     return len(list(folder.iterdir())) if folder.is_dir() else 0

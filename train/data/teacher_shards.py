@@ -1,19 +1,19 @@
-"""Teacher shards, what a teacher said of token shards: the record format and the manifest.
+"""Teacher shards, the cached top-k predictions of a teacher for token shards: record format and manifest.
 
-They lie in a folder of their own within the folder of token shards that they belong to: a `manifest.json`, and for each
-file of token shards a file of the same name with as many records. Record i speaks of row i, T = `seq_len` positions,
-V the vocabulary, k = `top_k`; little-endian, no padding:
+They lie in a folder of their own within the folder of the token shards: a `manifest.json`, and for each file of token
+shards a file of the same name with as many records. Record i belongs to row i. With T = `seq_len` positions, V the
+vocabulary size and k = `top_k`; little-endian, no padding:
 
     token ids            [T, k] uint16 where V is at most 65,536, else uint32; likeliest first
     log-probabilities    [T, k] bfloat16 or float32, at temperature 1
     log-sum-exp          [T] float32, of the teacher's logits: logit = log-probability + log-sum-exp
-    next                 [T] float32, log-probability of the row's next token, among the k or not
+    next                 [T] float32, log-probability of the row's next token, whether or not it is among the k
     rest                 [T, 2] float32, log of the sum over all other tokens of p and of p^(1/temperature), p at
                          temperature 1; -inf where k = V
     CRC-32               uint32, of the row's record in the token shards
 
-The second rest is what any other temperature needs: there, a token of log-probability l has the probability
-exp(l / temperature) / Z, the rest exp(rest) / Z, and Z makes the sum 1.
+The second column of `rest` gives the distribution at that temperature: a token of log-probability l has the probability
+exp(l / temperature) / Z and the rest exp(rest) / Z, where Z normalises the sum to 1.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _CRC_BYTES = 4
 
 
 class Targets(TypedDict):
-    """What `train.loss.CachedTeacher` holds, as numpy arrays, of one row (T) or a batch of them (B, T)."""
+    """The fields of `train.loss.CachedTeacher` as numpy arrays, of one row (T) or of a batch (B, T)."""
 
     ids_BxTxk: np.ndarray
     log_probs_BxTxk: np.ndarray
@@ -65,10 +65,10 @@ class TeacherManifest:
     Attributes:
       top_k: k.
       dtype: of the log-probabilities.
-      temperature: that the second rest is for.
+      temperature: of the second column of `rest`.
       seq_len: T.
       vocab_size: V, of the teacher, which may be larger than the tokenizer's.
-      teacher: where the teacher came from, its architecture, and a fingerprint of its weights.
+      teacher: the teacher's source, architecture, and a fingerprint of its weights.
       tokens: `Manifest.digest()` of the token shards.
       splits: the files of each split, in the order of the token shards.
 
@@ -98,12 +98,12 @@ class TeacherManifest:
         return {"format": FORMAT} | dataclasses.asdict(self)
 
     def digest(self) -> str:
-        """A hash of what the folder holds, the same wherever it and the teacher lie."""
+        """A hash of the folder's content; it does not depend on the paths of folder and teacher."""
         content = {name: value for name, value in self.to_json().items() if name != "teacher"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def targets(self, rows: int) -> Targets:
-        """Arrays for `rows` rows; what they say is to be filled in, or masked out."""
+        """Placeholder arrays for `rows` rows, to be filled in or masked out."""
         shape = (rows, self.seq_len)
         return Targets(
             ids_BxTxk=np.broadcast_to(np.arange(self.top_k, dtype=np.int32), (*shape, self.top_k)).copy(),
@@ -114,10 +114,10 @@ class TeacherManifest:
 
 
 def read_teacher_manifest(folder: Path, tokens: Manifest) -> TeacherManifest:
-    """The manifest of a folder of teacher shards, made sure to belong to token shards and to be whole.
+    """The manifest of a folder of teacher shards, checked to be complete and to belong to the token shards.
 
     Raises:
-      FalconError: the folder is unfinished or damaged, or speaks of other rows.
+      FalconError: the folder is unfinished or damaged, or belongs to other token shards.
     """
     path = manifest_path(folder)
     if not path.exists():
@@ -152,10 +152,10 @@ def encode_targets(row: Targets, logsumexp_T: np.ndarray, tokens_record: bytes) 
 
 
 def decode_targets(record: bytes, manifest: TeacherManifest, tokens_record: bytes) -> Targets:
-    """What the teacher said of one row.
+    """The teacher's targets for one row.
 
     Raises:
-      FalconError: the record is not one of the manifest's form, or does not belong to that row.
+      FalconError: the record does not have the manifest's format, or does not belong to that row.
     """
     T, k = manifest.seq_len, manifest.top_k
     fields: Iterable[tuple[str, np.dtype, tuple[int, ...]]] = (

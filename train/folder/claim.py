@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, how often it was started, what the model is."""
+"""The folder of a run: its lock, settings, starts, model config, and final metrics."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from train.folder.log import LOG, TENSORBOARD
 _CONFIG = "config.json"
 _ARCHITECTURE = "architecture.json"
 _STARTS = "starts.jsonl"
-_FIGURES = "figures.json"
+_METRICS = "metrics.json"
 
 
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Within, no other run writes to the folder; process 0 holds its lock for all.
+    """A context in which no other run can write to the folder; process 0 holds its lock for all processes.
 
     Raises:
-      FalconError: another run does, or the folder cannot be made; in every process.
+      FalconError: another run holds it, or the folder cannot be made; raised in every process.
     """
     check_output(out, folder=True, replace=True)
     with contextlib.ExitStack() as stack:
@@ -45,19 +45,19 @@ def held(out: Path) -> Iterator[None]:
             except (FalconError, OSError) as error:
                 problem = error
         if not all_agree(problem is None):
-            raise FalconError(str(problem or f"{out}: process 0 could not take the lock of the folder, and says why"))
+            raise FalconError(str(problem or f"{out}: process 0 could not lock the folder; see its error"))
         yield
 
 
-def finished_figures(config: TrainConfig) -> dict[str, Any] | None:
-    """Makes sure that the run's folder is new or this run's; returns the figures of a finished run.
+def finished_metrics(config: TrainConfig) -> dict[str, Any] | None:
+    """Checks that the folder is new or holds this run; returns the metrics of a finished run, else None.
 
     Raises:
       FalconError: the folder holds a run whose result would be another, or something that is no part of a run.
     """
     wanted = config.as_json()
     check_same(hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).digest(), "settings")
-    for name in (_CONFIG, _ARCHITECTURE, _STARTS, _FIGURES, LOG):
+    for name in (_CONFIG, _ARCHITECTURE, _STARTS, _METRICS, LOG):
         check_output(config.out / name, replace=True)
     for name in (TENSORBOARD, "checkpoints", "weights"):
         check_output(config.out / name, folder=True, replace=True)
@@ -69,17 +69,17 @@ def finished_figures(config: TrainConfig) -> dict[str, Any] | None:
                 f"{config.out} holds a run with other settings ({', '.join(changed)}); choose another --out, or remove "
                 "it"
             )
-    figures = config.out / _FIGURES
-    return _read_figures(figures) if all_agree(figures.exists()) else None
+    metrics = config.out / _METRICS
+    return _read_metrics(metrics) if all_agree(metrics.exists()) else None
 
 
-def _read_figures(path: Path) -> dict[str, Any]:
-    figures = read_json(path)
-    items = figures.items() if isinstance(figures, dict) else ()
+def _read_metrics(path: Path) -> dict[str, Any]:
+    metrics = read_json(path)
+    items = metrics.items() if isinstance(metrics, dict) else ()
     numbers = [value if isinstance(value, list) else [value] for _, value in items]
     if not numbers or not all(isinstance(number, int | float) for row in numbers for number in row):
-        raise FalconError(f"{path} holds no figures of a run; remove it and run the same command again")
-    return figures
+        raise FalconError(f"{path} holds no metrics of a run; remove it and run the same command again")
+    return metrics
 
 
 def claim(config: TrainConfig) -> None:
@@ -98,20 +98,20 @@ def claim(config: TrainConfig) -> None:
         raise FalconError(f"{config.out} is not on a disk that all {jax.process_count()} processes share")
 
 
-def finish(out: Path, figures: dict[str, Any]) -> None:
+def finish(out: Path, metrics: dict[str, Any]) -> None:
     """Marks the run as finished."""
     if jax.process_index() == 0:
-        write_json(out / _FIGURES, figures)
+        write_json(out / _METRICS, metrics)
 
 
 def write_architecture(out: Path, architecture: FalconConfig) -> None:
-    """Keeps what the student is, so that going on needs no look at where it started from."""
+    """Stores the student's config, so that resuming does not need the model that the run started from."""
     if jax.process_index() == 0:
         write_json(out / _ARCHITECTURE, dataclasses.asdict(architecture))
 
 
 def read_architecture(out: Path) -> FalconConfig:
-    """What the student is.
+    """The student's config.
 
     Raises:
       FalconError: the file is missing or damaged.
@@ -120,7 +120,7 @@ def read_architecture(out: Path) -> FalconConfig:
 
 
 def note_start(config: TrainConfig, step: int, mesh: jax.sharding.Mesh) -> None:
-    """Adds a line on this start: when, from which step, on what."""
+    """Adds a line to `starts.jsonl`: the step, time, number of processes, mesh and device."""
     if jax.process_index() == 0:
         line = {
             "step": step,
@@ -133,6 +133,6 @@ def note_start(config: TrainConfig, step: int, mesh: jax.sharding.Mesh) -> None:
         with writing(str(path)), path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                torn = file.read(1) != b"\n"  # by a process that was killed
+                torn = file.read(1) != b"\n"  # a line cut short when a process was killed
                 file.write(b"\n" if torn else b"")
             file.write(f"{json.dumps(line)}\n".encode())

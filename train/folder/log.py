@@ -16,29 +16,29 @@ from tensorboardX import SummaryWriter
 from falcon_relu.files import regular_file, write_text
 from train.folder.checkpoints import writing
 
-Figures = dict[str, Any]
+MetricValues = dict[str, Any]
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
 
 
 class RunLog:
-    """`log.jsonl` and TensorBoard of a run, written by process 0; every step stands in them once.
+    """`log.jsonl` and TensorBoard of a run, written by process 0; no step is logged twice.
 
     Args:
       out: folder of the run.
-      first: steps that a checkpoint holds; later lines, of work that was lost, are dropped.
+      first: step of the checkpoint that the run resumes from, or 0; lines of later steps are dropped.
       on_line: called with every line that is written.
 
     Attributes:
-      last: the figures of the last training step that was logged.
+      last: the metrics of the last training step that was logged.
       validated: steps that have a validation in the log.
     """
 
-    def __init__(self, out: Path, first: int, on_line: Callable[[Figures], None] | None = None):
+    def __init__(self, out: Path, first: int, on_line: Callable[[MetricValues], None] | None = None):
         self._on_line = on_line or (lambda _: None)
         self._path = out / LOG
-        self.last: Figures = {}
+        self.last: MetricValues = {}
         self._board: SummaryWriter | None = None
         kept = [line for line in read_log(self._path) if line["step"] <= first]
         self.last = next((line for line in reversed(kept) if "loss" in line), {})
@@ -54,19 +54,19 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         if self._board is not None:
-            with contextlib.suppress(OSError):  # on a full disk: what stopped the run says more
+            with contextlib.suppress(OSError):  # on a full disk, the error that stopped the run is reported instead
                 self._board.close()
 
-    def steps(self, step: int, figures: Figures) -> None:
-        """Logs the figures of a training step."""
-        self.last = {"step": step} | figures
+    def steps(self, step: int, metrics: MetricValues) -> None:
+        """Logs the metrics of a training step."""
+        self.last = {"step": step} | metrics
         self._write(self.last)
-        self._show("train", step, figures)
+        self._show("train", step, metrics)
 
-    def validation(self, step: int, figures: Figures) -> None:
+    def validation(self, step: int, metrics: MetricValues) -> None:
         """Logs the means over the validation rows."""
-        self._write({"step": step, "validation": figures})
-        self._show("validation", step, figures)
+        self._write({"step": step, "validation": metrics})
+        self._show("validation", step, metrics)
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
         """Logs continuations by their prompts."""
@@ -75,16 +75,16 @@ class RunLog:
             for number, (prompt, text) in enumerate(texts.items()):
                 self._board.add_text(f"samples/{number}", f"**{prompt}**{text}", step)
 
-    def _write(self, line: Figures) -> None:
+    def _write(self, line: MetricValues) -> None:
         if jax.process_index() == 0:
             with writing(str(self._path)), self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self._on_line(line)
 
-    def _show(self, group: str, step: int, figures: Figures) -> None:
+    def _show(self, group: str, step: int, metrics: MetricValues) -> None:
         if self._board is None:
             return
-        for name, value in figures.items():
+        for name, value in metrics.items():
             if isinstance(value, list):
                 self._board.add_scalar(f"{group}/{name}", float(np.mean(value)), step)
                 for layer, item in enumerate(value):
@@ -93,15 +93,15 @@ class RunLog:
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
 
-def read_log(path: Path) -> list[Figures]:
-    """The lines of a log; one that is none, as a killed process or an editor leaves it, is named and passed over.
+def read_log(path: Path) -> list[MetricValues]:
+    """The lines of a log; a damaged line, as a killed process or an editor leaves it, is reported and skipped.
 
     Raises:
       FalconError: the log is no file that may be read.
     """
     if not path.exists() and not path.is_symlink():
         return []
-    lines: list[Figures] = []
+    lines: list[MetricValues] = []
     for number, raw in enumerate(regular_file(path).read_bytes().splitlines(), 1):
         try:
             line = json.loads(raw)

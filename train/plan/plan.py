@@ -18,7 +18,7 @@ from train.loss import largest_divisor
 from train.plan import hlo
 from train.plan.compile import Program, TooLargeError, compile_programs, planned_job
 
-Figures = dict[str, Any]
+Report = dict[str, Any]
 
 GB = 1e9
 
@@ -40,7 +40,7 @@ class Assumptions:
         check_number("tokens", self.tokens, above=0)
 
 
-def summarise(job: Job, programs: Sequence[Program], chip: Chip, assumptions: Assumptions) -> Figures:
+def summarise(job: Job, programs: Sequence[Program], chip: Chip, assumptions: Assumptions) -> Report:
     """Memory, FLOPs, collectives and time of the training step, and the memory of the other programs; per device.
 
     Args:
@@ -58,7 +58,7 @@ def summarise(job: Job, programs: Sequence[Program], chip: Chip, assumptions: As
     hidden, exposed = max(products, crossing), products + crossing
     steps = assumptions.tokens / (config.data.batch_size * config.data.seq_len)
 
-    def run(seconds: float) -> Figures:
+    def run(seconds: float) -> Report:
         hours = steps * seconds / 3600
         return {
             "step, s": seconds,
@@ -131,7 +131,7 @@ def plan_run(
     chip: Chip,
     assumptions: Assumptions,
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[Figures, Program | None]:
+) -> tuple[Report, Program | None]:
     """Compiles a run's step and sums up what it takes; where it does not fit, tries what would make it.
 
     Args:
@@ -142,12 +142,12 @@ def plan_run(
       note: told of every attempt.
 
     Returns:
-      The figures of the first attempt that fits, or of the last one, with "tried" listing all; and its training step,
+      The report of the first attempt that fits, or of the last one, with "tried" listing all; and its training step,
       None if the compiler gave none.
     """
     config = dataclasses.replace(config, mesh=tuple(make_mesh(config.mesh, devices).shape.values()))
-    tried: list[Figures] = []
-    figures: Figures = {"fits": False}
+    tried: list[Report] = []
+    report: Report = {"fits": False}
     step = None
     changes = ""
     for change, attempt in [("", config), *lighter(config)]:
@@ -163,11 +163,11 @@ def plan_run(
         except TooLargeError as error:
             tried.append({"change": changes or "as configured", "GB a device": _used_gb(error), "fits": False})
             continue
-        step, figures = programs[0], summarise(job, programs, chip, assumptions)
-        tried.append({"change": changes or "as configured", **{k: figures[k] for k in ("GB a device", "fits")}})
-        if figures["fits"]:
+        step, report = programs[0], summarise(job, programs, chip, assumptions)
+        tried.append({"change": changes or "as configured", **{k: report[k] for k in ("GB a device", "fits")}})
+        if report["fits"]:
             break
-    return figures | {"tried": tried}, step
+    return report | {"tried": tried}, step
 
 
 def _bandwidth(chip: Chip, group: tuple[int, ...]) -> float:
