@@ -40,10 +40,10 @@ def run(args: Args) -> None:
     """Converts, then reports."""
     start = time.perf_counter()
     config = import_hf(args.source, args.out, activation=args.activation, dtype=args.dtype, replace=args.overwrite)
-    figures = {
+    results = {
         "parameters": config.n_params,
         "layers": config.n_layers,
         "activation": config.activation,
         "seconds": time.perf_counter() - start,
     }
-    report(figures, args)
+    report(results, args)

@@ -55,5 +55,5 @@ def run(args: Args) -> None:
     for prompt, text in zip(args.prompts, texts, strict=True):
         print(f"{prompt}{text}\n")
     count = sum(map(len, new))
-    figures = {"new tokens": count, "seconds, compilation included": seconds, "tokens/s": count / seconds}
-    report(figures, args, also={"prompts": list(args.prompts), "texts": texts})
+    results = {"new tokens": count, "seconds, compilation included": seconds, "tokens/s": count / seconds}
+    report(results, args, also={"prompts": list(args.prompts), "texts": texts})

@@ -27,9 +27,9 @@ COMMANDS = {
     "convert": "Hugging Face checkpoint -> native (Orbax) weights, streaming",
     "export": "native weights -> a folder that transformers loads",
     "prepare": "text -> packed token shards",
-    "teacher-cache": "what a teacher says of token shards, written down once",
-    "plan": "what a training run would take on devices that are not there: memory, FLOPs, traffic, hours",
-    "train": "train or distil a model as a config says",
+    "teacher-cache": "cache a teacher's predictions for token shards, to distil from",
+    "plan": "memory, FLOPs, traffic and hours of a training run on devices that are not there",
+    "train": "train or distil a model by a config",
     "generate": "continue prompts with a dense model on any backend",
     "predictor": "fit and calibrate the predictors of which neurons fire",
     "pack": "checkpoint -> decode weights, laid out for a CPU and loaded at disk speed",
@@ -39,7 +39,7 @@ COMMANDS = {
     "eval": "benchmarks by lm-eval, for the Flax model and for CPU decoding",
     "held-out": "perplexity on held-out text, distance from a teacher, cost of a predictor's choice",
     "sparsity": "zeros, hot neurons, unions over batches, and what reading fewer neurons costs",
-    "card": "a model card from measured figures alone",
+    "card": "a model card from measured results only",
     "bench": "speed of decoding at real widths against the memory bandwidth",
 }
 
@@ -55,15 +55,15 @@ _TROUBLE = {
     "allow more open files with ulimit -n": (errno.EMFILE, errno.ENFILE),
     "choose a smaller number format, batch or model, or a machine with more memory": (errno.ENOMEM,),
 }
-_NO_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory")  # in the words of XLA and C++
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory")  # messages of XLA and C++
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-      Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted, 141 nobody reads the
-      output any more.
+      Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted, 141 the reader of
+      the output is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReaderGoneError as gone:
         return gone.status
     except OSError as error:  # standard output is a file on a full disk
-        stderr.print(f"falcon-relu: standard output: {_said(error)}", style="red", soft_wrap=True)
+        stderr.print(f"falcon-relu: standard output: {_one_line(error)}", style="red", soft_wrap=True)
         return 1
 
 
@@ -105,9 +105,9 @@ def _main(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if (said := explanation(error)) is None:
+        if (text := explanation(error)) is None:
             raise
-        _complain(name, said)
+        _complain(name, text)
         return 1
     except KeyboardInterrupt:
         stderr.print(f"falcon-relu {name}: interrupted; finished work is kept", soft_wrap=True)
@@ -116,23 +116,23 @@ def _main(arguments: list[str]) -> int:
 
 
 def explanation(error: BaseException) -> str | None:
-    """What an error of the system's means and what to do; None for any other, which is a fault of the program's.
+    """The message for an error of the operating system, with advice; None for any other error, which is a bug.
 
-    Libraries pass the system's words on as text, and wrap errors in others.
+    The whole chain of errors is searched, since libraries wrap the system's errors or pass on only their text.
     """
-    said = _said(error)
+    text = _one_line(error)
     link: BaseException | None = error
     while link is not None:
         for advice, codes in _TROUBLE.items():
             if getattr(link, "errno", None) in codes or any(os.strerror(code) in str(link) for code in codes):
-                return f"{said}: {advice}"
-        if isinstance(link, MemoryError) or any(words in str(link) for words in _NO_MEMORY):
+                return f"{text}: {advice}"
+        if isinstance(link, MemoryError) or any(message in str(link) for message in _NO_MEMORY):
             return f"there is not enough memory: {next(a for a, codes in _TROUBLE.items() if errno.ENOMEM in codes)}"
         link = link.__cause__ or link.__context__
-    return said if isinstance(error, OSError) and error.filename is not None else None
+    return text if isinstance(error, OSError) and error.filename is not None else None
 
 
-def _said(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
@@ -143,7 +143,7 @@ def _complain(name: str, text: str) -> None:
 
 
 def parse(name: str, rest: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
-    """What a command of `COMMANDS` would run, and with which arguments.
+    """The `run` function of a command of `COMMANDS`, and its parsed arguments.
 
     Raises:
       SystemExit: wrong usage or --help; it has been printed.

@@ -1,7 +1,7 @@
-"""What a command writes: one rule for all, kept before any work is done.
+"""The outputs of commands: one rule for all, checked before any work is done.
 
-What exists is never replaced, unless `--overwrite` says so; then a file by a file, and a folder that such a command
-made by a folder. Folders of work that can be interrupted are gone on with. No two commands write the same.
+An existing output is never replaced unless `--overwrite` is given; then only a file, or a folder that such a command
+made. A command that can be interrupted continues in its own folder. Two commands never write to one output at once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ class Made(NamedTuple):
     """A file or folder that a command makes.
 
     Attributes:
-      path: where.
-      marker: the file by which a folder that such a command made is known; None for a file.
-      goes_on: whether it is a folder that is gone on with where it exists.
-      locked: whether to keep others from it; False where the work itself does, as where several jobs share a folder.
+      path: of the output.
+      marker: the file that identifies a folder as made by such a command; None for a file.
+      goes_on: whether the command continues in an existing folder.
+      locked: whether to lock it during the command; False where the command has its own locks, as where several jobs
+        write to one folder.
     """
 
     path: Path
@@ -35,14 +36,16 @@ class Made(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """What the arguments of every command have in common."""
+    """The arguments that all commands have."""
 
     json: Path | None = None
-    """Also write the figures to this file."""
+    """Also write the results to this file, as JSON."""
     overwrite: bool = False
-    """Replace what is there already: a file, or a folder that such a command made."""
+    """Replace existing outputs: a file, or a folder that such a command made."""
 
-    several_processes: ClassVar[bool] = False  # that run the command as one; the work itself keeps others away
+    several_processes: ClassVar[bool] = (
+        False  # whether several processes run the command together; it then locks itself
+    )
 
     def written(self) -> list[Made]:
         """What the command makes besides `json`."""
@@ -51,7 +54,7 @@ class Output:
 
 @contextlib.contextmanager
 def reserved(output: Output) -> Iterator[None]:
-    """Makes sure that all outputs of a command can be written, and keeps other commands from them during the block.
+    """Checks that all outputs of a command can be written, and locks them during the block.
 
     Raises:
       FalconError: as `check_output` and `lock`, or two outputs are the same.

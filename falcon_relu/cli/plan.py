@@ -84,7 +84,7 @@ def run(args: Args) -> None:
         )
         devices = virtual_devices(args.devices)
     assumptions = Assumptions(efficiency=args.efficiency, tokens=args.tokens)
-    figures, program = plan_run(args.run, devices, chip, assumptions, console.print)
+    results, program = plan_run(args.run, devices, chip, assumptions, console.print)
     if args.text is not None and program is not None:
         write_text(args.text, program.text, replace=args.overwrite)
-    report(figures, args)
+    report(results, args)

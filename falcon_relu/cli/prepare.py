@@ -87,14 +87,14 @@ def _show_bad_lines(prepared: Prepared) -> None:
 
 
 def _figures(prepared: Prepared) -> dict[str, object]:
-    figures: dict[str, object] = {
+    results: dict[str, object] = {
         "units": prepared.units,
         "new tokens": prepared.new_tokens,
         "seconds": prepared.seconds,
         "tokens/s": prepared.new_tokens / prepared.seconds,
     }
     if prepared.manifest is None:
-        return figures | {"finished": False}
+        return results | {"finished": False}
     seq_len = prepared.manifest.seq_len
     splits = [
         {
@@ -107,4 +107,4 @@ def _figures(prepared: Prepared) -> dict[str, object]:
         }
         for name, split in prepared.manifest.splits.items()
     ]
-    return figures | {"finished": True, "bad lines": prepared.manifest.bad_lines, "splits": splits}
+    return results | {"finished": True, "bad lines": prepared.manifest.bad_lines, "splits": splits}

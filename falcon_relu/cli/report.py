@@ -1,4 +1,4 @@
-"""How every command reports: a table on standard output, the same figures as JSON where asked."""
+"""How every command reports its results: tables on standard output, and JSON where asked."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from falcon_relu.cli.outputs import Output
 from falcon_relu.files import write_json
 from falcon_relu.progress import Console
 
-_PIPED_WIDTH = 240  # columns where no terminal limits them, so that no figure is cut
+_PIPED_WIDTH = 240  # columns where the output is not a terminal, so that no number is cut
 
 
-def report(figures: Mapping[str, Any], output: Output, also: Mapping[str, Any] | None = None) -> None:
-    """Prints scalar figures as `name  value` lines and lists of mappings as tables; writes all as JSON where asked.
+def report(results: Mapping[str, Any], output: Output, also: Mapping[str, Any] | None = None) -> None:
+    """Prints scalars as `name  value` lines and lists of mappings as tables; writes all as JSON where asked.
 
     Args:
-      figures: what to print and write.
-      output: the command's arguments, which say whether to write JSON, and where.
+      results: what to print and write.
+      output: the command's arguments, whose `json` is the file to write, if any.
       also: what to write but not to print.
     """
     try:
-        _print(figures)
-    finally:  # also where nobody reads what is printed any more
+        _print(results)
+    finally:  # also where standard output was closed meanwhile
         if output.json is not None:
-            write_json(output.json, {**figures, **(also or {})}, replace=output.overwrite)
+            write_json(output.json, {**results, **(also or {})}, replace=output.overwrite)
 
 
-def _print(figures: Mapping[str, Any]) -> None:
+def _print(results: Mapping[str, Any]) -> None:
     out = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     plain = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in figures.items():
+    for name, value in results.items():
         if not _is_table(value):
             plain.add_row(name, format_value(value))
     if plain.row_count:
         out.print(plain)
-    for name, value in figures.items():
+    for name, value in results.items():
         if _is_table(value):
             columns = (Column(heading, overflow="fold") for heading in value[0])
             table = Table(*columns, title=name, title_justify="left", box=None, pad_edge=False)
@@ -49,7 +49,7 @@ def _print(figures: Mapping[str, Any]) -> None:
 
 
 def format_value(value: Any) -> str:
-    """A figure as a person reads it."""
+    """A value as text: four significant digits, thousands separated."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):

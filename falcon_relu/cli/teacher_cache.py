@@ -1,4 +1,4 @@
-"""`falcon-relu teacher-cache`: what a teacher says of token shards, written down once."""
+"""`falcon-relu teacher-cache`: a teacher's predictions for token shards, cached to distil from."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def run(args: Args) -> None:
     """Writes, then reports."""
     keep_freed_memory()
     cached = write_teacher_cache(args.cache, parse_shard(args.shard))
-    figures: dict[str, Any] = {
+    results: dict[str, Any] = {
         "finished": all(manifest is not None for manifest in cached.manifests),
         "new rows": cached.new_rows,
         "new bytes": cached.bytes,
         "seconds": cached.seconds,
     }
-    report(figures, args)
+    report(results, args)

@@ -49,6 +49,6 @@ def run(args: Args) -> None:
     recommend(platform_here())
     start = time.perf_counter()
     with joined(args.distributed):
-        figures = loop.run(args.run)
+        results = loop.run(args.run)
         if jax.process_index() == 0:
-            report({"out": str(args.run.out)} | figures | {"seconds": time.perf_counter() - start}, args)
+            report({"out": str(args.run.out)} | results | {"seconds": time.perf_counter() - start}, args)

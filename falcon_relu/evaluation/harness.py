@@ -1,4 +1,4 @@
-"""A model as EleutherAI's lm-eval wants it; its answers go into a journal. Needs the extra `eval`."""
+"""A model behind the interface of EleutherAI's lm-eval, with a journal of its answers. Needs the extra `eval`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from falcon_relu.progress import console, progress
 from falcon_relu.tokenizer import Tokenizer
 
 _ENCODED_TOGETHER = 256  # requests
-_MAX_NEW_TOKENS = 256  # where a task does not say; lm-eval's own
-_STOP_MARGIN = 2  # tokens beside those of a stop sequence that it is looked for in; lm-eval's own
-_NAMED = 5  # requests that are named of those that are told of together
+_MAX_NEW_TOKENS = 256  # where a task does not set it; lm-eval's own default
+_STOP_MARGIN = 2  # a stop sequence of n tokens is searched for in the last n + 2; lm-eval's own
+_NAMED = 5  # requests that a warning shows; the others are counted
 _DRAWING = ("temperature", "top_k", "top_p")  # settings of sampled generation
-# Settings of transformers that change nothing at this value.
+# Generation settings of transformers with the values that have no effect, which are accepted and ignored.
 _NEUTRAL = {
     "num_beams": 1,
     "num_return_sequences": 1,

@@ -1,9 +1,8 @@
-"""Log-likelihoods of continuations: requests that begin alike share a row, so that what they share is computed once.
+"""Log-likelihoods of continuations. Requests with a common prefix share a row, so that the prefix is computed once.
 
-A row is a prefix and several branches behind it. The branches stand side by side in one sequence and each sees the
-prefix and itself: the prefix is of segment SHARED, every branch is a segment of its own, and positions count along
-prefix and branch. One forward pass of the unchanged model thus scores all choices of a question, or all questions that
-follow the same examples, and nothing is copied for it.
+A row is a prefix followed by several branches in one sequence. Each branch attends to the prefix and to itself: the
+prefix has segment SHARED, every branch a segment of its own, and positions count along prefix and branch. One forward
+pass of the unchanged model thus scores all choices of a question, or all questions that follow the same examples.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from falcon_relu.generation import Sampling, generate, padded_length
 from falcon_relu.model import Falcon, Params
 from falcon_relu.sharding import batch_sharding, use_mesh
 
-_LEAST_SHARED = 16  # tokens; below, a common prefix is not worth a wider row
-_LEAST_LENGTH = 64  # of a row's program
-_POSITIONS = 32  # of every row whose logits exist at a time
+_LEAST_SHARED = 16  # tokens; sharing a shorter prefix does not pay for the longer row
+_LEAST_LENGTH = 64  # tokens; shorter rows are padded to it
+_POSITIONS = 32  # positions of every row whose logits are computed at a time
 _QUERY_CHUNK = 128
 _BATCH_TOKENS = 2048  # a device: enough for full products, and logits that fit
 
 
 class Request(NamedTuple):
-    """Token ids of a context, at least one, and of the continuation to be scored, at least one."""
+    """Token ids of a context and of the continuation to be scored, neither empty."""
 
     context: Sequence[int] | np.ndarray
     continuation: Sequence[int]
 
 
 class Score(NamedTuple):
-    """The continuation's log-probability in nats, and whether every token of it is the likeliest."""
+    """A continuation's log-probability in nats, and whether each of its tokens is the likeliest at its place."""
 
     logprob: float
     greedy: bool
@@ -50,12 +49,12 @@ class Score(NamedTuple):
 
 @dataclasses.dataclass
 class Branch:
-    """Tokens behind a row's prefix.
+    """A context's end and its continuation, after a row's prefix; one branch serves requests that contain each other.
 
     Attributes:
-      tokens: the end of the context, then continuations without their last token.
-      known: how many are of the context; the logits of the last of these, at `known` - 1, are the first to be scored.
-      requests: (number of the request, its continuation); each continuation starts at `known`.
+      tokens: the end of the context, then the longest continuation without its last token.
+      known: number of tokens that are of the context; scoring starts with the logits at index `known` - 1.
+      requests: (number of the request, its continuation); each continuation starts at index `known`.
     """
 
     tokens: list[int]
@@ -65,31 +64,31 @@ class Branch:
 
 @dataclasses.dataclass
 class Row:
-    """A prefix and the branches behind it; `n_tokens` in all, of which `n_scored` numbers are wanted."""
+    """A prefix and the branches that follow it."""
 
     prefix: list[int]
     branches: list[Branch]
 
     @property
     def n_tokens(self) -> int:
-        """Length of the row."""
+        """Number of tokens in the row."""
         return len(self.prefix) + sum(len(branch.tokens) for branch in self.branches)
 
     @property
     def n_scored(self) -> int:
-        """Log-probabilities wanted of it."""
+        """Number of log-probabilities to compute."""
         return sum(len(targets) for branch in self.branches for _, targets in branch.requests)
 
     @property
     def requests(self) -> list[int]:
-        """Numbers of the requests that it answers."""
+        """The numbers of its requests."""
         return [number for branch in self.branches for number, _ in branch.requests]
 
 
 def plan_rows(requests: Sequence[Request], context: int) -> list[Row]:
-    """Rows of up to `context` tokens that answer every request; depends on nothing but the requests.
+    """Groups all requests into rows of up to `context` tokens; the same requests always give the same rows.
 
-    A request longer than the context loses tokens at its start, as in lm-eval.
+    A request longer than the context is cut at its start, as in lm-eval.
 
     Raises:
       FalconError: a context or continuation is empty, or a continuation does not fit the context.
@@ -106,7 +105,7 @@ def plan_rows(requests: Sequence[Request], context: int) -> list[Row]:
 
 @dataclasses.dataclass
 class _Input:
-    """Ids that the model reads, [T] big-endian uint32; how many are of the context; what is asked of them."""
+    """The ids that the model reads, [T] big-endian uint32; how many are of the context; the requests they serve."""
 
     ids: np.ndarray
     known: int
@@ -133,14 +132,14 @@ class _Input:
         return Branch(self.ids[shared:].tolist(), self.known - shared, self.requests)
 
     def common(self, other: _Input) -> int:
-        """Tokens that both begin with and that nothing is asked of."""
+        """Length of the common prefix, up to the first token that is scored."""
         most = min(self.known, other.known) - 1
         different = np.flatnonzero(self.ids[:most] != other.ids[:most])
         return int(different[0]) if len(different) else most
 
 
 def _merge(inputs: Sequence[_Input]) -> Iterator[_Input]:
-    """Sorted inputs without those that the next one contains, whose requests it takes over."""
+    """Drops every sorted input that the next one starts with, which takes over its requests."""
     held = inputs[0] if inputs else None
     for new in inputs[1:]:
         assert held is not None
@@ -154,9 +153,9 @@ def _merge(inputs: Sequence[_Input]) -> Iterator[_Input]:
 
 
 def _alike(inputs: Sequence[_Input], start: int, context: int) -> tuple[int, int]:
-    """How many inputs from `start` on to put into a row, and the tokens they share.
+    """The number of inputs from `start` on to put into one row, and the length of their common prefix.
 
-    Another one is taken as long as it saves tokens and the row stays within the context.
+    Inputs are added as long as that saves tokens and the row fits the context.
     """
     shared, n, tokens, scored = inputs[start].known - 1, 1, len(inputs[start].ids), inputs[start].n_scored
     for before, new in itertools.pairwise(itertools.islice(inputs, start, None)):
@@ -170,32 +169,32 @@ def _alike(inputs: Sequence[_Input], start: int, context: int) -> tuple[int, int
 
 
 class Engine(Protocol):
-    """A way to run a model: what an evaluation needs of it.
+    """What an evaluation needs of a model, implemented by `FlaxEngine` and `infer.DecodeEngine`.
 
     Attributes:
       config: the architecture.
-      prompts_together: how many prompts `generate` is best given at a time.
+      prompts_together: the best number of prompts for a call of `generate`.
     """
 
     config: FalconConfig
     prompts_together: int
 
     def batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The rows in the parts that `score` takes; depends on the rows alone."""
+        """Groups rows into batches for `score`; the same rows always give the same batches."""
 
     def score(self, batch: Sequence[Row]) -> dict[int, Score]:
-        """The scores of a batch by number of the request."""
+        """Scores of a batch, by the number of the request."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, until: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """Continues prompts; new ids only, up to a stop token, or until they are said to be enough."""
+        """Continues prompts; returns the new ids, up to a stop token or until `until(new ids)` is true."""
 
 
 class FlaxEngine:
-    """The Flax model, in batches of one length each, on one device or a mesh.
+    """Runs the Flax model on one device or a mesh; all rows of a batch have one padded length. See `Engine`.
 
-    A program is compiled for every length of `padded_length` that occurs. See `Engine`.
+    A program is compiled for every padded length that occurs, see `falcon_relu.generation.padded_length`.
     """
 
     def __init__(self, model: Falcon, params: Params, mesh: Mesh | None = None):
@@ -204,7 +203,7 @@ class FlaxEngine:
         self.prompts_together = 8 * self._devices
 
     def batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The longest rows first, each batch of one padded length."""
+        """Batches of rows of one padded length, the longest first."""
         found: list[list[Row]] = []
         for T, alike in itertools.groupby(sorted(rows, key=_length, reverse=True), _length):
             same, B = list(alike), self._batch_size(T)
@@ -212,10 +211,10 @@ class FlaxEngine:
         return found
 
     def score(self, batch: Sequence[Row]) -> dict[int, Score]:
-        """One forward pass."""
+        """Scores of the rows' requests, in one forward pass."""
         T = _length(batch[0])
         chunk = _QUERY_CHUNK if T % _QUERY_CHUNK == 0 else None
-        model = dataclasses.replace(self._model, query_chunk=chunk, attention="chunked")  # which knows SHARED
+        model = dataclasses.replace(self._model, query_chunk=chunk, attention="chunked")  # the kernel with SHARED
         arrays = _lay_out(batch, self._batch_size(T), T)
         count = max(row.n_scored for row in batch)
         if self._mesh is None:
@@ -239,7 +238,7 @@ class FlaxEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, until: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """All prompts together, filled up to the same number each time."""
+        """Continues all prompts together, padded to the same number in every call."""
         filled = [*prompts, *[prompts[-1]] * (self.prompts_together - len(prompts))]
         with contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh):
             return generate(self._model, self._params, filled, sampling, until)[: len(prompts)]
@@ -253,7 +252,7 @@ def _length(row: Row) -> int:
 
 
 def _lay_out(rows: Sequence[Row], B: int, T: int) -> tuple[np.ndarray, ...]:
-    """Tokens, positions and segments [B, T]; slots to score and their targets [B, T], filled from the left."""
+    """Arrays [B, T]: tokens, positions, segments; and, filled from the left, indices to score and their targets."""
     tokens, positions, segments, slots, targets = (np.zeros((B, T), np.int32) for _ in range(5))
     for b, row in enumerate(rows):
         P = len(row.prefix)

@@ -32,8 +32,8 @@ class Benchmark(NamedTuple):
       name: as the table calls it.
       task: lm-eval's task or group.
       shots: examples before each question; the task's own number if None.
-      metric: the figure that counts, as lm-eval names it; all that the task has if None.
-      folder: of lm-eval's task files; where all of them must be searched, None.
+      metric: the metric to report, as lm-eval names it; all that the task has if None.
+      folder: folder of lm-eval's task files to search; all of them if None.
     """
 
     name: str
@@ -66,16 +66,16 @@ def evaluate(
     """Runs benchmarks.
 
     Args:
-      model: a `harness.HarnessModel`, or what makes one once the questions are there and found right.
+      model: a `harness.HarnessModel`, or a function that makes one, called once the questions are loaded.
       benchmarks: what to run.
       data: folder of local datasets; the hub is asked for what is not in it.
       limit: questions of each task (of each subject of MMLU), at most.
-      seed: of the examples that are shown and of everything else that is drawn.
+      seed: of the examples shown and of everything else that is random.
 
     Returns:
       Results by name.
 
-      - rows: a mapping for each figure: benchmark, task, metric, shots, value (None where it could not be measured),
+      - rows: a mapping for each metric: benchmark, task, metric, shots, value (None where it could not be measured),
         error (standard error), questions, note (what is different or missing).
       - average: mean of the rows' values; None if one is missing.
       - samples: lm-eval's record of each question by task.
@@ -116,7 +116,7 @@ def evaluate(
 def _load(
     benchmarks: Sequence[Benchmark], data: Path | None
 ) -> tuple[dict[str, Task | Group], TaskManager, dict[str, str]]:
-    """The tasks whose questions are there, lm-eval's index of all, and what is to be said of any."""
+    """The tasks whose questions are available, lm-eval's index of all tasks, and notes on tasks for the table."""
     manager = _manager(benchmarks)
     loaded: dict[str, Task | Group] = {}
     notes: dict[str, str] = {}
@@ -148,7 +148,7 @@ def _load(
 
 
 def _with_settings(manager: TaskManager, name: str, settings: Mapping[str, Any]) -> str:
-    """Puts a task, group or tag with changed settings into lm-eval's index, as a group of one; the name of it."""
+    """Adds a task, group or tag with changed settings to lm-eval's index, as a group; returns the group's name."""
     entry = manager.task_index[name]
     if entry.cfg is None:
         members = [{"task": task, **settings} for task in sorted(entry.tags)]
@@ -160,7 +160,7 @@ def _with_settings(manager: TaskManager, name: str, settings: Mapping[str, Any])
 
 
 def _manager(benchmarks: Sequence[Benchmark]) -> TaskManager:
-    """An index of lm-eval's tasks: of the folders needed alone where these are known, since all take half a minute."""
+    """An index of lm-eval's tasks, of the needed folders only where these are known: all take half a minute."""
     root = Path(lm_eval.__file__).parent / "tasks"
     folders = [benchmark.folder for benchmark in benchmarks]
     if all(folder is not None and (root / folder).is_dir() for folder in folders):
@@ -188,7 +188,7 @@ def _rows(benchmark: Benchmark, task: Task | Group | None, found: Mapping[str, A
     names = [leaf.task_name for leaf in leaves]
     questions = sum(found["n-samples"][name]["effective"] for name in names)
     shots = {found["n-shot"].get(name) for name in names}
-    # A group without a figure of its own is shown by its tasks.
+    # A group without a metric of its own is shown as its tasks.
     shown = [benchmark.task] if _metrics(found["results"].get(benchmark.task, {})) else names
     return [
         about
@@ -206,8 +206,8 @@ def _rows(benchmark: Benchmark, task: Task | Group | None, found: Mapping[str, A
     ]
 
 
-def _metrics(figures: Mapping[str, Any]) -> list[str]:
-    return [name for name in figures if "," in name and "_stderr," not in name]
+def _metrics(results: Mapping[str, Any]) -> list[str]:
+    return [name for name in results if "," in name and "_stderr," not in name]
 
 
 def _reason(error: Exception) -> str:
