@@ -57,4 +57,4 @@ def check_text(name: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise FalconError(f"{name} is not UTF-8 text, from character {error.start + 1} on: {value!a}") from None
+        raise FalconError(f"{name} is not UTF-8 text, from character {error.start + 1} on: {value[:80]!a}") from None

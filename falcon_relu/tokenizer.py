@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_text
 from falcon_relu.files import regular_file, write_aside
 
 END_OF_TEXT = "<|endoftext|>"
@@ -78,14 +78,14 @@ class Tokenizer:
         """Token ids of `text`.
 
         Raises:
-          FalconError: the text is not Unicode, as bytes from a terminal may be, or the library fails on it.
+          FalconError: the text holds bytes from outside that are not UTF-8, or the library fails on it.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, on as many threads as the library uses; errors as `encode`."""
         for text in texts:
-            _check_unicode(text)
+            check_text("a text to encode", text)
         with _explained(f"the tokenizer {self.path} cannot encode a text"):
             # The fast call gives the same ids and leaves out the offsets, which nothing here reads.
             return [encoding.ids for encoding in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
@@ -191,15 +191,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
 def _is_byte(token: str) -> bool:
     """Whether a token may stand for one byte, as in vocabularies with byte fallback."""
     return _BYTE_TOKEN.fullmatch(token) is not None
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise FalconError(
-            f"{text[:40]!r} is not Unicode text at character {error.start + 1}: write it in UTF-8"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -140,5 +140,5 @@ def test_what_the_library_cannot_encode_is_one_line_that_names_the_file(tmp_path
             Tokenizer(tmp_path / f"{name}.json").encode(text)
         assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
-    with pytest.raises(FalconError, match="not Unicode text at character 4"):
+    with pytest.raises(FalconError, match="not UTF-8 text, from character 4"):
         small.encode("abc\udcff")

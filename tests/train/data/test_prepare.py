@@ -65,9 +65,7 @@ def whole(config):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All but the hidden locks, which end with their process: of one that was killed the empty file may stay."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".falcon-relu-lock")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def changed(config: PrepareConfig, **changes: object) -> PrepareConfig:
