@@ -9,7 +9,11 @@ class FalconError(Exception):
     """Something outside the code is wrong: a file, a setting, the machine.
 
     The message names what was wrong, where, and what to do. Commands print it without a traceback and exit with 1.
+    It is one line of printable text: names in files from outside may hold anything, control characters included.
     """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in super().__str__())
 
 
 def check_number(

@@ -31,7 +31,9 @@ def load_torch(path: Path) -> dict[str, Any]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises many classes for a damaged or malicious file
-        raise FalconError(f"{path} is not a plain torch weights file: {first_line(error)}") from error
+        # of a long text of advice, the line that says what the loader met
+        found = next((line for line in str(error).splitlines() if "WeightsUnpickler error" in line), first_line(error))
+        raise FalconError(f"{path} is not a plain torch weights file: {found[:300]}") from error
     if not isinstance(stored, dict):
         raise FalconError(f"{path} holds a {type(stored).__name__}, not tensors by name")
     for name, tensor in stored.items():
@@ -56,4 +58,4 @@ def as_numpy(tensor: Any) -> np.ndarray:
 
 def first_line(error: Exception) -> str:
     """The first line of a library's message, or what kind of error it is."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), "")[:300] or type(error).__name__

@@ -97,7 +97,7 @@ def test_one_file_beside_an_index_of_others_is_used_as_transformers_does_and_sai
     [
         ({3: torch.zeros(2)}, "an entry '3' where the name of a tensor is expected"),
         ({("a", "b"): torch.zeros(2)}, "where the name of a tensor is expected"),
-        ({"a\nb": torch.zeros(2)}, r"a tensor of the name 'a\\nb'"),
+        ({"a\nb": torch.zeros(2)}, "does not ask for: a b"),
         ({NORM: torch.empty(64, device="meta")}, f"'{NORM}' is a tensor without numbers"),
         ({NORM: torch.ones(64).to_sparse()}, f"'{NORM}' is a tensor without numbers, or not a dense one"),
         (lambda: {NORM: torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8)}, "not a dense one"),
