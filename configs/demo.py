@@ -1,4 +1,4 @@
-"""`falcon-relu demo`: the whole idea on two CPU cores in ten minutes or less."""
+"""`falcon-relu demo`: the whole idea in about 18 minutes of processor time."""
 
 import dataclasses
 from pathlib import Path

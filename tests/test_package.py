@@ -52,6 +52,8 @@ def test_sdist_holds_all_that_a_build_needs(unpacked):
     for package in ("falcon_relu", "train", "infer", "configs"):
         here = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py*") if path.suffix != ".pyc"}
         assert here <= held
+    report = {f"falcon_relu/cli/demo/report.{kind}" for kind in ("css", "html.jinja")}
+    assert report <= held
     native = {f"infer/native/{path.name}" for path in (ROOT / "infer" / "native").iterdir()}
     assert native <= held
     assert {"README.md", "LICENSE", "setup.py", "pyproject.toml"} <= held
@@ -67,6 +69,7 @@ def test_wheel_decodes_outside_the_repository(unpacked, tmp_path, compiler):
     wheel = _build("wheel", source, tmp_path / "dist", **without)
     with zipfile.ZipFile(wheel) as archive:
         assert any(name.endswith(".so") for name in archive.namelist()) == (not compiler)
+        assert "falcon_relu/cli/demo/report.html.jinja" in archive.namelist()
 
     _run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     bin_ = tmp_path / "venv" / "bin"

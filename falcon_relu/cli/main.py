@@ -23,7 +23,7 @@ from falcon_relu.progress import console as stderr
 # Every module below has a dataclass `Args`, whose docstring is the help text, and `run(args)`; those that start from
 # a config also have `defaults(config_name)`.
 COMMANDS = {
-    "demo": "The whole idea on real text in ten minutes: train, swap, distil, predict, decode, report",
+    "demo": "The whole idea on real text in minutes: train, swap, distil, predict, decode, report",
     "convert": "Hugging Face checkpoint -> native (Orbax) weights, streaming",
     "export": "native weights -> a folder that transformers loads",
     "prepare": "text -> packed token shards",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from falcon_relu.errors import FalconError
 from falcon_relu.generation import Sampling
 from infer.predictor.fitting import FitConfig
 from train.config import TrainConfig
@@ -64,4 +65,4 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.read not in self.reads:
-            raise ValueError(f"Recipe.read ({self.read}) must be one of reads {self.reads}")
+            raise FalconError(f"Recipe.read ({self.read}) must be one of reads {self.reads}")

@@ -34,7 +34,7 @@ def render(results: Results) -> str:
         zeros_by_layer, widths_of and operating_point, and the tables corpora, quality, predictor, tradeoff, decode,
         widths, benchmarks and samples. Any part may be missing or None.
     """
-    results = {**results, "derived": _derived(results)}
+    results = {**results, "derived": derived(results)}
     samples = [_sample(sample) for sample in results.get("samples") or []]
     return (
         _templates().get_template("report.html.jinja").render({**results, "samples": samples, "plots": _plots(results)})
@@ -77,14 +77,12 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": sample.get("prompt"), "texts": texts}
 
 
-# Figures that follow from the results
-
-
 def _rows(results: Results, path: str) -> Rows:
     return at(results, path) or []
 
 
-def _derived(results: Results) -> dict[str, Any]:
+def derived(results: Results) -> dict[str, Any]:
+    """Figures that follow from others in the results, None where one of these is missing."""
     quality = {name: _first(_rows(results, "quality"), "model", name) for name in ("teacher", "swapped", "LM + KL")}
     sparse_rows = [row for row in _rows(results, "decode") if row.get("mode") == "sparse"]
     sparse = max(sparse_rows, key=lambda row: row.get("tokens_per_second") or 0, default={})

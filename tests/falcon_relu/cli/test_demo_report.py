@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falcon_relu.cli.demo.report import render, write_report
+from falcon_relu.cli.main import main
 
 NASTY = "<script>alert('x')</script> & \"$a_b$\" {model.layers} </p>"
 PLOTS = {  # title -> what its axes say, with units
@@ -62,6 +63,7 @@ RESULTS = {
         "read_bandwidth_gb_s": 32.84,
     },
     "seconds": {"text": 4.25, "teacher": 231.5},
+    "processor_seconds": {"text": 6.0, "teacher": 444.0},
     "model": {
         "parameters": 21_495_808,
         "layers": 2,
@@ -112,7 +114,12 @@ RESULTS = {
         decode("dense", "xla", 201.25, 39_813, 1.0, True),
         decode("sparse", "xla", 171.5, 35_177, 0.3142, False),
     ],
-    "widths": [{"mode": "sparse", "backend": "native", "active": 0.1, "milliseconds": 31.45, "gb_s": 27.3}],
+    "widths": [
+        {"mode": "sparse", "backend": "xla", "active": 0.1, "milliseconds": 99.5, "gb_s": 9.3},
+        {"mode": "dense", "backend": "xla", "active": 1.0, "milliseconds": 121.5, "gb_s": 17.5},
+        {"mode": "sparse", "backend": "native", "active": 0.1, "milliseconds": 31.45, "gb_s": 27.3},
+        {"mode": "dense", "backend": "native", "active": 1.0, "milliseconds": 84.5, "gb_s": 28.5},
+    ],
     "widths_of": {"model": "falcon-40b", "layers": 1, "of_layers": 60, "rank": 1024},
     "samples": [
         {"prompt": "Once", "teacher": "a king", "dense": "a queen", "exact": "a queen", "sparse": "a quiet day"}
@@ -197,7 +204,13 @@ def test_the_figures_are_those_given():
         "right at 27.2% of held-out positions; the teacher does at 27.7%",
         "98.2% of the teacher",
         "83.0% of its MLP activations",  # the mean of 81 % and 85 %
+        "decodes 2.69 times as fast when it reads only",  # 84.5 / 31.45, the backend that is fastest sparse
+        "31.4 ms a token for 1 of 60 layers, against 84.5 ms",
+        "caches, which deliver them faster than the predictor saves them",
         "1.25 times the speed",  # 500 / 400, the faster backend
+        "500.0 tokens a second against 400.0",
+        "processor time7.5 minutes",
+        "No benchmark was run. The share kept",
         "88.4% of the bytes",  # 35,177 / 39,813
         "keeps 98.16% and tuning on text alone 95.57%",
         "ReluFalcon-40B keeps 97.30%",
@@ -221,6 +234,33 @@ def test_the_figures_are_those_given():
         ("plays", "old plays", "public domain", "42", "1,512,339"),
     ):
         assert re.search("<tr>" + "".join(f"<td[^>]*>{re.escape(cell)}</td>" for cell in cells) + "</tr>", page)
+
+
+def test_it_leads_with_the_speed_at_real_widths():
+    text = words(render(RESULTS))
+    assert text.index("2.69 times as fast") < text.index("98.2%") < text.index("1.25 times the speed")
+
+
+def test_benchmarks_are_not_said_to_be_missing_where_they_are_shown():
+    row = {
+        "benchmark": "MMLU",
+        "shots": 5,
+        "questions": 12,
+        "original": 0.25,
+        "relu": 0.25,
+        "sparse": 0.25,
+        "error": 0.1,
+    }
+    page = render(RESULTS | {"benchmarks": [row | {"chance": 0.25}], "benchmarks_missing": "TruthfulQA"})
+    assert "<td>12</td><td>25.0%</td>" in page
+    assert "Missing: TruthfulQA." in words(page)
+    assert "No benchmark was run" not in page
+    assert "Missing:" not in words(render(RESULTS | {"benchmarks": [row], "benchmarks_missing": ""}))
+
+
+def test_a_log_that_was_edited_is_drawn_as_far_as_it_is_one():
+    curves = {"teacher": [{"step": 1, "cross_entropy": "low"}, {"step": 2, "cross_entropy": 3.5}, {"step": 3}, {}]}
+    assert "<svg" in render(RESULTS | {"curves": curves})
 
 
 def test_a_miss_says_by_how_much_and_why():
@@ -318,3 +358,28 @@ def test_the_same_results_give_the_same_file(tmp_path):
     write_report(path, {"samples": [{"prompt": "\ud800"}]})  # half a surrogate pair, which JSON can carry
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert "&#55296;" in path.read_text(encoding="utf-8")
+
+
+STATE = {  # a file of a run, and what it holds
+    "recipe.json": ["", "[]", "3", "null", '{"rank":', "\xff", '{"rank": 7}', "[" * 90_000],
+    "figures/text.json": [
+        "",
+        "[]",
+        "null",
+        "{}",
+        '{"seconds": 1}',
+        '{"seconds": 1, "figures": [], "checksum": 3}',
+        "{\xff",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in STATE.items() for text in texts])
+def test_a_damaged_state_of_a_run_is_told_in_a_line(tmp_path, capsys, name, text):
+    (tmp_path / "run" / "figures").mkdir(parents=True)
+    (tmp_path / "run" / name).write_bytes(text.encode("latin-1"))
+    assert main(["demo", "--config", "demo_tiny", "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "recipe" in said if text == '{"rank": 7}' else name in said
+    assert (tmp_path / "run" / name).read_bytes() == text.encode("latin-1")
