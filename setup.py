@@ -12,11 +12,10 @@ def _native_kernels() -> list[Extension]:
     if jaxlib is None or jaxlib.origin is None:
         print("jaxlib is not there: building without the native kernels; decoding will use XLA's own operations")
         return []
-    sources = ["avx2.cc", "avx512.cc", "avx512_bf16.cc", "avx512_vnni.cc", "handlers.cc", "plain.cc"]
     return [
         Extension(
             "infer._native",
-            sources=[f"infer/native/{name}" for name in sources],
+            sources=sorted(str(path) for path in Path("infer/native").glob("*.cc")),
             depends=[str(path) for path in Path("infer/native").glob("*.h")],
             include_dirs=[str(Path(jaxlib.origin).parent / "include")],
             extra_compile_args=[

@@ -46,7 +46,7 @@ def write_aside(
     """
     target = Path(target)
     check_output(target, folder=folder, replace=replace, marker=marker)
-    if not folder and _is_special(target):
+    if not folder and is_special(target):
         with tempfile.TemporaryDirectory() as room:
             yield Path(room) / "content"
             _write_through(Path(room) / "content", target)
@@ -280,10 +280,10 @@ def _existing_kind(target: Path) -> str:
         return "nothing"
     if stat.S_ISDIR(mode):
         return "folder"
-    return "special" if _is_special(target) else "file"
+    return "special" if is_special(target) else "file"
 
 
-def _is_special(target: Path) -> bool:
+def is_special(target: Path) -> bool:
     """Whether a path leads to a device or pipe, or to a file that a process holds open, as /dev/stdout may."""
     return target.exists() and not target.is_dir() and (not target.is_file() or _open_file(target) is not None)
 

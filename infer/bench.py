@@ -23,10 +23,11 @@ from infer import kernels
 from infer.generation import read_prompts
 from infer.step import MODES, DecodeState, Mode, decode_step, step_bytes, unembed
 from infer.weights.formats import DTYPES, Format, Rows, quantise
-from infer.weights.layout import DecodeWeights, Formats, LayerWeights, Norm, PredictorWeights
+from infer.weights.layout import DecodeWeights, Formats, Norm, skeleton
 from infer.weights.memory import free_memory, huge_empty
 
 _PATTERN_ROWS = 2048  # distinct random rows; a matrix repeats them, which costs the memory the same
+_LEAST_READ = 256 << 20  # bytes of a reading: more than the last-level caches hold
 _KERNEL_BYTES = 4 << 30  # total size of the matrices that a kernel is measured on
 _MOST_MATRICES = 16
 
@@ -37,36 +38,23 @@ def random_weights(config: FalconConfig, formats: Formats, rank: int, seed: int 
     All pre-activations are positive, so every selected neuron fires and its down-projection row is read too. The
     predictors' logits are random: `with_active_share` sets the share of neurons that they select.
     """
-    D, F, V = config.d_model, config.d_ff, config.vocab_size
-    heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     rng = np.random.default_rng(seed)
+    before_mlp = "attention_norm" if config.block == "parallel" else "mlp_norm"
 
-    def norm(bias: float) -> Norm:
-        return Norm(jnp.ones(D, jnp.float32), jnp.full(D, bias, jnp.float32))
+    def fill(path: tuple[Any, ...], wanted: Any) -> Any:
+        name = path[-1].name
+        if isinstance(wanted, Rows):
+            M, D = wanted.shape
+            mean, distinct = 0.01 if name == "up" else 0.0, M if name == "fc2" else _PATTERN_ROWS
+            return random_rows(rng, M, D, wanted.format, mean=mean, distinct=distinct)
+        if isinstance(wanted, Norm):
+            (D,) = wanted.scale_D.shape
+            return Norm(jnp.ones(D, jnp.float32), jnp.full(D, float(name == before_mlp), jnp.float32))
+        value = {"threshold": -np.inf, "budget": config.d_ff}.get(name, 0)
+        return jnp.full(wanted.shape, value, wanted.dtype)
 
-    def layer() -> LayerWeights:
-        return LayerWeights(
-            attention_norm=norm(0.0 if config.block != "parallel" else 1.0),
-            mlp_norm=None if config.block == "parallel" else norm(1.0),
-            qkv=random_rows(rng, heads, D, formats.attention),
-            out=random_rows(rng, D, D, formats.attention),
-            up=random_rows(rng, F, D, formats.mlp, mean=0.01),
-            down=random_rows(rng, F, D, formats.mlp),
-            predictor=PredictorWeights(
-                random_rows(rng, rank, D, formats.predictor),
-                random_rows(rng, F, rank, formats.predictor, distinct=F),
-                jnp.float32(-np.inf),
-                jnp.int32(F),
-            ),
-        )
-
-    return DecodeWeights(
-        config=config,
-        predictor_input="block_input",
-        embedding=random_rows(rng, V, D, formats.head),
-        layers=tuple(layer() for _ in range(config.n_layers)),
-        final_norm=norm(0.0),
-    )
+    shapes = skeleton(config, formats, (rank,) * config.n_layers, "block_input")
+    return jax.tree_util.tree_map_with_path(fill, shapes, is_leaf=lambda part: isinstance(part, Rows | Norm))
 
 
 def random_rows(
@@ -272,9 +260,15 @@ def memory_reader(matrices: list[Rows]) -> Callable[[], float]:
     return read
 
 
-def memory_bandwidth(size: int = 1 << 30) -> float:
-    """Memory bandwidth in bytes a second: all threads together read `size` bytes, or less where memory is short."""
-    data = huge_empty((int(min(size, free_memory() / 4)) >> 14, 1 << 12), np.float32)
+def memory_bandwidth(size: int = 1 << 30) -> float | None:
+    """Bytes a second that memory delivers to all threads together, reading `size` bytes of numbers in a stream.
+
+    Where less than four times that is free it reads a quarter of what is free; None if that would fit into a cache.
+    """
+    size = int(min(size, free_memory() / 4))
+    if size < _LEAST_READ:
+        return None
+    data = huge_empty((size >> 14, 1 << 12), np.float32)
     data.fill(1.0)  # pages never written all map to one zero page, which stays in the cache
     read = memory_reader([Rows(jax.device_put(data))])
     return float(np.median([read() for _ in range(3)]))

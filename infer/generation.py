@@ -13,9 +13,10 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
+from falcon_relu.config import FalconConfig
 from falcon_relu.generation import Sampling, check_prompts, pad_prompts, sample
 from infer import kernels
-from infer.step import DecodeState, Mode, Reads, check_mode, decode_step, prefill, step_bytes, unembed
+from infer.step import DecodeState, Mode, Reads, check_mode, decode_step, prefill, prefill_bytes, step_bytes, unembed
 from infer.weights.layout import DecodeWeights
 
 _BLOCKS = (16, 64, 128, 192, 256)  # prompt tokens a prefill program takes: few programs, little padding
@@ -116,8 +117,7 @@ def stream(
     c = weights.config
     check_prompts(prompts, c.vocab_size, c.max_positions, sampling.max_new_tokens)
     check_mode(weights, mode)
-    context = -(-(max(map(len, prompts)) + sampling.max_new_tokens) // _CONTEXT_STEP) * _CONTEXT_STEP
-    state = DecodeState.empty(c, len(prompts), context)
+    state = DecodeState.empty(c, len(prompts), _context(max(map(len, prompts)) + sampling.max_new_tokens))
     return _stream(weights, state, prompts, sampling, mode, backend, stats or DecodeStats())
 
 
@@ -200,8 +200,21 @@ def _stream(
                 stats.timed_tokens += int((~ended).sum())
                 stats.step_seconds += now - begun
             _note(stats, weights, reads, mode)
-            begun = time.perf_counter()
+            begun = now  # all that lies between two steps counts, the noting of what was read too
     return state
+
+
+def working_bytes(config: FalconConfig, batch: int, prompt: int, tokens: int) -> int:
+    """Bytes that `generate` takes beside the weights: the cache, and a prefill.
+
+    Args:
+      config: the model.
+      batch: sequences.
+      prompt: tokens of the longest prompt.
+      tokens: of the longest sequence, prompt and continuation.
+    """
+    cache = DecodeState.nbytes(config, batch, _context(tokens))
+    return cache + prefill_bytes(config, batch, _block(prompt))
 
 
 def read_prompts(
@@ -212,7 +225,7 @@ def read_prompts(
     hidden_BxD = jnp.zeros((len(prompts), weights.config.d_model), jnp.float32)
     start = 0
     while (left := tokens_BxT.shape[1] - start) > 0:
-        T = next((size for size in _BLOCKS if size >= left), _BLOCKS[-1])
+        T = _block(left)
         block_BxT = np.zeros((len(prompts), T), np.int32)
         block_BxT[:, : min(left, T)] = tokens_BxT[:, start : start + T]
         valid_B = np.clip(lengths_B - start, 0, T)
@@ -222,13 +235,22 @@ def read_prompts(
     return unembed(weights, hidden_BxD, backend=backend), state
 
 
+def _block(tokens: int) -> int:
+    """Tokens that the next program of a prefill takes, of so many that are left."""
+    return next((size for size in _BLOCKS if size >= tokens), _BLOCKS[-1])
+
+
+def _context(tokens: int) -> int:
+    return -(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP
+
+
 _sample = functools.partial(jax.jit, static_argnums=2)(sample)
 
 
 def _note(stats: DecodeStats, weights: DecodeWeights, reads: Reads, mode: Mode) -> None:
     stats.steps += 1
     n_neurons = weights.config.d_ff * weights.config.n_layers
-    up, down = float(reads.up_L.sum()) / n_neurons, float(reads.down_L.sum()) / n_neurons
+    up, down = (float(np.asarray(rows_L).sum()) / n_neurons for rows_L in (reads.up_L, reads.down_L))
     stats.neurons_read += (up - stats.neurons_read) / stats.steps
     stats.mlp_read += ((up + down) / 2 - stats.mlp_read) / stats.steps
     stats.step_bytes += (step_bytes(weights, reads, mode) - stats.step_bytes) / stats.steps

@@ -2,6 +2,9 @@
 
 Layers are unrolled in Python inside one program, each with its own cache buffers: a scan would copy the whole cache
 twice a layer on a CPU. Weights are arguments and are never copied, converted or sliced as a whole.
+
+Shapes: B sequences, T tokens of each, S positions of the cache, D model width, F neurons, K key-value heads, G query
+heads of each of them, H head width, V vocabulary, L layers, R predictor rank.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What a batch of sequences has behind it.
+    """The tokens that a batch of sequences consists of so far, as keys and values.
 
     Attributes:
       keys: of each layer [B, S, K, H], rotated already, in the cache's dtype; filled from slot 0.
@@ -97,18 +100,23 @@ def decode_step(
       state: given up; its buffers are updated in place. Every sequence must have a free slot.
       token_B: token ids, int32.
       mode: "dense" reads everything, "exact" skips rows of the down-projection whose neuron is 0, "sparse" reads
-        only neurons that the predictor chooses for any sequence of the batch.
+        only neurons that the predictor chooses for any sequence of the batch; of these, only its own count for a
+        sequence, so that its result does not depend on the others.
       backend: of the kernels.
 
     Returns:
       Logits [B, V] in f32, the next state, and how many neurons were read.
+
+    Raises:
+      jax.errors.JaxRuntimeError: when the results are looked at, if a sequence had no free slot.
     """
     k = kernels.backend(backend)
+    state = _with_room(state, 1)
     x_BxD = take(weights.embedding, token_B)
-    turn = _rotation(weights.config, state, state.length_B[:, None])
+    angles = _rotation(weights.config, state, state.length_B[:, None])
     keys, values, reads = [], [], []
     for layer, key, value in zip(weights.layers, state.keys, state.values, strict=True):
-        x_BxD, key, value, read = _layer_step(weights, layer, x_BxD, key, value, state.length_B, turn, mode, k)
+        x_BxD, key, value, read = _layer_step(weights, layer, x_BxD, key, value, state.length_B, angles, mode, k)
         keys.append(key)
         values.append(value)
         reads.append(read)
@@ -128,7 +136,7 @@ def prefill(
 ) -> tuple[jax.Array, DecodeState]:
     """Adds the first `valid` of T tokens to every sequence, through matrix-matrix products and all neurons.
 
-    The last layer's output is worked out for the last tokens only.
+    The last layer's output is computed for the last tokens only.
 
     Args:
       weights: the model.
@@ -139,37 +147,37 @@ def prefill(
 
     Returns:
       The final hidden state [B, D] in f32 after each sequence's last valid token (see `unembed`), and the next state.
+
+    Raises:
+      jax.errors.JaxRuntimeError: when the results are looked at, if a sequence had too little room.
     """
     k = kernels.backend(backend)
     c = weights.config
     B, T = tokens_BxT.shape
     S = state.keys[0].shape[1]
+    state = _with_room(state, valid_B)
     position_BxT = state.length_B[:, None] + jnp.arange(T)[None]
-    slot_BxT = jnp.where(jnp.arange(T)[None] < valid_B[:, None], position_BxT, S)  # padding falls off the cache
-    seen_BxT = jnp.where(slot_BxT < S, position_BxT + 1, 1)
+    is_token_BxT = jnp.arange(T)[None] < valid_B[:, None]
+    slot_BxT = jnp.where(is_token_BxT, position_BxT, S)  # that of padding lies past the cache: it is not written
+    seen_BxT = jnp.where(is_token_BxT, position_BxT + 1, 1)
     x_BxTxD = take(weights.embedding, tokens_BxT.reshape(-1)).reshape(B, T, -1)
     used = jnp.max(jnp.where(valid_B > 0, jnp.arange(B) * T + valid_B, 0))  # of the B * T tokens; the rest is padding
     multiply, weigh = (functools.partial(product, count=used) for product in (k.rows_matmul, k.weighted_rows_matmul))
-    turn = _rotation(c, state, position_BxT)
+    angles = _rotation(c, state, position_BxT)
     keys, values = [], []
     for layer, old_key, old_value in zip(weights.layers, state.keys, state.values, strict=True):
-        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), turn, multiply)
+        q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), angles, multiply)
         key, value = _write(old_key, slot_BxT, k_new), _write(old_value, slot_BxT, v_new)
         keys.append(key)
         values.append(value)
         if len(keys) == c.n_layers:
-            break  # beyond its keys and values the last layer matters for the last tokens only
+            break
         y_BxTxKxGxH = k.attend(q, key, value, seen_BxT, _bias(c, S))
         attention = _plus(multiply(layer.out, y_BxTxKxGxH.reshape(B, T, -1)), layer.out_bias)
         residual, mlp_input = _mlp_input(c, layer, x_BxTxD, attention)
         h_BxTxF = activation_fn(c)(_plus(multiply(layer.up, mlp_input), layer.up_bias))
         x_BxTxD = residual + _plus(weigh(layer.down, h_BxTxF), layer.down_bias)
-    last_B = jnp.maximum(valid_B - 1, 0)
-    q_Bx1xKxGxH, x_Bx1xD, seen_Bx1 = (
-        jnp.take_along_axis(of, last_B.reshape(-1, *[1] * (of.ndim - 1)), axis=1) for of in (q, x_BxTxD, seen_BxT)
-    )
-    y_Bx1xKxGxH = k.attend(q_Bx1xKxGxH, key, value, seen_Bx1, _bias(c, S))
-    hidden_BxD, _ = _after_attention(weights, layer, x_Bx1xD[:, 0], y_Bx1xKxGxH, "dense", k)
+    hidden_BxD = _last_layer_of_prefill(weights, q, key, value, x_BxTxD, seen_BxT, valid_B, k)
     return hidden_BxD, DecodeState(tuple(keys), tuple(values), state.length_B + valid_B)
 
 
@@ -190,7 +198,54 @@ def step_bytes(weights: DecodeWeights, reads: Reads, mode: Mode) -> int:
     return total
 
 
+def prefill_bytes(config: FalconConfig, batch: int, tokens: int) -> int:
+    """Bytes that `prefill` takes beside weights and caches, for so many tokens a sequence, and the logits behind it."""
+    c = config
+    heads = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+    floats_of_token = 3 * c.d_ff + 3 * heads + 6 * c.d_model  # the arrays of a layer, and copies that products pack
+    return 4 * batch * (tokens * floats_of_token + c.vocab_size) + (64 << 20)  # XLA's products widen blocks of rows
+
+
 # ---- one layer
+
+
+def _with_room(state: DecodeState, new: jax.Array | int) -> DecodeState:
+    """The state; a program that would write past the end of its cache ends with an error, on every backend."""
+    S = state.keys[0].shape[1]
+    longest = jnp.max(state.length_B + new)
+
+    def refuse(length: Any) -> Any:
+        raise FalconError(f"a sequence of {int(length)} tokens does not fit the {S} positions of the cache")
+
+    def full(length_B: jax.Array) -> jax.Array:
+        shape = jax.ShapeDtypeStruct(length_B.shape, length_B.dtype)
+        return jax.pure_callback(lambda longest, _: refuse(longest), shape, longest, length_B)
+
+    length_B = jax.lax.cond(longest > S, full, lambda length_B: length_B, state.length_B)
+    return dataclasses.replace(state, length_B=length_B)
+
+
+def _last_layer_of_prefill(
+    weights: DecodeWeights,
+    q_BxTxKxGxH: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    x_BxTxD: jax.Array,
+    seen_BxT: jax.Array,
+    valid_B: jax.Array,
+    k: ModuleType,
+) -> jax.Array:
+    """The hidden state [B, D] after the last layer's block, of each sequence's last token.
+
+    The last layer's keys and values are those of all tokens; of its output only the last token's is of use.
+    """
+    last_B = jnp.maximum(valid_B - 1, 0)
+    q_Bx1xKxGxH, x_Bx1xD, seen_Bx1 = (
+        jnp.take_along_axis(of, last_B.reshape(-1, *[1] * (of.ndim - 1)), axis=1)
+        for of in (q_BxTxKxGxH, x_BxTxD, seen_BxT)
+    )
+    y_Bx1xKxGxH = k.attend(q_Bx1xKxGxH, key, value, seen_Bx1, _bias(weights.config, key.shape[1]))
+    return _after_attention(weights, weights.layers[-1], x_Bx1xD[:, 0], y_Bx1xKxGxH, "dense", k)[0]
 
 
 def _layer_step(
@@ -200,13 +255,13 @@ def _layer_step(
     key: jax.Array,
     value: jax.Array,
     length_B: jax.Array,
-    turn: Rotation | None,
+    angles: Rotation | None,
     mode: Mode,
     k: ModuleType,
 ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     c = weights.config
     normed_Bx1xD = _norm(layer.attention_norm, x_BxD, c.norm_eps)[:, None]
-    q, k_new, v_new = _qkv(c, layer, normed_Bx1xD, turn, lambda w, x: k.rows_dot(w, x[:, 0])[:, None])
+    q, k_new, v_new = _qkv(c, layer, normed_Bx1xD, angles, lambda w, x: k.rows_dot(w, x[:, 0])[:, None])
     key = _write(key, length_B[:, None], k_new)
     value = _write(value, length_B[:, None], v_new)
     y_Bx1xKxGxH = k.attend(q, key, value, length_B[:, None] + 1, _bias(c, key.shape[1]))
@@ -240,11 +295,11 @@ def _mlp(
     assert layer.predictor is not None  # check_mode
     hidden_BxR = jax.nn.relu(k.rows_dot(layer.predictor.fc1, predicting_BxD))
     score_BxF = k.rows_dot(layer.predictor.fc2, hidden_BxR)
-    index_F, count = k.select(score_BxF, layer.predictor.threshold, layer.predictor.budget)
+    index_F, count, chosen_BxF = k.select(score_BxF, layer.predictor.threshold, layer.predictor.budget)
     h_BxF = k.gathered_rows_dot(layer.up, index_F, count, x_BxD)
     if layer.up_bias is not None:
-        h_BxF += jnp.asarray(layer.up_bias)[index_F][None]  # past `count` this is a number that nobody reads
-    h_BxF = jnp.where(jnp.arange(F)[None] < count, activation_fn(c)(h_BxF), 0)
+        h_BxF += jnp.asarray(layer.up_bias)[index_F][None]  # past `count` any number: the mask drops it
+    h_BxF = jnp.where(chosen_BxF, activation_fn(c)(h_BxF), 0)
     return k.weighted_row_sum(layer.down, h_BxF, index_F, count, skip_zeros=True), (count, _firing(h_BxF))
 
 
@@ -253,7 +308,7 @@ def _firing(h_BxF: jax.Array) -> jax.Array:
 
 
 def _rotation(c: FalconConfig, state: DecodeState, position_BxT: jax.Array) -> Rotation | None:
-    """Looked up in a table of all positions that the cache can hold: XLA would work out a cosine for every head."""
+    """Cosines and sines, looked up in a table of all positions of the cache: XLA would compute them for every head."""
     if c.position != "rotary":
         return None
     with jax.ensure_compile_time_eval():
@@ -270,15 +325,15 @@ def _bias(c: FalconConfig, S: int) -> jax.Array | None:
 
 
 def _qkv(
-    c: FalconConfig, layer: LayerWeights, x_BxTxD: jax.Array, turn: Rotation | None, multiply: Any
+    c: FalconConfig, layer: LayerWeights, x_BxTxD: jax.Array, angles: Rotation | None, multiply: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, K, G, H], keys and values [B, T, K, H], rotated where the model rotates."""
     B, T = x_BxTxD.shape[:2]
     K, G, H = c.n_kv_heads, c.q_per_kv, c.head_dim
     heads = _plus(multiply(layer.qkv, x_BxTxD), layer.qkv_bias).reshape(B, T, K, G + 2, H)
-    if turn is not None:
-        turned = rotary(heads[..., : G + 1, :].reshape(B, T, -1, H), turn).reshape(B, T, K, G + 1, H)
-        return turned[..., :G, :], turned[..., G, :], heads[..., G + 1, :]
+    if angles is not None:
+        rotated = rotary(heads[..., : G + 1, :].reshape(B, T, -1, H), angles).reshape(B, T, K, G + 1, H)
+        return rotated[..., :G, :], rotated[..., G, :], heads[..., G + 1, :]
     return heads[..., :G, :], heads[..., G, :], heads[..., G + 1, :]
 
 
@@ -294,14 +349,14 @@ def _norm(norm: Norm, x: jax.Array, epsilon: float) -> jax.Array:
     """LayerNorm over the last axis, in f32."""
     centred = x - x.mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-    return _plus(normal * _spread(norm.scale_D, x), norm.bias_D)
+    return _plus(normal * _broadcast(norm.scale_D, x), norm.bias_D)
 
 
 def _plus(x: jax.Array, bias: Any) -> jax.Array:
-    return x if bias is None else x + _spread(bias, x)
+    return x if bias is None else x + _broadcast(bias, x)
 
 
-def _spread(vector: Any, like: jax.Array) -> jax.Array:
+def _broadcast(vector: Any, like: jax.Array) -> jax.Array:
     return jnp.asarray(vector).reshape((1,) * (like.ndim - 1) + (-1,))
 
 

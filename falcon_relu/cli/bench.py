@@ -10,7 +10,7 @@ from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import FAMILY, family
 from falcon_relu.errors import FalconError
-from falcon_relu.progress import progress
+from falcon_relu.progress import console, progress
 from infer import bench, kernels
 from infer.kernels import native
 from infer.weights.formats import Format
@@ -56,6 +56,8 @@ class Args(Output):
 def run(args: Args) -> None:
     """Measures and reports."""
     _check(args)
+    if args.backends is None and (notice := kernels.fallback("auto")) is not None:
+        console.print(notice, style="yellow", soft_wrap=True)
     report(_kernels(args) if args.micro else _tokens(args), args, also={"machine": machine()})
 
 

@@ -16,16 +16,16 @@ from falcon_relu.checkpoints.load import load_config
 from falcon_relu.cli.outputs import Output
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_text, write_json
+from falcon_relu.files import is_special, read_text, write_json
 from falcon_relu.generation import Sampling, check_prompts
 from falcon_relu.progress import console
 from falcon_relu.tokenizer import Tokenizer
 from infer import kernels
 from infer.bench import memory_bandwidth
-from infer.generation import Conversation, DecodeStats, stream
+from infer.generation import Conversation, DecodeStats, stream, working_bytes
 from infer.kernels.threads import limit_threads
 from infer.predictor.predictor import Predictor, load_predictor
-from infer.step import DecodeState, Mode, check_mode
+from infer.step import Mode, check_mode
 from infer.weights.layout import DecodeWeights, Formats, skeleton, weights_from_checkpoint
 from infer.weights.memory import need_memory
 from infer.weights.storage import is_decode_weights, load_weights, outline
@@ -72,27 +72,31 @@ def run(args: Args) -> None:
     if args.batch < 1:
         raise FalconError(f"--batch must be at least 1, got {args.batch}")
     kernels.backend(args.backend)
+    if (notice := kernels.fallback(args.backend)) is not None:
+        console.print(notice, style="yellow", soft_wrap=True)
     tokenizer = Tokenizer(args.tokenizer)
     prompts = [*args.prompts, *(_lines(args.file) if args.file else ())]
     encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     sampling = dataclasses.replace(args.sampling, stop_tokens=(*args.sampling.stop_tokens, tokenizer.eos_id))
 
-    outline, predictor = _outline(args)
+    outline = _outline(args)
     c = outline.config
     tokenizer.check_fits(c.vocab_size)
     mode: Mode = args.mode or _sparsest(outline)
     check_mode(outline, mode)
     if encoded:
         check_prompts(encoded, c.vocab_size, c.max_positions, sampling.max_new_tokens)
-        longest = max(map(len, encoded)) + sampling.max_new_tokens
+        prompt = max(map(len, encoded))
+        batch, longest = min(args.batch, len(encoded)), prompt + sampling.max_new_tokens
     else:
-        longest = c.max_positions
-    cache = DecodeState.nbytes(c, args.batch, longest)
-    need_memory(outline.nbytes + cache, f"the weights of {args.model} and the cache of {args.batch} x {longest} tokens")
+        prompt, batch, longest = c.max_positions, 1, c.max_positions
+    # A predictor file is gone before the first prompt is read.
+    more = max(working_bytes(c, batch, prompt, longest), args.predictor.stat().st_size if args.predictor else 0)
+    need_memory(outline.nbytes + more, f"the weights of {args.model} and the cache of {batch} x {longest} tokens")
 
-    weights = _weights(args, predictor)
+    weights = _weights(args)
     stats = DecodeStats()
-    about = {"mode": mode, "kernels": kernels.describe(kernels.backend(args.backend))}
+    about: dict[str, object] = {"mode": mode, "kernels": kernels.describe(kernels.backend(args.backend))}
     if not prompts:
         turns: list[dict[str, object]] = []
         try:
@@ -106,39 +110,46 @@ def run(args: Args) -> None:
         group = slice(start, start + args.batch)
         steps = stream(weights, encoded[group], sampling, mode=mode, backend=args.backend, stats=stats)
         texts += _show(tokenizer, prompts[group], steps)
+    about |= {"prompts": prompts, "texts": texts}
+    written = args.json is not None and not is_special(args.json)
+    if args.json is not None and written:  # before memory is measured, which takes memory
+        write_json(args.json, about | _row(stats, None), replace=args.overwrite)
     bandwidth = memory_bandwidth()
     console.print(_line(stats, bandwidth), soft_wrap=True)
     if args.json is not None:
-        write_json(
-            args.json, about | _row(stats, bandwidth) | {"prompts": prompts, "texts": texts}, replace=args.overwrite
-        )
+        write_json(args.json, about | _row(stats, bandwidth), replace=args.overwrite or written)
 
 
-def _outline(args: Args) -> tuple[DecodeWeights, Predictor | None]:
-    """Shapes of the weights that will be read, and the predictor file, checked against them."""
+def _outline(args: Args) -> DecodeWeights:
+    """Shapes of the weights that will be read; checks the predictor file against them."""
     if is_decode_weights(Path(args.model)):
         if args.format is not None or args.activation is not None:
             raise FalconError(f"{args.model} is packed already: its format and activation cannot be chosen any more")
         packed = outline(Path(args.model))
         predictor = _predictor(args, packed.config)
         if predictor is None:
-            return packed, None
-        return skeleton(packed.config, packed.formats, predictor.ranks, predictor.input), predictor
+            return packed
+        return skeleton(packed.config, packed.formats, predictor.ranks, predictor.input)
     config = load_config(args.model, activation=args.activation)
     predictor = _predictor(args, config)
     ranks, input = (predictor.ranks, predictor.input) if predictor else ((), None)
-    return skeleton(config, _formats(args), ranks, input), predictor
+    return skeleton(config, _formats(args), ranks, input)
 
 
 def _predictor(args: Args, config: FalconConfig) -> Predictor | None:
     return None if args.predictor is None else load_predictor(args.predictor, config)
 
 
-def _weights(args: Args, predictor: Predictor | None) -> DecodeWeights:
-    if not is_decode_weights(Path(args.model)):
-        return weights_from_checkpoint(args.model, _formats(args), predictor, activation=args.activation)
-    weights = load_weights(Path(args.model))
-    return weights if predictor is None else weights.with_predictor(predictor, weights.formats.predictor)
+def _weights(args: Args) -> DecodeWeights:
+    """The weights. The predictor file is read again, after them: both its forms are in memory for a moment only."""
+    if is_decode_weights(Path(args.model)):
+        weights = load_weights(Path(args.model))
+        format = weights.formats.predictor
+    else:
+        weights = weights_from_checkpoint(args.model, _formats(args), activation=args.activation)
+        format = _formats(args).predictor
+    predictor = _predictor(args, weights.config)
+    return weights if predictor is None else weights.with_predictor(predictor, format)
 
 
 def _formats(args: Args) -> Formats:
@@ -206,16 +217,17 @@ def _chat(
         console.print(_line(taken, bandwidth), style="dim", soft_wrap=True)
 
 
-def _line(stats: DecodeStats, bandwidth: float) -> str:
+def _line(stats: DecodeStats, bandwidth: float | None) -> str:
     return (
         f"prompt {stats.prompt_tokens:,} tokens, {stats.prompt_tokens_per_second:,.4g} tokens/s; "
         f"generation {stats.tokens:,} tokens, {stats.tokens_per_second:,.4g} tokens/s; "
         f"{stats.step_bytes / 1e6:,.4g} MB a step; {stats.neurons_read:.1%} of the neurons read; "
-        f"{stats.bytes_per_second / 1e9:.3g} of {bandwidth / 1e9:.3g} GB/s"
+        f"{stats.bytes_per_second / 1e9:.3g} of {'?' if bandwidth is None else f'{bandwidth / 1e9:.3g}'} GB/s"
+        + (" (too little memory is free to measure what it delivers)" if bandwidth is None else "")
     )
 
 
-def _row(stats: DecodeStats, bandwidth: float) -> dict[str, float]:
+def _row(stats: DecodeStats, bandwidth: float | None) -> dict[str, float | None]:
     return {
         "prompt tokens": stats.prompt_tokens,
         "prompt tokens/s": stats.prompt_tokens_per_second,
@@ -224,7 +236,7 @@ def _row(stats: DecodeStats, bandwidth: float) -> dict[str, float]:
         "MB a step": stats.step_bytes / 1e6,
         "neurons read": stats.neurons_read,
         "GB/s": stats.bytes_per_second / 1e9,
-        "memory GB/s": bandwidth / 1e9,
+        "memory GB/s": None if bandwidth is None else bandwidth / 1e9,
     }
 
 

@@ -4,7 +4,7 @@
     gathered_rows_dot(w, index_A, count, x_BxD) -> h_BxA  the rows that index_A[:count] names; 0 past them
     weighted_row_sum(w, h_BxA, index_A, count) -> y_BxD   sum of the rows (those named, if there is an index) times h
     rows_matmul(w, x, count) -> y, weighted_rows_matmul(w, h, count) -> y   both products for many vectors, in bf16
-    select(score_BxF, threshold, budget) -> index_F, count  the neurons worth reading
+    select(score_BxF, threshold, budget) -> index_F, count, chosen_BxF   the neurons that are read, and for whom
     attend(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, length_BxT) attention over the valid part of a cache
     read_rows(w, index_A, count, seen)                    reads and forgets: what the memory delivers
 
@@ -36,6 +36,13 @@ def backend(name: Backend = "auto") -> ModuleType:
             f"the native kernels cannot be used: {reason}; use the xla backend or reinstall with a C++17 compiler"
         )
     return native
+
+
+def fallback(name: Backend) -> str | None:
+    """Why "auto" means the slower backend here, in a line; None where it does not, or where "auto" is not asked for."""
+    if name != "auto" or (reason := native.missing()) is None:
+        return None
+    return f"The native kernels cannot be used: {reason}. Decoding goes through XLA, several times slower."
 
 
 def describe(kernels: ModuleType) -> str:

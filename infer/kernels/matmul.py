@@ -6,6 +6,7 @@ with bf16 instructions do twice as fast as f32; f32 and f16 rows in f32. No whol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -24,7 +25,7 @@ def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
     Here they are all multiplied: the shapes of XLA's products are fixed.
     """
     M, D = w.shape
-    x_NxD = x.reshape(-1, D)
+    x_NxD = x.reshape(math.prod(x.shape[:-1]), D)  # also of no vectors, of which -1 cannot tell how many
 
     def add(y_NxM: jax.Array, start: jax.Array, rows_RxD: jax.Array, scale_R: jax.Array | None) -> jax.Array:
         y_NxR = _product(x_NxD, rows_RxD, 1)
@@ -37,7 +38,7 @@ def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
 def weighted_rows_matmul(w: Rows, h: jax.Array, count: Array | None = None) -> jax.Array:
     """y[...] = sum over m of h[..., m] * row m: [..., D] f32 from [..., M] f32; `count` as in `rows_matmul`."""
     M, D = w.shape
-    h_NxM = h.reshape(-1, M)
+    h_NxM = h.reshape(math.prod(h.shape[:-1]), M)
 
     def add(y_NxD: jax.Array, start: jax.Array, rows_RxD: jax.Array, scale_R: jax.Array | None) -> jax.Array:
         h_NxR = lax.dynamic_slice_in_dim(h_NxM, start, len(rows_RxD), 1)

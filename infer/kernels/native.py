@@ -1,10 +1,11 @@
-"""The native backend: the C++ of infer/native as XLA custom calls. What each computes: infer.kernels.xla."""
+"""The native backend: the C++ of infer/native as XLA custom calls. `infer.kernels.xla` says what each computes."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import importlib.machinery
+import math
 import os
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from infer.kernels import matmul
 from infer.weights.formats import Array, Rows
 
 _TARGETS = ("rows_dot", "weighted_row_sum", "rows_product", "select", "attend", "read_rows")
-_FORCED = "FALCON_RELU_ISA"  # environment variable that picks the instruction set
+_FORCED = "FALCON_RELU_ISA"  # environment variable that chooses the instruction set
 
 
 def missing() -> str | None:
@@ -66,12 +67,19 @@ def instruction_set() -> str:
 
 
 def use_instruction_set(name: str) -> None:
-    """Uses another instruction set from the next call on.
+    """Uses another instruction set from the next call on, for the products of a prefill too.
+
+    A prefill that was compiled for an instruction set with matrix products of its own refuses to run on another one.
 
     Raises:
       FalconError: this CPU has no such kernels.
     """
     _use(_library(), name)
+
+
+def has_products() -> bool:
+    """Whether the instruction set in use has matrix products of its own; without them a prefill uses XLA's."""
+    return bool(_library().falcon_has_products())
 
 
 def rows_dot(w: Rows, x_BxD: jax.Array) -> jax.Array:
@@ -109,9 +117,13 @@ def weighted_rows_matmul(w: Rows, h: jax.Array, count: Array | None = None) -> j
     return matmul.weighted_rows_matmul(w, h, count)
 
 
-def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
+def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See infer.kernels.xla.select."""
-    out = (jax.ShapeDtypeStruct((score_BxF.shape[1],), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
+    out = (
+        jax.ShapeDtypeStruct((score_BxF.shape[1],), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct(score_BxF.shape, jnp.bool_),
+    )
     return _call("select", out, score_BxF, jnp.asarray(threshold, jnp.float32), jnp.asarray(budget, jnp.int32))
 
 
@@ -140,15 +152,15 @@ def read_rows(
 
 def _has_product(w: Rows) -> bool:
     M, D = w.shape
-    return w.format in ("bf16", "int8") and M % 2 == 0 and D % 64 == 0 and _library().falcon_has_products()
+    return w.format in ("bf16", "int8") and M % 2 == 0 and D % 64 == 0 and has_products()
 
 
 def _product(w: Rows, x: jax.Array, count: Array | None, transposed: bool) -> jax.Array:
-    x_NxK = x.reshape(-1, x.shape[-1])
+    x_NxK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     count = jnp.asarray(len(x_NxK) if count is None else count, jnp.int32)
     out = jax.ShapeDtypeStruct((len(x_NxK), w.shape[1 if transposed else 0]), jnp.float32)
     y = _call("rows_product", out, w.data, _scale(w), x_NxK, count, transposed=transposed)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], out.shape[1])
 
 
 def _dot(w: Rows, x_BxD: jax.Array, index_A: jax.Array | None, count: jax.Array | None, outputs: int) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from infer.choice import choose
 from infer.kernels.matmul import rows_matmul, weighted_rows_matmul  # noqa: F401
 from infer.weights.formats import Rows, take
 
@@ -58,25 +59,18 @@ def weighted_row_sum(
     return _fold(w, index_A, count, A, jnp.zeros((B, w.shape[1]), jnp.float32), add)
 
 
-def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The neurons whose score reaches the threshold in any sequence; if they are more than `budget`, the highest.
-
-    A neuron's score is its highest over the batch; of equal scores the lower neurons stay. A NaN reaches nothing.
+def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The neurons that any sequence chooses, each for itself by the rule of `infer.choice.choose`.
 
     Returns:
       index_F: int32, the neurons in ascending order, then F up to the end.
       count: int32 scalar, how many.
+      chosen_BxF: bool, whether sequence b has chosen neuron index[i]; false from the count on.
     """
     F = score_BxF.shape[1]
-    best_F = jnp.max(jnp.where(jnp.isnan(score_BxF), -jnp.inf, score_BxF), axis=0)
-    found_F = jnp.any(score_BxF >= threshold, axis=0)
-    key_F = jnp.where(found_F, _ordered(best_F), 0)
-    budget = jnp.clip(budget, 0, F)
-    cut = _nth_highest(key_F, budget)
-    tied_F = found_F & (key_F == cut)
-    spare = budget - jnp.sum(found_F & (key_F > cut))
-    kept_F = found_F & ((key_F > cut) | (tied_F & (jnp.cumsum(tied_F) <= spare)))
-    return _places(kept_F)
+    chosen_BxF = choose(score_BxF, threshold, budget)
+    index_F, count = _positions(jnp.any(chosen_BxF, axis=0))
+    return index_F, count, chosen_BxF[:, jnp.minimum(index_F, F - 1)] & (jnp.arange(F) < count)[None]
 
 
 def attend(
@@ -175,7 +169,7 @@ def _fold(
     return lax.fori_loop(0, -(-total // R), body, carry)
 
 
-# ---- selection
+# ---- positions
 
 
 def _without_zeros(
@@ -183,32 +177,15 @@ def _without_zeros(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     A = h_BxA.shape[1]
     used_A = jnp.any(h_BxA != 0, axis=0) & (True if count is None else jnp.arange(A) < count)
-    position_A, n_used = _places(used_A)
+    position_A, n_used = _positions(used_A)
     position_A = jnp.minimum(position_A, A - 1)
     index_A = position_A if index_A is None else index_A[position_A]
     return index_A, n_used, h_BxA[:, position_A]
 
 
-def _places(chosen_F: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where `chosen` is true, in ascending order, then F up to the end; and how many there are."""
-    F = len(chosen_F)
-    place_F = jnp.where(chosen_F, jnp.cumsum(chosen_F) - 1, F)
+def _positions(true_F: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where an entry is true, in ascending order, then F up to the end; and how many there are."""
+    F = len(true_F)
+    place_F = jnp.where(true_F, jnp.cumsum(true_F) - 1, F)
     index_F = jnp.full(F, F, jnp.int32).at[place_F].set(jnp.arange(F, dtype=jnp.int32), mode="drop")
-    return index_F, jnp.sum(chosen_F).astype(jnp.int32)
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 above 0 in the order of the floats; both zeros alike."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.uint32)
-    bits = jnp.where(x == 0, 0, bits)
-    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _nth_highest(key_F: jax.Array, n: jax.Array) -> jax.Array:
-    """The largest key that at least n keys reach, found bit by bit; the largest uint32 for n = 0."""
-
-    def bit(i: jax.Array, cut: jax.Array) -> jax.Array:
-        tried = cut | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(jnp.sum(key_F >= tried) >= n, tried, cut)
-
-    return lax.fori_loop(0, 32, bit, jnp.uint32(0))
+    return index_F, jnp.sum(true_F).astype(jnp.int32)

@@ -3,9 +3,9 @@ namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;  // positions turned round at a time, so that a lane is a position
+constexpr int64_t kBlock = 64;  // positions whose keys are transposed together, so that a lane is a position
 
-// `width` numbers of a row in f32, in their order.
+// Writes `width` numbers of a row in f32, in their order.
 template <class Row>
 FALCON_INLINE void widen(const typename Row::T* row, int64_t width, float* out) {
   const int64_t whole = width / kLanes * kLanes;
@@ -18,7 +18,8 @@ FALCON_INLINE void widen(const typename Row::T* row, int64_t width, float* out) 
   std::memcpy(out + whole, wide, (width - whole) * sizeof(float));
 }
 
-// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of what is left; 0 below 2^-126.
+// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of the rest. Below -87 it is e^-87 = 1.6e-38, the smallest
+// power that is not subnormal.
 FALCON_INLINE F32 exponential(F32 x) {
   const F32 magic = spread(12582912.0f);  // adding it rounds to a whole number
   x = x < spread(-87.0f) ? spread(-87.0f) : x;
@@ -55,7 +56,7 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
         F32 tile[kLanes];
         FALCON_UNROLL
         for (int i = 0; i < kLanes; ++i) tile[i] = load(row + i * columns + c);
-        turn<1>(tile);
+        transpose(tile);
         FALCON_UNROLL
         for (int i = 0; i < kLanes; ++i) store(block + (c + i) * kBlock + s, tile[i]);
       }
@@ -85,8 +86,8 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
     for (int64_t s = 0; s < room; s += kLanes) store(p + s, exponential(load(p + s) - spread(most)));
     for (int64_t s = length; s < room; ++s) p[s] = 0;
     for (int64_t s = 0; s < room; s += kLanes) sum += load(p + s);
-    const F32 share = spread(1.0f / total(sum));
-    for (int64_t s = 0; s < room; s += kLanes) store(p + s, share * load(p + s));
+    const F32 normaliser = spread(1.0f / total(sum));
+    for (int64_t s = 0; s < room; s += kLanes) store(p + s, normaliser * load(p + s));
   }
   std::memset(out, 0, heads * width * sizeof(float));
   for (int64_t s0 = 0; s0 < length; s0 += kBlock) {

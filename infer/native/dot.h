@@ -1,9 +1,9 @@
-// Dot products of rows with vectors, and how vectors are packed for them. Included by isa.h.
+// Dot products of rows with vectors, and the packing of vectors for them. Included by isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-constexpr int kPlanes = 2;  // accumulators of a row for each vector: one sum's latency hides behind the other
+constexpr int kPlanes = 2;  // accumulators of a row for each vector: one's latency hides behind the other's
 
 // Multiplies in f32: any format on any instruction set.
 template <class Row>
@@ -34,8 +34,8 @@ struct WideDot {
 };
 
 #if defined(FALCON_BF16)
-// Two bf16 products a lane and instruction. The vector is split in two bf16 planes, so that 16 of its 24 bits count: the second
-// product costs nothing, since memory is the limit.
+// Two bf16 products a lane and instruction. The vector is split into two bf16 planes, which keep 16 of its 24 bits. Memory is the
+// limit, so that the second product costs nothing.
 struct BF16Dot {
   using T = uint16_t;
   using Acc = __m512;
@@ -67,8 +67,11 @@ struct BF16Dot {
 #endif
 
 #if defined(FALCON_VNNI)
-// Four int8 products a lane and instruction. The vector is rounded to 16 bits, split in two int8 planes. The instruction wants
-// one side unsigned: w + 128 is, and 128 * sum(x) is taken off at the end. Sums are exact below 2^19 columns.
+constexpr int64_t kI8Columns = (1 << 17) - 1;  // 128 * 128 * columns < 2^31
+
+// Four int8 products a lane and instruction. The vector is rounded to 16 bits and split into two int8 planes. The instruction takes
+// one side unsigned, so that it is given w + 128, and 128 * sum(x) is subtracted at the end. Lanes and their sum may wrap around:
+// what comes out is exact as long as the sum of w * x of a plane fits 32 bits, which it does for up to kI8Columns columns.
 struct I8Dot {
   using T = int8_t;
   using Acc = __m512i;
@@ -94,14 +97,15 @@ struct I8Dot {
   }
   FALCON_INLINE float finish(const Acc* acc, int b) const {
     const int32_t* sum = x.sum + 2 * (first + b);
-    const int64_t high = _mm512_reduce_add_epi32(acc[0]) - 128ll * sum[0];
-    const int64_t low = _mm512_reduce_add_epi32(acc[1]) - 128ll * sum[1];
-    return x.unit[first + b] * static_cast<float>(256 * high + low);
+    const auto plane = [](__m512i lanes, int32_t sum) {
+      return static_cast<int32_t>(static_cast<uint32_t>(_mm512_reduce_add_epi32(lanes)) - 128u * static_cast<uint32_t>(sum));
+    };
+    return x.unit[first + b] * static_cast<float>(256ll * plane(acc[0], sum[0]) + plane(acc[1], sum[1]));
   }
 };
 #endif
 
-// The columns past the last whole stripe, followed by zeros: reading a whole stripe there could leave the buffer.
+// A copy of the columns past the last whole stripe, with zeros behind them: a whole stripe there could reach past the buffer.
 template <class T, int kRows>
 struct LastStripe {
   T columns[kRows][kStripe];
@@ -138,10 +142,11 @@ FALCON_INLINE void dot_rows(const Matrix& w, const Packed& x, int64_t first, int
   for (; i < end; ++i) dot_tile<Dot, 1, kBatch, kFetch>(w, dot, i, end, y, y_stride);
 }
 
-// Groups of rows that stay in the cache while all vectors of the batch pass over them.
+// Rows are taken in groups that stay in the cache while all vectors of the batch are multiplied with them. A result is the same, bit
+// by bit, however many rows and vectors are multiplied together.
 template <class Dot>
 void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
-  // Short rows in order are one stream, which the CPU itself is best at asking for ahead.
+  // Short rows in order are one stream, which the CPU's own prefetcher is best at.
   const bool stream = !w.index && w.columns * static_cast<int64_t>(sizeof(typename Dot::T)) <= kAhead;
   if (x.batch == 1 && stream) return dot_rows<Dot, 1, 1, false>(w, x, 0, begin, end, y, y_stride);
   if (x.batch == 1) return dot_rows<Dot, kTile, 1>(w, x, 0, begin, end, y, y_stride);
@@ -157,13 +162,20 @@ void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y,
 // ---- packing of vectors
 
 #if defined(FALCON_VNNI)
-// Rounds v to 16 bits in two int8 planes: v = step * (256 * high + low), 0 from n to the next multiple of 16. Returns step; sums of
-// the planes in sum[0..1].
+constexpr int kNotFinite = 0x99;  // classes of _mm512_fpclass_ps_mask: quiet and signalling NaN, both infinities
+
+// Rounds v to 16 bits in two int8 planes: v = step * (256 * high + low), 0 from n to the next multiple of 16. Writes the sums of the
+// planes to sum[0] and sum[1]. Returns step; NaN, with nothing written, if a number is NaN or infinite.
 inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int32_t* sum) {
   const auto some = [&](int64_t i) { return n - i >= 16 ? 0xffff : (1u << (n - i)) - 1; };
   __m512 largest = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16)
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(some(i), v + i)));
+  __mmask16 endless = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 x = _mm512_maskz_loadu_ps(some(i), v + i);
+    endless = _kor_mask16(endless, _mm512_fpclass_ps_mask(x, kNotFinite));
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+  }
+  if (endless) return NAN;
   const float most = _mm512_reduce_max_ps(largest), step = most > 1e-30f ? most / 32639.0f : 1.0f, steps = 1.0f / step;
   __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 16) {
@@ -180,7 +192,9 @@ inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int3
 }
 #endif
 
-int64_t packed_bytes(int, int64_t columns, int64_t batch) { return batch * (4 * padded(columns) + 16) + 64; }
+int64_t packed_bytes(int format, int64_t columns, int64_t batch) {
+  return batch * ((format == kI8 ? 6 : 4) * padded(columns) + 16) + 64;
+}
 
 template <class Row>
 Packed pack_wide(const float* x, int64_t columns, int64_t batch, void* scratch) {
@@ -189,7 +203,7 @@ Packed pack_wide(const float* x, int64_t columns, int64_t batch, void* scratch) 
   std::memset(out, 0, batch * stride * sizeof(float));
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t d = 0; d < columns; ++d) out[b * stride + place<Row>(d)] = x[b * columns + d];
-  return Packed{out, nullptr, nullptr, nullptr, stride, batch};
+  return Packed{out, nullptr, nullptr, nullptr, nullptr, stride, batch};
 }
 
 #if defined(FALCON_BF16)
@@ -203,25 +217,45 @@ Packed pack_bf16(const float* x, int64_t columns, int64_t batch, void* scratch) 
       const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
       const __m512 v = _mm512_maskz_loadu_ps(mask, x + b * columns + d);
       const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);
-      const __m512 rest = _mm512_sub_ps(v, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+      const __m512 rounded = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+      const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(rounded, kNotFinite));  // infinite - infinite would be NaN
+      const __m512 rest = _mm512_maskz_sub_ps(finite, v, rounded);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + b * stride + d), h);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + b * stride + d), (__m256i)_mm512_cvtneps_pbh(rest));
     }
-  return Packed{high, low, nullptr, nullptr, stride, batch};
+  return Packed{high, low, nullptr, nullptr, nullptr, stride, batch};
 }
 #endif
 
 #if defined(FALCON_VNNI)
 Packed pack_i8(const float* x, int64_t columns, int64_t batch, void* scratch) {
   const int64_t stride = padded(columns);
-  float* unit = static_cast<float*>(scratch);
+  float* wide = static_cast<float*>(scratch);
+  float* unit = wide + batch * stride;
   int32_t* sum = reinterpret_cast<int32_t*>(unit + batch);
   int8_t* high = reinterpret_cast<int8_t*>(sum + 2 * batch);
   int8_t* low = high + batch * stride;
-  std::memset(high, 0, 2 * batch * stride);
-  for (int64_t b = 0; b < batch; ++b)
-    unit[b] = split_i8(x + b * columns, columns, high + b * stride, low + b * stride, sum + 2 * b);
-  return Packed{high, low, unit, sum, stride, batch};
+  std::memset(sum, 0, 2 * batch * sizeof(int32_t) + 2 * batch * stride);
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* v = x + b * columns;
+    unit[b] = columns > kI8Columns ? NAN : split_i8(v, columns, high + b * stride, low + b * stride, sum + 2 * b);
+    if (!std::isnan(unit[b])) continue;
+    std::memset(wide + b * stride, 0, stride * sizeof(float));
+    std::memcpy(wide + b * stride, v, columns * sizeof(float));
+  }
+  return Packed{high, low, unit, sum, wide, stride, batch};
+}
+
+// In int8, or in f32 the vectors that pack_i8 has marked.
+void dot_i8(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+  int64_t marked = 0;
+  for (int64_t b = 0; b < x.batch; ++b) marked += std::isnan(x.unit[b]);
+  if (marked < x.batch) dot<I8Dot>(w, x, begin, end, y, y_stride);
+  for (int64_t b = 0; marked && b < x.batch; ++b)
+    if (std::isnan(x.unit[b])) {
+      const Packed one{x.wide + b * x.stride, nullptr, nullptr, nullptr, nullptr, x.stride, 1};
+      dot<WideDot<I8Row>>(w, one, begin, end, y + b * y_stride, y_stride);
+    }
 }
 #endif
 

@@ -1,6 +1,6 @@
-// The row kernels, written once and compiled once for each instruction set. The including file sets FALCON_ISA (a namespace),
+// The kernels, written once and compiled once for each instruction set. The including file sets FALCON_ISA (a namespace),
 // FALCON_VECTOR_BYTES, which instructions there are (FALCON_F16C, FALCON_AVX512, FALCON_VNNI, FALCON_BF16), and the compiler's
-// target. Nothing here may have external linkage, or the linker could pick one instruction set's copy for all.
+// target. Nothing here may have external linkage: of several copies of a function the linker keeps one, for any instruction set.
 #include <cmath>
 #include <cstring>
 #if defined(__x86_64__)
@@ -29,11 +29,11 @@ using UsedBF16Dot = BF16Dot;
 using UsedBF16Dot = WideDot<BF16Row>;
 #endif
 #if defined(FALCON_VNNI)
-using UsedI8Dot = I8Dot;
+constexpr auto used_i8_dot = dot_i8;
 constexpr auto used_i8_sum = sum_i8;
-constexpr auto used_i8_unpack = unpack<turned_place>;
+constexpr auto used_i8_unpack = unpack<transposed_place>;
 #else
-using UsedI8Dot = WideDot<I8Row>;
+constexpr auto used_i8_dot = dot<WideDot<I8Row>>;
 constexpr auto used_i8_sum = sum<I8Row>;
 constexpr auto used_i8_unpack = unpack<place<I8Row>>;
 #endif
@@ -50,7 +50,7 @@ constexpr auto used_i8_unpack = unpack<place<I8Row>>;
       FALCON_ISA::packed_bytes,                                                                     \
       FALCON_ISA::pack_x,                                                                           \
       {FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F32Row>>, FALCON_ISA::dot<FALCON_ISA::UsedBF16Dot>, \
-       FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F16Row>>, FALCON_ISA::dot<FALCON_ISA::UsedI8Dot>},  \
+       FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_dot},  \
       FALCON_ISA::sum_bytes,                                                                        \
       {FALCON_ISA::sum<FALCON_ISA::F32Row>, FALCON_ISA::sum<FALCON_ISA::BF16Row>,                   \
        FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum},                               \

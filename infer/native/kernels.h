@@ -1,4 +1,4 @@
-// The row kernels of one instruction set, on one thread. handlers.cc checks the buffers and shares the work out.
+// The kernels of one instruction set. Each works on one thread, on buffers that its caller has checked.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,14 @@ struct Matrix {
   int64_t row(int64_t position) const { return index ? index[position] : position; }
 };
 
-// Vectors in the order and number format in which one instruction set multiplies them with rows of one format.
-// A plane holds `batch` vectors of `stride` elements.
+// Vectors in the order and number format in which one instruction set multiplies them with rows of one format. A plane holds
+// `batch` vectors of `stride` numbers, 0 past the columns.
 struct Packed {
-  const void* high;
-  const void* low;  // what `high` rounded away; null where nothing was
-  const float* unit;  // integer formats: value of one step of `low`, one a vector
-  const int32_t* sum;  // integer formats: sum of each vector, `high` then `low`
+  const void* high;    // plane: the vectors, or the upper half of their bits
+  const void* low;     // plane: the lower half; null where `high` is all
+  const float* unit;   // int8 planes: a vector is unit * (256 * high + low); NaN if it must be multiplied in f32
+  const int32_t* sum;  // int8 planes: sums of each vector's `high` and `low`
+  const float* wide;   // int8 planes: plane of the vectors in f32, filled in where unit is NaN
   int64_t stride;
   int64_t batch;
 };
@@ -45,8 +46,9 @@ struct Kernels {
   void (*dot[kFormats])(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride);
 
   // Bytes of scratch that `sum` needs for so many rows.
-  int64_t (*sum_bytes)(int64_t rows, int64_t batch);
-  // acc[b * padded(w.columns) + place of d] = sum of h[b * h_stride + i] * row i [d] over begin <= i < end.
+  int64_t (*sum_bytes)(int64_t columns, int64_t rows, int64_t batch);
+  // acc[b * padded(w.columns) + place of d] = sum of h[b * h_stride + i] * row i [d] over begin <= i < end. What comes out for one
+  // vector is the same, bit by bit, whatever others are in the batch, and with or without rows whose h is 0.
   void (*sum[kFormats])(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end,
                         float* acc, void* scratch);
   // Adds up `parts` results of `sum`, `part_stride` apart, and puts columns [begin, end) into their order: one vector of the
@@ -55,16 +57,16 @@ struct Kernels {
 
   // Bytes of scratch that `attend` needs.
   int64_t (*attend_bytes)(int64_t heads, int64_t width, int64_t length);
-  // Attention of `heads` query heads over one KV head's first `length` positions; see handlers.cc.
+  // Attention of `heads` query heads over one KV head's first `length` positions; see attend.h.
   void (*attend[3])(const float* q, int64_t heads, int64_t width, const void* k, const void* v, int64_t stride,
                     int64_t length, const float* bias, int64_t bias_stride, float softmax_scale, float* out,
                     float* scratch);
 
-  // Passes over the keys of all neurons, see select.h.
+  // Keys of scores and a search in them, see select.h.
   void (*rank)(const float* score, int64_t n, float least, uint32_t* key);
   int64_t (*at_least)(const uint32_t* key, int64_t n, uint32_t least, int32_t* out);
 
-  // Reads rows [begin, end) and returns something that depends on every byte: what memory can deliver.
+  // Reads rows [begin, end) and returns a number that depends on every byte: for measuring memory.
   int64_t (*read)(const Matrix& w, int64_t row_bytes, int64_t begin, int64_t end);
 };
 

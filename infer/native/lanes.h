@@ -1,5 +1,5 @@
-// What all row kernels of an instruction set are made of: vectors of kBytes bytes, row formats, and walks through rows that ask
-// for what comes later. Included by isa.h.
+// What all kernels of an instruction set are made of: vectors of kBytes bytes, row formats, and loops over rows that prefetch.
+// Included by isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
@@ -8,9 +8,9 @@ namespace {
 
 constexpr int64_t kBytes = FALCON_VECTOR_BYTES;
 constexpr int kLanes = kBytes / 4;
-constexpr int64_t kAhead = 4096;  // bytes between what is multiplied and what is asked for
+constexpr int64_t kAhead = 4096;  // bytes between what is multiplied and what is prefetched
 #if defined(FALCON_AVX512)
-constexpr int kTile = 8;  // rows handled together: more streams for memory, more uses of a loaded input
+constexpr int kTile = 8;  // rows multiplied together: more streams for memory, more uses of a loaded input
 #else
 constexpr int kTile = 4;
 #endif
@@ -36,8 +36,8 @@ FALCON_INLINE float total(F32 v) {
   return lanes[0];
 }
 
-// a and b side by side, in the given order.
-FALCON_INLINE F32 picked(F32 a, F32 b, U32 lane) {
+// The lanes of a, then b, that `lane` names.
+FALCON_INLINE F32 shuffle(F32 a, F32 b, U32 lane) {
 #if defined(__clang__)
   F32 out;
   for (int l = 0; l < kLanes; ++l) out[l] = lane[l] < kLanes ? a[lane[l] % kLanes] : b[lane[l] % kLanes];
@@ -47,22 +47,24 @@ FALCON_INLINE F32 picked(F32 a, F32 b, U32 lane) {
 #endif
 }
 
-// Rows and columns of kLanes vectors change places: lanes that differ in one bit of their numbers, bit by bit.
-template <int kBit>
-FALCON_INLINE void turn(F32* v) {
+// Transposes the kLanes x kLanes matrix in v. Step kBit exchanges lane l + kBit of vector i with lane l of vector i + kBit, for all
+// i and l without that bit.
+template <int kBit = 1>
+FALCON_INLINE void transpose(F32* v) {
   U32 low, high;
   for (int l = 0; l < kLanes; ++l) low[l] = l & kBit ? kLanes + l - kBit : l, high[l] = l & kBit ? kLanes + l : l + kBit;
   FALCON_UNROLL
   for (int i = 0; i < kLanes; ++i)
     if (!(i & kBit)) {
       const F32 a = v[i], b = v[i + kBit];
-      v[i] = picked(a, b, low), v[i + kBit] = picked(a, b, high);
+      v[i] = shuffle(a, b, low), v[i + kBit] = shuffle(a, b, high);
     }
-  if constexpr (2 * kBit < kLanes) turn<2 * kBit>(v);
+  if constexpr (2 * kBit < kLanes) transpose<2 * kBit>(v);
 }
 
-// A row format: its number type, how kLanes of them become a vector, and how 2 * kLanes become two fastest. `kPairs`: even and
-// odd columns, instead of the first and second half (a bf16 is the upper half of an f32: a shift and a mask make a pair of them).
+// A row format: its number type T, load1 of kLanes numbers in their order, and load2 of 2 * kLanes numbers in the order that costs
+// least. kPairs: load2 gives the even and the odd columns (a bf16 is the upper half of an f32, so that a shift and a mask widen a
+// pair), not the first and the second half.
 struct F32Row {
   using T = float;
   static constexpr bool kPairs = false;
@@ -95,8 +97,8 @@ struct F16Row {
 #else
     U32 bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = p[i];
-    // The exponent moves to its place in an f32 and is rebiased; where it is 0 there is no leading one, which is taken off again.
-    // No f32 subnormal may occur on the way: XLA's threads flush them.
+    // The exponent moves to its place in an f32 and is rebiased. A subnormal f16 has no leading one: it is given one, which is then
+    // subtracted. No f32 subnormal may occur on the way, since XLA's threads flush them to 0.
     const U32 magnitude = (bits & 0x7fffu) << 13;
     const F32 normal = (F32)(magnitude + (112u << 23));
     const F32 subnormal = (F32)(magnitude + (113u << 23)) - spread(0x1p-14f);
@@ -124,7 +126,7 @@ struct I8Row {
   static FALCON_INLINE void load2(const T* p, F32& a, F32& b) { a = load1(p), b = load1(p + kLanes); }
 };
 
-// Where column `d` of a stripe stands in a packed vector of the format.
+// The position of column `d` of a stripe in a packed vector of the format: load2's order.
 template <class Row>
 FALCON_INLINE int64_t place(int64_t d) {
   if (!Row::kPairs) return d;
@@ -136,11 +138,11 @@ template <class T>
 FALCON_INLINE void fetch_stripe(const T* p) {
   FALCON_UNROLL
   for (size_t line = 0; line < sizeof(T); ++line)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line, 0, 1);  // not to L1, which is full of inputs
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line, 0, 1);  // into L2: the inputs fill L1
 }
 
-// Calls body(d) for d, d + kStripe, ... < end; returns where it stopped. A stripe of int8 is one vector: without unrolling, every
-// third instruction would be about the rows' pointers.
+// Calls body(d) for d, d + kStripe, ... < end; returns the first d not taken. A stripe of int8 is one vector: without unrolling,
+// every third instruction would compute the rows' pointers.
 template <class T, class Body>
 FALCON_INLINE int64_t stripes(int64_t d, int64_t end, Body&& body) {
   if constexpr (sizeof(T) == 1) {
@@ -152,8 +154,8 @@ FALCON_INLINE int64_t stripes(int64_t d, int64_t end, Body&& body) {
   return d;
 }
 
-// Calls step(first column, row pointers there) for every whole stripe of kRows rows. kFetch: asking for what comes kAhead bytes
-// later, first in the same rows and then in the `next` ones.
+// Calls step(first column, pointers to it in each row) for every whole stripe of kRows rows. kFetch: prefetches what comes kAhead
+// bytes later, first in the same rows, at their ends in the `next` ones.
 template <class T, int kRows, bool kFetch = true, class Step>
 FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64_t columns, Step&& step) {
   constexpr int64_t ahead = kAhead / sizeof(T) / kStripe * kStripe;
@@ -177,14 +179,15 @@ FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64
   });
 }
 
-// Positions between a tile and the one that it asks for: one tile, or as many short rows as 2 * kAhead bytes hold.
+// Positions between a tile and the one that it prefetches: one tile, or as many short rows as 2 * kAhead bytes hold.
 template <class T, int kRows>
 FALCON_INLINE int64_t tile_ahead(int64_t columns) {
   const int64_t tiles = 2 * kAhead / (columns * static_cast<int64_t>(sizeof(T)) * kRows);
   return kRows * (tiles > 1 ? tiles : 1);
 }
 
-// Pointers to the rows of a tile and of the one ahead, which the same thread most likely takes; past `end` any rows.
+// Pointers to the rows of the tile at `first` and of the tile to prefetch, which this thread most likely takes. Past `end` they
+// point to some row of the matrix.
 template <class T, int kRows>
 FALCON_INLINE void row_pointers(const Matrix& w, int64_t first, int64_t end, const T** rows, const T** next) {
   const int64_t ahead = tile_ahead<T, kRows>(w.columns);

@@ -1,16 +1,16 @@
-// Matrix products in bf16 for AVX512-BF16, on one thread: rows of pairs, each pair broadcast, times panels of 16 to 64 columns.
-// What is multiplied lies side by side in the L2 cache, since rows a power of two apart would push each other out of it.
+// Matrix products in bf16 for AVX512-BF16, on one thread: pairs of a row's numbers, each broadcast, times panels of 16 to 64 columns.
+// Both are copied to contiguous memory in the L2 cache first: rows a power of two apart would evict each other.
 // Included by one instruction set's file, after isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-constexpr int kProductRows = 6;         // times 4 vectors of sums fill the registers
-constexpr int64_t kPanel = 64;          // columns of a panel; the last ones may have fewer vectors
+constexpr int kProductRows = 6;         // 6 x 4 vectors of sums fill the registers
+constexpr int64_t kPanel = 64;          // columns of a panel; the last panel may be narrower
 constexpr int64_t kDepth = 1024;        // of a block of rows that stays in the L2 cache
-constexpr int64_t kBlockRows = 48;      // rows that share a block of a panel
+constexpr int64_t kBlockRows = 48;      // rows multiplied with a block of a panel while it is in the L1 cache
 constexpr int64_t kSumDepth = 512;      // rows of a block that are added up together
-constexpr int64_t kRun = 4 * kPanel;    // columns of such a block: memory is read in pieces worth its while
+constexpr int64_t kRun = 4 * kPanel;    // columns of such a block: contiguous pieces of 256 numbers are read fast
 
 // acc[r * stride + column] += sum over `pairs` of row r times the panel, whose pairs lie [pairs, kVectors * 16].
 template <int kRows, int kVectors>
@@ -83,8 +83,8 @@ void pack_panel(const float* x, int64_t columns, int64_t batch, int64_t first, i
   }
 }
 
-// y[t * y_stride + r] = scale[r] * acc[r * stride + t] for r < rows, t < batch; a tile of 16 by 16 at a time.
-void store_turned(const float* acc, int64_t stride, int64_t rows, int64_t batch, const float* scale, float* y, int64_t y_stride) {
+// y[t * y_stride + r] = scale[r] * acc[r * stride + t] for r < rows, t < batch, in tiles of 16 x 16.
+void store_transposed(const float* acc, int64_t stride, int64_t rows, int64_t batch, const float* scale, float* y, int64_t y_stride) {
   for (int64_t r = 0; r < rows; r += 16)
     for (int64_t t = 0; t < batch; t += 16) {
       F32 v[16];
@@ -93,7 +93,7 @@ void store_turned(const float* acc, int64_t stride, int64_t rows, int64_t batch,
         const int64_t row = r + i < rows ? r + i : rows - 1;
         v[i] = load(acc + row * stride + t) * spread(scale ? scale[row] : 1.0f);
       }
-      turn<1>(v);
+      transpose(v);
       const __mmask16 some = rows - r >= 16 ? 0xffff : (1u << (rows - r)) - 1;
       for (int64_t j = 0; j < 16 && t + j < batch; ++j) _mm512_mask_storeu_ps(y + (t + j) * y_stride + r, some, (__m512)v[j]);
     }
@@ -126,7 +126,7 @@ void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t b
                  acc + t, tokens);
       }
     }
-    store_turned(acc, tokens, rows, batch, w.scale ? w.scale + i : nullptr, y + i, y_stride);
+    store_transposed(acc, tokens, rows, batch, w.scale ? w.scale + i : nullptr, y + i, y_stride);
   }
 }
 
@@ -138,7 +138,7 @@ void pack_weights(const float* h, const float* scale, int64_t count, int64_t bat
   }
 }
 
-// Columns [d, d + width) of two rows as a pair in each lane, at their place in every panel of a block.
+// Columns [d, d + width) of two rows, interleaved so that a lane holds a pair, written to that pair's line of each panel.
 template <class T>
 void pack_pair(const T* even, const T* odd, int64_t width, uint32_t* panels) {
   for (int64_t c = 0; c < width; c += kPanel, panels += kPanel * (kSumDepth / 2))

@@ -1,4 +1,4 @@
-// Reading alone, to measure memory. Included by isa.h.
+// Reading without computing, to measure memory. Included by isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {

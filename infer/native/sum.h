@@ -3,7 +3,14 @@ namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-int64_t sum_bytes(int64_t rows, int64_t batch) { return batch * (8 * (rows + 16) + 64) + 64; }
+#if defined(FALCON_VNNI)
+// Bytes for sum_i8: sums in int32, weights in f32 and in int8 planes, a tile's weights and a unit for each vector.
+int64_t sum_bytes(int64_t columns, int64_t rows, int64_t batch) {
+  return batch * (4 * padded(columns) + 2 * (rows + 24) + 128) + 4 * (rows + 24) + 64;
+}
+#else
+int64_t sum_bytes(int64_t, int64_t, int64_t batch) { return batch * kTile * sizeof(float); }
+#endif
 
 template <class Row, int kRows>
 FALCON_INLINE void sum_tile(const Matrix& w, const float* weight, int64_t weight_stride, int64_t batch, int64_t i, float* acc) {
@@ -36,7 +43,7 @@ template <class Row>
 void sum(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* acc,
          void* scratch) {
   constexpr int kRows = kTile;
-  float* weight = static_cast<float*>(scratch);  // of the tile's rows: h times the row's scale
+  float* weight = static_cast<float*>(scratch);  // [batch, kRows]: h times the row's scale
   std::memset(acc, 0, batch * padded(w.columns) * sizeof(float));
   const auto weigh = [&](int64_t i, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -55,7 +62,7 @@ void sum(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64
   }
 }
 
-// kPlace(d): where column d of a stripe stands in a sum.
+// Adds up `parts` sums and writes columns [begin, end). kPlace(d): the position of column d of a stripe in a sum.
 template <int64_t (*kPlace)(int64_t)>
 void unpack(const float* acc, int64_t parts, int64_t part_stride, int64_t begin, int64_t end, float* y) {
   for (int64_t d = begin; d < end; d += kStripe) {
@@ -70,8 +77,9 @@ void unpack(const float* acc, int64_t parts, int64_t part_stride, int64_t begin,
 }
 
 #if defined(FALCON_VNNI)
-// Four rows turned so that a 32-bit lane holds one column of all four: lane 4 l + t of out[j] is column 16 l + 4 j + t.
-FALCON_INLINE void four_rows(const int8_t* const* at, __m512i* out) {
+// A 4 x 64 matrix of int8 transposed, so that a 32-bit lane holds a column of all four rows, plus 128: lane 4 l + t of out[j] is
+// column 16 l + 4 j + t.
+FALCON_INLINE void transpose_four(const int8_t* const* at, __m512i* out) {
   const __m512i offset = _mm512_set1_epi8(-128);
   __m512i w[4];
   FALCON_UNROLL
@@ -82,58 +90,126 @@ FALCON_INLINE void four_rows(const int8_t* const* at, __m512i* out) {
   out[2] = _mm512_unpacklo_epi16(b, d), out[3] = _mm512_unpackhi_epi16(b, d);
 }
 
-FALCON_INLINE int64_t turned_place(int64_t d) { return d / 4 % 4 * 16 + d / 16 * 4 + d % 4; }
+// The position of column d of a stripe in the sums of rows that transpose_four has transposed.
+FALCON_INLINE int64_t transposed_place(int64_t d) { return d / 4 % 4 * 16 + d / 16 * 4 + d % 4; }
 
-// As `sum`, four int8 products a lane and instruction. The weights (h times scale) are rounded to 16 bits, split in two int8
-// planes; see I8Dot. A tile's sum is exact, 128 times its weights taken off at the start; tiles are added up in f32.
+constexpr int64_t kI8Rows = 512;  // 512 * 128 * 32767 < 2^31: so many rows may be added up in int32
+
+// One vector's weights of a tile of 8 rows: two int8 planes, and -128 times the sum of each.
+struct TileWeights {
+  int32_t high[2], low[2];  // four rows each
+  int32_t high_start, low_start;
+
+  // Of the rows that `rows`, a mask of one byte a row, names.
+  void set(const int8_t* high_plane, const int8_t* low_plane, uint64_t rows) {
+    high_start = part(high_plane, rows, high), low_start = part(low_plane, rows, low);
+  }
+
+  static int32_t part(const int8_t* plane, uint64_t rows, int32_t* out) {
+    uint64_t bytes;
+    std::memcpy(&bytes, plane, sizeof(bytes));
+    bytes &= rows;
+    std::memcpy(out, &bytes, sizeof(bytes));
+    int32_t sum = 0;
+    for (int r = 0; r < 8; ++r) sum += static_cast<int8_t>(bytes >> 8 * r);
+    return -128 * sum;
+  }
+
+  // The weighted sum of a tile's columns, exact.
+  FALCON_INLINE __m512i sum(__m512i rows0to3, __m512i rows4to7) const {
+    const auto plane = [&](int32_t start, const int32_t* weights) __attribute__((always_inline)) {
+      const __m512i first = _mm512_dpbusd_epi32(_mm512_set1_epi32(start), rows0to3, _mm512_set1_epi32(weights[0]));
+      return _mm512_dpbusd_epi32(first, rows4to7, _mm512_set1_epi32(weights[1]));
+    };
+    return _mm512_add_epi32(_mm512_slli_epi32(plane(high_start, high), 8), plane(low_start, low));
+  }
+};
+
+// One vector of sum_i8 in f32, in the order of sum_i8.
+void sum_i8_wide(const Matrix& w, const float* h, int64_t begin, int64_t end, float* acc, void* scratch) {
+  sum<I8Row>(w, h, 0, 1, begin, end, acc, scratch);
+  for (int64_t d = 0; d < padded(w.columns); d += kStripe) {
+    float stripe[kStripe];
+    std::memcpy(stripe, acc + d, sizeof(stripe));
+    for (int64_t u = 0; u < kStripe; ++u) acc[d + transposed_place(u)] = stripe[u];
+  }
+}
+
+// As `sum`, with four int8 products a lane and instruction. The weights (h times scale) of a call are rounded to 16 bits and split
+// into two int8 planes, see I8Dot. Sums are kept in int32. After every kI8Rows rows whose rounded weight is not 0 they are added to
+// the sums in f32: which rows that are does not depend on rows of weight 0, so neither does the result.
 void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* acc,
             void* scratch) {
   constexpr int kRows = 8;
+  struct Vector {
+    TileWeights now, after;  // after: of the rows behind the kI8Rows-th, where that lies in this tile
+    bool full;
+  };
   const int64_t stride = padded(w.columns), whole = w.columns / kStripe * kStripe, rows_here = end - begin;
-  const int64_t tiles = (rows_here + kRows - 1) / kRows, room = (rows_here + 15) / 16 * 16;
-  float* weight = static_cast<float*>(scratch);
-  float* unit = weight + room;
-  int32_t* offset = reinterpret_cast<int32_t*>(unit + batch);             // [batch, plane, tiles]
-  int8_t* planes = reinterpret_cast<int8_t*>(offset + 2 * batch * tiles);  // [batch, plane, room]
+  const int64_t room = (rows_here + 15) / 16 * 16;
+  int32_t* sums = static_cast<int32_t*>(scratch);           // [batch, stride]
+  float* weight = reinterpret_cast<float*>(sums + batch * stride);  // [room]
+  float* unit = weight + room;                              // [batch]
+  int32_t* used = reinterpret_cast<int32_t*>(unit + batch);  // [batch]: rows in `sums`
+  Vector* vectors = reinterpret_cast<Vector*>(used + batch);  // [batch]
+  int8_t* planes = reinterpret_cast<int8_t*>(vectors + batch);  // [batch, plane, room]
   std::memset(acc, 0, batch * stride * sizeof(float));
+  std::memset(sums, 0, batch * stride * sizeof(int32_t));
+  std::memset(used, 0, batch * sizeof(int32_t));
   std::memset(planes, 0, 2 * batch * room);
   for (int64_t b = 0; b < batch; ++b) {
     int32_t total[2];
     for (int64_t i = 0; i < rows_here; ++i) weight[i] = h[b * h_stride + begin + i] * w.scale[w.row(begin + i)];
     unit[b] = split_i8(weight, rows_here, planes + 2 * b * room, planes + (2 * b + 1) * room, total);
   }
-  for (int64_t plane = 0; plane < 2 * batch; ++plane)
-    for (int64_t t = 0; t < tiles; ++t) {
-      int32_t& of_tile = offset[plane * tiles + t] = 0;
-      for (int r = 0; r < kRows; ++r) of_tile -= 128 * planes[plane * room + t * kRows + r];
+  for (int64_t t = 0; t < rows_here; t += kRows) {
+    for (int64_t b = 0; b < batch; ++b) {
+      const int8_t *high = planes + 2 * b * room + t, *low = high + room;
+      Vector& v = vectors[b];
+      uint64_t now = 0;  // rows up to the kI8Rows-th, as a mask of bytes
+      for (int r = 0; r < kRows && used[b] < kI8Rows; ++r) now |= 0xffull << 8 * r, used[b] += (high[r] | low[r]) != 0;
+      v.full = used[b] == kI8Rows;
+      v.now.set(high, low, now);
+      if (!v.full) continue;
+      v.after.set(high, low, ~now);
+      used[b] = 0;
+      for (int r = 0; r < kRows; ++r) used[b] += !(now >> 8 * r & 1) && (high[r] | low[r]) != 0;
     }
-  for (int64_t t = 0; t < tiles; ++t) {
     const int8_t *rows[kRows], *next[kRows];
-    row_pointers<int8_t, kRows>(w, begin + t * kRows, end, rows, next);  // past the last row stand weights of 0
+    row_pointers<int8_t, kRows>(w, begin + t, end, rows, next);  // past `end` with weights of 0
     const auto step = [&](int64_t d, const int8_t* const* at) __attribute__((always_inline)) {
-      __m512i turned[kRows];
-      four_rows(at, turned), four_rows(at + 4, turned + 4);
+      __m512i columns[kRows];
+      transpose_four(at, columns), transpose_four(at + 4, columns + 4);
       for (int64_t b = 0; b < batch; ++b) {
-        __m512i fours[4], start[2];  // high and low weights of rows 0 to 3 and 4 to 7
-        for (int plane = 0; plane < 2; ++plane) {
-          int32_t packed[2];
-          std::memcpy(packed, planes + (2 * b + plane) * room + t * kRows, kRows);
-          fours[2 * plane] = _mm512_set1_epi32(packed[0]), fours[2 * plane + 1] = _mm512_set1_epi32(packed[1]);
-          start[plane] = _mm512_set1_epi32(offset[(2 * b + plane) * tiles + t]);
-        }
-        const __m512 value = _mm512_set1_ps(unit[b]);
-        float* p = acc + b * stride + d;
+        const Vector& v = vectors[b];
+        int32_t* p = sums + b * stride + d;
+        float* out = acc + b * stride + d;
         FALCON_UNROLL
         for (int j = 0; j < 4; ++j) {
-          const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[0], turned[j], fours[0]), turned[4 + j], fours[1]);
-          const __m512i low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[1], turned[j], fours[2]), turned[4 + j], fours[3]);
-          const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-          _mm512_storeu_ps(p + 16 * j, _mm512_fmadd_ps(value, sum, _mm512_loadu_ps(p + 16 * j)));
+          const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(p + 16 * j), v.now.sum(columns[j], columns[4 + j]));
+          if (__builtin_expect(!v.full, 1)) {
+            _mm512_storeu_si512(p + 16 * j, sum);
+          } else {
+            const __m512 more = _mm512_mul_ps(_mm512_set1_ps(unit[b]), _mm512_cvtepi32_ps(sum));
+            _mm512_storeu_ps(out + 16 * j, _mm512_add_ps(_mm512_loadu_ps(out + 16 * j), more));
+            _mm512_storeu_si512(p + 16 * j, v.after.sum(columns[j], columns[4 + j]));
+          }
         }
       }
     };
     each_stripe<int8_t, kRows>(rows, next, w.columns, step);
     if (whole < w.columns) step(whole, LastStripe<int8_t, kRows>(rows, whole, w.columns).at);
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    float* out = acc + b * stride;
+    if (std::isnan(unit[b])) {  // a weight is NaN or infinite
+      sum_i8_wide(w, h + b * h_stride, begin, end, out, weight);
+      continue;
+    }
+    for (int64_t d = 0; d < stride; d += 16) {
+      const __m512 more = _mm512_mul_ps(_mm512_set1_ps(unit[b]), _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + b * stride + d)));
+      _mm512_storeu_ps(out + d, _mm512_add_ps(_mm512_loadu_ps(out + d), more));
+    }
   }
 }
 #endif

@@ -121,17 +121,6 @@ def score(layer: LayerPredictor, x: jax.Array) -> jax.Array:
     return jnp.einsum("...r,fr->...f", hidden, fc2_FxR)
 
 
-def select(logits: jax.Array, threshold: jax.Array | float, budget: jax.Array | int) -> jax.Array:
-    """The neurons to read, a mask [..., F]: logits at or over `threshold`, the `budget` highest of them.
-
-    Logits equal to the lowest that the budget admits are all admitted.
-    """
-    F = logits.shape[-1]
-    ascending = jnp.sort(logits, axis=-1)
-    lowest = jnp.take(ascending, jnp.clip(F - jnp.asarray(budget), 0, F - 1), axis=-1)[..., None]
-    return (logits >= jnp.maximum(lowest, threshold)) & (jnp.asarray(budget) > 0)
-
-
 def stack(layers: Sequence[LayerPredictor]) -> LayerPredictor:
     """All layers as one tree with a leading L; smaller ranks are filled with zeros, which changes no logit."""
     R = max(layer.fc1_RxD.shape[0] for layer in layers)

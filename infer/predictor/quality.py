@@ -14,8 +14,9 @@ from flax import struct
 from falcon_relu.config import FalconConfig
 from falcon_relu.layers import Select
 from falcon_relu.model import Falcon, Params
+from infer.choice import choose
 from infer.predictor.calibration import calibrate_predictor, measure
-from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, select, stack
+from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, stack
 from infer.predictor.recording import BATCH_KEYS, Batch, Recording
 
 
@@ -209,6 +210,6 @@ def _reading(input: PredictorInput) -> Select:
     def keep(variables: Any, block_input: jax.Array, mlp_input: jax.Array) -> jax.Array:
         layer = variables["layer"]
         x = block_input if input == "block_input" else mlp_input
-        return select(score(layer.maps, x), layer.threshold_L, layer.budget_L)
+        return choose(score(layer.maps, x), layer.threshold_L, layer.budget_L)
 
     return keep

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +14,14 @@ from numpy.typing import DTypeLike
 from falcon_relu.errors import FalconError
 
 _HUGE = 2 << 20
+_CGROUPS, _CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def huge_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """A zeroed array in private memory aligned to 2 MiB, in huge pages where the system has them.
 
-    A page of 4 KiB costs a table walk every other row; with huge pages rows read at random come as fast as a stream.
-    `jax.device_put` of such an array on a CPU takes it over without a copy. The memory is returned with the last view.
+    With pages of 4 KiB every other row costs a walk of the page table; with huge pages, rows in any order are read as
+    fast as a stream. `jax.device_put` of such an array on a CPU takes it over without a copy. The last view frees it.
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -26,7 +29,8 @@ def huge_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         return _aligned_empty(shape, dtype, size)
     memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones are slower, nothing else
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return _view(np.frombuffer(memory, np.uint8), _HUGE, shape, dtype, size)
 
 
@@ -46,7 +50,7 @@ def need_memory(size: int, what: str) -> None:
 
 def free_memory() -> float:
     """Bytes that this process may still take, as far as the system tells; infinite where it does not."""
-    return min(_system_free(), _container_free())
+    return max(min(_system_free(), *_container_free(), _limit_free()), 0.0)
 
 
 def _system_free() -> float:
@@ -56,13 +60,43 @@ def _system_free() -> float:
         return math.inf
 
 
-def _container_free() -> float:
-    """What the limit of a container (cgroup v2) leaves; files in the page cache make room when asked to."""
-    folder = Path("/sys/fs/cgroup")
+def _container_free() -> list[float]:
+    """What the memory limits of the control groups that this process is in leave, one for each limit.
+
+    Pages of files do not count: they make room when memory is asked for.
+    """
     try:
-        return int((folder / "memory.max").read_text()) - _number(folder / "memory.stat", "anon")
-    except (OSError, StopIteration, ValueError):  # not in such a container, or no limit: "max"
+        groups = [line.split(":", 2) for line in _CGROUPS.read_text().splitlines()]
+    except OSError:
+        return []
+    left: list[float] = []
+    for _, controllers, path in groups:
+        if controllers == "":  # version 2
+            root, limit, used = _CGROUP_ROOT, "memory.max", "anon"
+        elif "memory" in controllers.split(","):
+            root, limit, used = _CGROUP_ROOT / "memory", "memory.limit_in_bytes", "total_rss"
+        else:
+            continue
+        inner = root / path.lstrip("/")
+        # In a container the path may be the host's, which cannot be seen there: the root is then the container's group.
+        for folder in [inner, *inner.parents]:
+            with contextlib.suppress(OSError, StopIteration, ValueError):  # no such folder, or no limit: "max"
+                left.append(int((folder / limit).read_text()) - _number(folder / "memory.stat", used))
+            if folder == root:
+                break
+    return left
+
+
+def _limit_free() -> float:
+    """What the limit on this process's address space (ulimit -v) leaves."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError, ValueError):
         return math.inf
+    return math.inf if limit == resource.RLIM_INFINITY else limit - taken
 
 
 def _number(file: Path, name: str) -> int:

@@ -78,7 +78,11 @@ def run(args: Args) -> None:
         decoding = _in_turn(steps, args.steps)
         bandwidth = bench.memory_bandwidth()
     report(
-        {"memory GB/s": bandwidth / 1e9, "prefill": _rows(reading, args.prompt), "tokens": _rows(decoding, 1)},
+        {
+            "memory GB/s": bandwidth and bandwidth / 1e9,
+            "prefill": _rows(reading, args.prompt),
+            "tokens": _rows(decoding, 1),
+        },
         args.json,
     )
 

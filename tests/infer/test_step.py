@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -13,7 +14,7 @@ from falcon_relu.generation import Sampling, generate
 from falcon_relu.model import Falcon
 from infer.kernels import matmul, native, xla
 from infer.predictor.predictor import LayerPredictor, uncalibrated
-from infer.step import DecodeState, check_mode, decode_step, prefill, step_bytes, unembed
+from infer.step import DecodeState, check_mode, decode_step, prefill, prefill_bytes, step_bytes, unembed
 from infer.weights.layout import Formats, weights_from_params
 from tests.conftest import random_params
 
@@ -121,6 +122,60 @@ def test_sparse_reads_what_the_predictor_chooses_and_no_more():
         assert (np.asarray(reads.up_L) == chosen.sum()).all()
     budgeted = weights.with_predictor(predictor.replace(budgets=(7,) * config.n_layers), "f32")
     assert (np.asarray(decode(budgeted, ids, "sparse")[1].up_L) == 7).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", ["f32", "int8"])
+def test_a_binding_budget_is_each_sequences_own(backend, format):
+    """A sequence of a batch reads and computes what it would alone, though the rows read are those of all."""
+    config, params = relu_model("tiny-40b")
+    rng = np.random.default_rng(7)
+    maps = [
+        LayerPredictor(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 64), (config.d_ff, 16))))
+        for _ in range(config.n_layers)
+    ]
+    predictor = uncalibrated(maps, "block_input").replace(budgets=(40,) * config.n_layers)
+    weights = weights_from_params(
+        params, config, Formats(attention="f32", mlp=format, head="f32", predictor="f32"), predictor
+    )
+    ids = tokens(config, 3, 6)
+    for name in native.instruction_sets() if backend == "native" else ("",):
+        if name:
+            native.use_instruction_set(name)
+        together, reads = decode(weights, ids, "sparse", backend)
+        assert (np.asarray(reads.up_L) > 60).all()
+        for b in range(3):
+            alone, own = decode(weights, ids[b : b + 1], "sparse", backend)
+            assert (np.asarray(own.up_L) == 40).all()
+            np.testing.assert_allclose(together[b : b + 1], alone, atol=1e-4)
+            np.testing.assert_array_equal(together[b].argmax(-1), alone[0].argmax(-1))
+    if backend == "native":
+        native.use_instruction_set(native.instruction_sets()[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_past_the_end_of_the_cache_every_backend_ends_with_one_error(backend):
+    config, params = relu_model("tiny-40b")
+    weights = weights_from_params(params, config, Formats.all("f32"))
+    state = DecodeState.empty(config, 2, 8)
+    block = jnp.zeros((2, 8), jnp.int32)
+    _, state = prefill(weights, state, block, jnp.asarray([5, 8]), backend=backend)  # full, and not overfull
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="9 tokens does not fit the 8 positions"):
+        jax.block_until_ready(decode_step(weights, state, jnp.zeros(2, jnp.int32), backend=backend))
+    state = dataclasses.replace(DecodeState.empty(config, 2, 8), length_B=jnp.asarray([3, 0], jnp.int32))
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="10 tokens does not fit the 8 positions"):
+        jax.block_until_ready(prefill(weights, state, block, jnp.asarray([7, 8]), backend=backend))
+
+
+def test_what_a_prefill_takes_is_counted():
+    config, params = relu_model("tiny-40b")
+    weights = weights_from_params(params, config, Formats.all("bf16"))
+    for backend in BACKENDS:
+        for B, T in ((1, 16), (3, 256)):
+            state = DecodeState.empty(config, B, 256)
+            args = weights, state, jnp.zeros((B, T), jnp.int32), jnp.zeros(B, jnp.int32)
+            taken = prefill.lower(*args, backend=backend).compile().memory_analysis().temp_size_in_bytes
+            assert taken <= prefill_bytes(config, B, T)
 
 
 @pytest.mark.parametrize("name", ["tiny-40b", "tiny-rw"])

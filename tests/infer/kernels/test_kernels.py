@@ -69,7 +69,17 @@ def close(actual: jax.Array, expected: np.ndarray, magnitude: np.ndarray, roundi
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.0, 0.3, 1.0]))
 def test_rows_match_plain_arithmetic(format, M, D, B, seed, share):
-    w, dense, index, count, x, h = draw_case(seed, format, M, D, B, share)
+    compare_with_plain_arithmetic(format, *draw_case(seed, format, M, D, B, share))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_wide_rows_and_sums_in_several_parts_match_plain_arithmetic(format):
+    """Rows of more than 4,096 bytes, and enough of them for a sum in several parts on several threads."""
+    compare_with_plain_arithmetic(format, *draw_case(0, format, 1100, 4230, 2, 0.6))
+
+
+def compare_with_plain_arithmetic(format, w, dense, index, count, x, h):
+    (B, D), M = x.shape, len(dense)
     chosen = index[:count]
     scale = np.ones(M) if w.scale is None else np.asarray(w.scale, np.float64)
 
@@ -94,6 +104,37 @@ def test_rows_match_plain_arithmetic(format, M, D, B, seed, share):
         close(skipped, *row_sum(positive[:, :count], chosen))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_not_finite_comes_out_as_in_f32_and_only_for_its_own_vector(format, bad):
+    w, dense, _, _, x, h = draw_case(3, format, 60, 130, 2, 1.0)
+    clean = {name: (run(name, "rows_dot", w, x)[0], run(name, "weighted_row_sum", w, h)[0]) for name in BACKENDS}
+    x[1, 71], h[1, 33] = bad, bad
+    for name in BACKENDS:
+        found = run(name, "rows_dot", w, x), run(name, "weighted_row_sum", w, h)
+        for y, before, expected in zip(found, clean[name], (bad * dense[:, 71], bad * dense[33]), strict=True):
+            np.testing.assert_array_equal(y[1], expected)
+            np.testing.assert_allclose(y[0], before, rtol=1e-5)
+    if len(BACKENDS) > 1:
+        native.use_instruction_set(INSTRUCTION_SETS[0])
+    for k in (xla, native)[: len(BACKENDS)]:
+        assert np.isnan(k.rows_matmul(w, np.where(np.isinf(x), np.nan, x))[1]).all()
+
+
+@pytest.mark.parametrize("columns", [70_000, 140_000])
+def test_sums_of_very_long_int8_rows_do_not_wrap_around(columns):
+    w = Rows(np.ones((3, columns), np.int8), np.ones(3, np.float32))
+    for name in BACKENDS:
+        np.testing.assert_allclose(run(name, "rows_dot", w, np.ones((1, columns), np.float32)), columns, rtol=1e-4)
+
+
+def test_sums_over_very_many_int8_rows_do_not_wrap_around():
+    w = Rows(np.full((70_000, 65), -128, np.int8), np.ones(70_000, np.float32))
+    for name in BACKENDS:
+        y = run(name, "weighted_row_sum", w, np.ones((1, 70_000), np.float32))
+        np.testing.assert_allclose(y, -128 * 70_000, rtol=1e-4)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("M", "D", "T"), [(550, 2112, 83), (2, 64, 1), (37, 131, 20)])
 def test_products_with_many_vectors_match_plain_arithmetic(format, M, D, T):
@@ -109,25 +150,44 @@ def test_products_with_many_vectors_match_plain_arithmetic(format, M, D, T):
                 np.testing.assert_array_less(difference, rounding * (np.abs(wanted) @ np.abs(b)) + 1e-6)
 
 
-@pytest.mark.parametrize("name", BACKENDS[:2])
-@settings(max_examples=50, deadline=None)
-@given(
-    score=st.lists(
-        st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.5, np.inf, -np.inf, np.nan]), min_size=12, max_size=12
-    ),
-    B=st.sampled_from([1, 2, 3]),
-    threshold=st.sampled_from([-np.inf, 0.0, 0.5, np.inf]),
-    budget=st.integers(0, 14),
-)
-def test_select_takes_the_highest_and_of_equals_the_lowest(name, score, B, threshold, budget):
-    score = np.array(score, np.float32).reshape(B, -1)
-    F = score.shape[1]
-    best = np.max(np.where(np.isnan(score), -np.inf, score), axis=0)
-    found = [f for f in range(F) if (score[:, f] >= threshold).any()]
-    expected = sorted(sorted(found, key=lambda f: (-best[f], f))[:budget])
-    index, count = run(name, "select", score, np.float32(threshold), np.int32(budget))
-    assert int(count) == len(expected)
-    assert index.tolist() == expected + [F] * (F - len(expected))
+def test_products_of_no_vectors_are_empty():
+    for format in ("f32", "bf16"):
+        w = quantise(np.ones((6, 64), np.float32), format)
+        for k in (xla, native)[: len(BACKENDS)]:
+            assert k.rows_matmul(w, np.zeros((2, 0, 64), np.float32)).shape == (2, 0, 6)
+            assert k.weighted_rows_matmul(w, np.zeros((0, 6), np.float32)).shape == (0, 64)
+
+
+def scores_of_few_values(rng, B: int, F: int) -> np.ndarray:
+    return rng.choice(np.array([-2, -0.0, 0, 0.5, 1, 1.5, np.inf, -np.inf, np.nan], np.float32), (B, F))
+
+
+def scores_close_together(rng, B: int, F: int) -> np.ndarray:
+    """Alike in their leading bits, each of them several times."""
+    return (1 + rng.integers(0, F // 3, (B, F)) * 2.0**-23).astype(np.float32)
+
+
+def scores_all_different(rng, B: int, F: int) -> np.ndarray:
+    return rng.permuted(np.tile(np.linspace(-3, 3, F, dtype=np.float32), (B, 1)), axis=1)
+
+
+@pytest.mark.parametrize("draw", [scores_of_few_values, scores_close_together, scores_all_different])
+@pytest.mark.parametrize(("B", "F"), [(1, 12), (1, 1003), (3, 4001)])
+def test_select_takes_each_sequences_highest_and_of_equals_the_lowest(draw, B, F):
+    rng = np.random.default_rng(F)
+    for threshold in (-np.inf, 0.0, 0.5, np.inf):
+        for budget in (0, 1, F // 5, F // 2, F + 2):
+            score = draw(rng, B, F)
+            wanted = [
+                sorted(sorted(np.flatnonzero(of >= threshold), key=lambda f: (-of[f], f))[:budget]) for of in score
+            ]
+            union = sorted(set().union(*wanted))
+            for name in BACKENDS:
+                index, count, chosen = run(name, "select", score, np.float32(threshold), np.int32(budget))
+                assert int(count) == len(union)
+                assert index.tolist() == union + [F] * (F - len(union))
+                for b, of in enumerate(wanted):
+                    assert np.asarray(index)[np.asarray(chosen[b])].tolist() == of
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -176,12 +236,42 @@ needs_native = pytest.mark.skipif(native.missing() is not None, reason="native k
 
 
 @needs_native
-def test_results_are_bit_identical_from_run_to_run():
-    w, _, index, count, x, h = draw_case(0, "int8", 700, 1600, 2, 0.5)
-    first = native.rows_dot(w, x), native.weighted_row_sum(w, h, index, count)
-    for _ in range(20):
-        again = native.rows_dot(w, x), native.weighted_row_sum(w, h, index, count)
-        assert all((a == b).all() for a, b in zip(first, again, strict=True))
+@pytest.mark.parametrize("format", FORMATS)
+def test_results_are_the_same_bits_again_and_beside_other_vectors(format):
+    """Sums in several parts, over rows of which each vector of a batch needs others, on every instruction set."""
+    w, *_, x, h = draw_case(0, format, 2300, 1090, 5, 0.5)
+    rng = np.random.default_rng(1)
+    h = np.where(rng.random(h.shape) < np.array([[0.02], [0.1], [0.3], [0.6], [0.95]]), h, 0).astype(np.float32)
+    every = np.arange(len(h[0]), dtype=np.int32)
+    for name in INSTRUCTION_SETS:
+        calls = [
+            lambda rows, name=name: run(name, "rows_dot", w, x[rows]),
+            lambda rows, name=name: run(name, "weighted_row_sum", w, h[rows]),
+            lambda rows, name=name: run(name, "weighted_row_sum", w, h[rows], every, np.int32(len(every)), True),
+        ]
+        for call in calls:
+            together = call(slice(None))
+            for _ in range(3):
+                np.testing.assert_array_equal(call(slice(None)), together)
+            for b in range(len(h)):
+                np.testing.assert_array_equal(call(slice(b, b + 1))[0], together[b])
+
+
+@needs_native
+def test_a_forced_instruction_set_binds_the_products_of_a_prefill():
+    w, _, _, _, x, _ = draw_case(0, "bf16", 64, 64, 3, 1.0)
+    product = jax.jit(native.rows_matmul)
+    for name in INSTRUCTION_SETS:
+        native.use_instruction_set(name)
+        assert native.has_products() == (name == "avx512_bf16")
+        program = jax.jit(lambda w, x: native.rows_matmul(w, x)).lower(w, x).as_text()
+        assert ("falcon_rows_product" in program) == (name == "avx512_bf16")
+    if native.instruction_sets()[0] == "avx512_bf16":
+        native.use_instruction_set("avx512_bf16")
+        product(w, x).block_until_ready()
+        native.use_instruction_set("plain")
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="compile it anew"):
+            product(w, x).block_until_ready()
 
 
 @needs_native

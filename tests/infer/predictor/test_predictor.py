@@ -12,6 +12,7 @@ from safetensors.flax import save_file
 from falcon_relu.checkpoints.schema import seal
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
+from infer.choice import choose
 from infer.predictor.predictor import (
     LayerPredictor,
     Predictor,
@@ -20,7 +21,6 @@ from infer.predictor.predictor import (
     load_predictor,
     save_predictor,
     score,
-    select,
     stack,
 )
 
@@ -150,7 +150,7 @@ def test_stacking_layers_of_several_ranks_keeps_their_logits() -> None:
 
 def test_selection_is_threshold_then_the_highest_within_budget() -> None:
     logits = jnp.array([[0.5, -1.0, 2.0, 0.0], [-3.0, -1.0, -2.0, -4.0]])
-    np.testing.assert_array_equal(select(logits, 0.0, 4), [[1, 0, 1, 1], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(select(logits, 0.0, 2), [[1, 0, 1, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(select(logits, -10.0, 1), [[0, 0, 1, 0], [0, 1, 0, 0]])
-    assert not select(logits, -10.0, 0).any()
+    np.testing.assert_array_equal(choose(logits, 0.0, 4), [[1, 0, 1, 1], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(choose(logits, 0.0, 2), [[1, 0, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(choose(logits, -10.0, 1), [[0, 0, 1, 0], [0, 1, 0, 0]])
+    assert not choose(logits, -10.0, 0).any()

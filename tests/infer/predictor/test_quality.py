@@ -7,7 +7,8 @@ import pytest
 
 from falcon_relu.config import FalconConfig, family
 from falcon_relu.model import Falcon
-from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, score, select, uncalibrated
+from infer.choice import choose
+from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, score, uncalibrated
 from infer.predictor.quality import _reading, compare_sparse, masked_forward, selector, sensitivity
 from infer.predictor.recording import BATCH_KEYS
 from tests.conftest import random_params
@@ -56,7 +57,7 @@ def test_mask_is_the_predictors_choice_at_every_layer() -> None:
     seen = updates["activations"]["layers"]
     for i, layer in enumerate(predictor.layers):
         logits = score(layer, seen["block_input"][i])
-        chosen = select(logits, predictor.thresholds[i], predictor.budgets[i])
+        chosen = choose(logits, predictor.thresholds[i], predictor.budgets[i])
         up_FxD = params["layers"]["mlp"]["up"][i]
         neurons = jax.nn.relu(jnp.einsum("btd,fd->btf", seen["mlp_input"][i], up_FxD))
         np.testing.assert_allclose(seen["mlp"]["neurons"][i], jnp.where(chosen, neurons, 0), atol=1e-4)

@@ -1,0 +1,70 @@
+// XLA custom calls: products of rows with many vectors at once, in bf16.
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "dispatch.h"
+#include "threads.h"
+
+namespace falcon {
+namespace {
+
+// y[t] = <row, x_t> for every row, from vectors of as many numbers as a row has columns.
+void rows_times_vectors(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch,
+                        float* y) {
+  const int64_t tokens = (batch + 15) / 16 * 16;
+  std::vector<uint32_t> panels(tokens * m.columns / 2);
+  parallel_for(pool, (tokens + 63) / 64, 4 * batch * m.columns, [&](int64_t i) {
+    p.pack_panel(x, m.columns, batch, 64 * i, std::min<int64_t>(4, tokens / 16 - 4 * i), panels.data() + 32 * i * m.columns);
+  });
+  const int64_t by_threads = m.count / (8 * thread_count(pool)), chunk = std::max<int64_t>(48, std::min<int64_t>(480, by_threads) / 48 * 48);
+  parallel_for(pool, (m.count + chunk - 1) / chunk, m.count * m.columns * item_bytes(format), [&](int64_t i) {
+    p.dot(m, format, panels.data(), batch, i * chunk, std::min(m.count, (i + 1) * chunk), y, m.count,
+          scratch(p.scratch_bytes(batch), Scratch::kTask));
+  });
+}
+
+// y[t] = sum of x_t[m] * row m, from vectors of as many numbers as there are rows.
+void vectors_times_rows(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch,
+                        float* y) {
+  std::vector<uint16_t> blocks(batch * m.count);
+  parallel_for(pool, batch, 4 * batch * m.count,
+               [&](int64_t t) { p.pack_weights(x + t * m.count, m.scale, m.count, batch, t, blocks.data()); });
+  constexpr int64_t columns = 256;  // of a task
+  parallel_for(pool, (m.columns + columns - 1) / columns, m.count * m.columns * item_bytes(format), [&](int64_t i) {
+    p.sum(m, format, blocks.data(), batch, i * columns, std::min(m.columns, (i + 1) * columns), y,
+          scratch(p.scratch_bytes(batch), Scratch::kTask));
+  });
+}
+
+// Of the first `count` vectors; the results of the others are 0. `transposed`: vectors times rows.
+ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, FloatMatrix x, Ints count,
+                        ffi::Result<FloatMatrix> y, bool transposed) {
+  Matrix m;
+  if (auto wrong = check_matrix(w, scale, nullptr, nullptr, &m); !wrong.empty()) return invalid(wrong);
+  const Products* p = products();
+  const int format = format_of(w.element_type());
+  if (!p) return invalid("this program multiplies in bf16, which the instruction set chosen since does not have: compile it anew");
+  if (format != kBF16 && format != kI8) return invalid("rows must be bf16 or int8");
+  const int64_t vectors = x.dimensions()[0], inputs = transposed ? m.count : m.columns, outputs = transposed ? m.columns : m.count;
+  if (x.dimensions()[1] != inputs || y->dimensions()[0] != vectors || y->dimensions()[1] != outputs || count.element_count() != 1)
+    return invalid("the product has the wrong shape");
+  if (m.columns % 64 || m.count % 2) return invalid("matrix products need columns in sixty-fours and rows in twos");
+  const int64_t batch = std::clamp<int64_t>(count.typed_data()[0], 0, vectors);
+  std::fill(y->typed_data() + batch * outputs, y->typed_data() + vectors * outputs, 0.0f);
+  if (batch) (transposed ? vectors_times_rows : rows_times_vectors)(pool, *p, m, format, x.typed_data(), batch, y->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace falcon
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_rows_product, falcon::Guarded<falcon::rows_product>::call,
+                              falcon::ffi::Ffi::Bind()
+                                  .Ctx<falcon::ffi::ThreadPool>()
+                                  .Arg<falcon::ffi::AnyBuffer>()
+                                  .Arg<falcon::Floats>()
+                                  .Arg<falcon::FloatMatrix>()
+                                  .Arg<falcon::Ints>()
+                                  .Ret<falcon::FloatMatrix>()
+                                  .Attr<bool>("transposed"));

@@ -1,0 +1,45 @@
+// Checks of the buffers of a call, and of what a call may throw: nothing may cross XLA's boundary but an ffi::Error.
+#pragma once
+
+#include <new>
+#include <string>
+#include <utility>
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace falcon {
+
+namespace ffi = xla::ffi;
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+using FloatMatrix = ffi::BufferR2<ffi::F32>;
+
+// An error of the caller's.
+ffi::Error invalid(const std::string& text);
+
+// The Format of an element type; -1 for types that rows are not stored in.
+int format_of(ffi::DataType type);
+
+// Fills in `out`; returns what is wrong, or "". `index` and `count`: of a gathered matrix, else null.
+std::string check_matrix(const ffi::AnyBuffer& w, const Floats& scale, const Ints* index, const Ints* count, Matrix* out);
+
+// kCall as XLA calls it, with exceptions turned into errors.
+template <auto kCall>
+struct Guarded;
+
+template <class... Args, ffi::Error (*kCall)(Args...)>
+struct Guarded<kCall> {
+  static ffi::Error call(Args... args) {
+    try {
+      return kCall(std::move(args)...);
+    } catch (const std::bad_alloc&) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "falcon_relu: not enough memory for what a kernel works with");
+    } catch (const std::exception& error) {
+      return ffi::Error::Internal(std::string("falcon_relu: ") + error.what());
+    }
+  }
+};
+
+}  // namespace falcon
