@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from falcon_relu.errors import FalconError
 
 _HUGE = 2 << 20
-_CGROUPS, _CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_MEMINFO, _CGROUPS, _CGROUP_ROOT = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def huge_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
@@ -55,7 +55,7 @@ def free_memory() -> float:
 
 def _system_free() -> float:
     try:
-        return _number(Path("/proc/meminfo"), "MemAvailable:") << 10
+        return _number(_MEMINFO, "MemAvailable:") << 10
     except (OSError, StopIteration, ValueError):
         return math.inf
 

@@ -15,9 +15,14 @@ import pytest
 
 from falcon_relu.checkpoints.hf_config import config_to_hf
 from falcon_relu.checkpoints.native import save_params
+from falcon_relu.cli import bench as bench_command
+from falcon_relu.cli import decode as decode_command
 from falcon_relu.cli import main
 from falcon_relu.config import family
 from falcon_relu.tokenizer import train_bpe
+from infer import bench
+from infer.generation import DecodeStats
+from infer.kernels import native
 from tests.conftest import random_params
 from tests.train.data.texts import prepare_texts
 
@@ -266,3 +271,42 @@ def test_too_little_memory_is_said_before_weights_are_looked_for(home, tmp_path,
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(huge, "bfloat16")))
     said = refused(capsys, "decode", tmp_path, "The number", "--tokenizer", home / "tokenizer.json")
     assert re.search(r"need [\d.,]+ GB of memory and [\d.,]+ GB are free", said)
+
+
+def test_the_slower_backend_is_said_once_with_the_reason(monkeypatch, capsys):
+    monkeypatch.setattr(native, "missing", lambda: "no compiler was there")
+    monkeypatch.setattr(bench_command, "_kernels", lambda args: {"kernels": []})
+    assert main(["bench", "--micro"]) == 0
+    assert capsys.readouterr().err.count("no compiler was there") == 1
+    assert main(["decode", "nowhere", "text", "--tokenizer", "nowhere"]) == 1
+    assert capsys.readouterr().err.count("no compiler was there") == 1
+    assert main(["decode", "nowhere", "text", "--tokenizer", "nowhere", "--backend", "xla"]) == 1
+    assert "compiler" not in capsys.readouterr().err
+
+
+def test_texts_are_written_before_memory_is_measured(home, packed, monkeypatch, capsys):
+    path = home / "killed.json"
+
+    def killed() -> float:
+        raise KeyboardInterrupt
+
+    asked = [
+        "decode",
+        str(packed),
+        "The number 3",
+        "--tokenizer",
+        str(home / "tokenizer.json"),
+        "--max-new-tokens",
+        "6",
+    ]
+    monkeypatch.setattr(decode_command, "memory_bandwidth", killed)
+    assert main([*asked, "--json", str(path)]) != 0
+    told = json.loads(path.read_text())
+    assert told["texts"]
+    assert told["memory GB/s"] is None
+
+
+def test_memory_is_not_measured_where_too_little_is_free(monkeypatch):
+    monkeypatch.setattr(bench, "free_memory", lambda: 900e6)
+    assert bench.memory_bandwidth() is None
+    assert "of ? GB/s" in decode_command._line(DecodeStats(), None)

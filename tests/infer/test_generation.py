@@ -10,6 +10,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.generation import Sampling
 from falcon_relu.generation import generate as flax_generate
 from falcon_relu.model import Falcon
+from infer import generation
 from infer.generation import Conversation, DecodeStats, generate, stream
 from infer.weights.layout import Formats, weights_from_params
 from tests.infer.test_step import BACKENDS, covering_predictor, relu_model
@@ -53,7 +54,20 @@ def test_another_seed_or_length_compiles_no_sampler(model):
     assert infer.generation._sample._cache_size() == programs
 
 
-def test_figures_say_what_was_done(model):
+def test_figures_say_what_was_done(model, monkeypatch):
+    """By a clock that only decode steps (2 s) and the noting of what they read (1 s) move on."""
+    clock = [0.0]
+
+    def taking(seconds, function):
+        def timed(*args, **kwargs):
+            clock[0] += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    monkeypatch.setattr(generation, "decode_step", taking(2, generation.decode_step))
+    monkeypatch.setattr(generation, "_note", taking(1, generation._note))
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: clock[0])
     config, _, weights = model
     stats = DecodeStats()
     generate(weights, prompts(config), Sampling(max_new_tokens=5), mode="sparse", stats=stats)
@@ -62,7 +76,9 @@ def test_figures_say_what_was_done(model):
     assert stats.steps == 4
     assert stats.neurons_read == 1
     assert 0 < stats.step_bytes < weights.nbytes
-    assert stats.bytes_per_second > 0
+    assert (stats.timed_steps, stats.timed_tokens, stats.step_seconds) == (3, 9, 9)
+    assert stats.tokens_per_second == 1
+    assert stats.bytes_per_second == pytest.approx(stats.step_bytes / 3)
 
 
 def test_unusable_prompts_are_refused_before_anything_runs(model):

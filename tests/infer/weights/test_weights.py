@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import resource
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -125,23 +127,45 @@ def test_numbers_that_are_not_finite_name_their_tensor():
         weights_from_params(params, config)
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"meminfo": "MemTotal: 99 kB\nMemAvailable: 10 kB\n"},
-        {"memory.max": "2000000\n", "memory.stat": "anon 1990000\nfile 500000\n"},
-    ],
-)
-def test_too_little_memory_is_said_before_reading(files, monkeypatch):
-    def read_text(path):
-        if path.name not in files:
-            raise FileNotFoundError
-        return files[path.name]
+LIMITS = {
+    "the system's": {"meminfo": "MemTotal: 99 kB\nMemAvailable: 10 kB\n"},
+    "a container's": {"groups": "0::/\n", "memory.max": "2000000\n", "memory.stat": "anon 1990000\nfile 500000\n"},
+    "an outer group's": {
+        "groups": "1:cpu:/\n0::/a/b\n",
+        "a/memory.max": "2000000\n",
+        "a/memory.stat": "anon 1990000\n",
+        "a/b/memory.max": "max\n",
+        "a/b/memory.stat": "anon 5\n",
+    },
+    "version 1": {
+        "groups": "4:cpu,memory:/of/the/host\n0::/\n",
+        "memory/memory.limit_in_bytes": "2000000\n",
+        "memory/memory.stat": "rss 5\ntotal_rss 1990000\n",
+    },
+    "ulimit -v": {},
+}
 
-    monkeypatch.setattr(memory.Path, "read_text", read_text)
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_too_little_memory_is_said_before_reading(limit, monkeypatch, tmp_path):
+    for name, text in LIMITS[limit].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(memory, "_CGROUP_ROOT", tmp_path)
+    if limit == "ulimit -v":
+        pages = int(Path("/proc/self/statm").read_text().split()[0]) + 3
+        monkeypatch.setattr(resource, "getrlimit", lambda what: (4096 * pages, 4096 * pages))
     with pytest.raises(FalconError, match="smaller number format"):
         memory.need_memory(20_000, "the weights")
-    memory.need_memory(9_000, "the weights")
+    if limit != "ulimit -v":  # the address space of this process changes meanwhile
+        memory.need_memory(9_000, "the weights")
+
+
+def test_a_kernel_without_huge_pages_gives_ordinary_ones(monkeypatch):
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 9999)  # no such advice
+    assert huge_empty((3 << 20,), np.uint8).sum() == 0
 
 
 def test_huge_memory_is_taken_over_by_the_device_without_a_copy():
