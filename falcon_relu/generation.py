@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from falcon_relu.errors import FalconError, check_number, check_seed
 from falcon_relu.model import Falcon, KVCache, Params
 
-_STEPS_BETWEEN_LOOKS = 32  # tokens added before `until` is asked
+_STEPS_BETWEEN_LOOKS = 32  # tokens generated between calls of `until`
 _MOST_IDS = 1 << 31  # token ids are int32
 _LEAST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # what is smaller counts as 0 in a product
 
@@ -26,7 +26,7 @@ class Sampling:
     """How the next token is chosen, and when to stop.
 
     Attributes:
-      max_new_tokens: tokens to add at most.
+      max_new_tokens: number of tokens to generate at most.
       temperature: divides the logits; 0 takes the likeliest token (greedy).
       top_k: sample among the k likeliest tokens only; 0 for all.
       top_p: sample among the likeliest tokens that together hold this probability (nucleus, arXiv:1904.09751).
@@ -54,7 +54,7 @@ class Sampling:
             check_number("a stop token", token, low=0, high=_MOST_IDS - 1)
 
     def of_program(self) -> Sampling:
-        """What a compiled program depends on: all but the seed, which is an argument."""
+        """The settings that a compiled program depends on: all but the seed, which is one of its arguments."""
         return dataclasses.replace(self, seed=0)
 
 
@@ -63,7 +63,7 @@ def sample(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arr
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     logits_BxV = logits_BxV.astype(jnp.float32)
-    # The likeliest at 0, so that no quotient is infinite but those of tokens that are never drawn.
+    # The largest is moved to 0, so that after the division only logits of tokens that are never drawn are infinite.
     logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
     logits_BxV = logits_BxV / max(sampling.temperature, _LEAST_TEMPERATURE)
     if sampling.top_k and sampling.top_k < logits_BxV.shape[-1]:
@@ -87,15 +87,16 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt; returns the new ids only, up to and without a stop token.
 
-    Prompts of different lengths are padded on the right, which changes no result. Programs are compiled for prompt
-    lengths of `padded_length`. Sampling draws depend on the seed and on the place of a prompt in the batch.
+    Prompts of different lengths are padded on the right, which changes no result. A program is compiled for each
+    `padded_length` of prompts. Sampled tokens depend on the seed and on the prompt's place in the batch.
 
     Args:
       model: the model; its dtype is also the cache's.
       params: its parameters.
       prompts: token ids, at least one to a prompt.
       sampling: how to choose and when to stop.
-      until: asked now and then about the new ids of a prompt: whether they are enough. More may come before the answer.
+      until: called every 32 tokens with the new ids of each prompt; a sequence for which it returns true ends. Up to 31
+        tokens may follow the one that made it true.
 
     Raises:
       FalconError: a prompt is empty, has ids outside the vocabulary, or does not fit the context.
@@ -118,13 +119,13 @@ def generate(
 
 
 def padded_length(n: int, least: int = 32) -> int:
-    """`n` rounded up, by a quarter at most above 128, so that few programs serve all lengths."""
+    """`n` rounded up, above 128 by at most a quarter, so that few programs are compiled for many lengths."""
     step = max(least, 1 << max((n - 1).bit_length() - 3, 0))
     return -(-n // step) * step
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int, max_new_tokens: int) -> None:
-    """Refuses what could not be continued.
+    """Refuses prompts that cannot be continued.
 
     Raises:
       FalconError: no prompt, an empty one, an id outside the vocabulary, or prompt + new tokens above the context.
@@ -144,7 +145,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: in
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, T] padded on the right with 0, to the longest or to a width, and the lengths [B]; both int32."""
+    """Token ids [B, T], padded on the right with 0 to the longest prompt or to `width`, and lengths [B]; both int32."""
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens_BxT = np.zeros((len(prompts), width or int(lengths_B.max())), np.int32)
     for row, prompt in zip(tokens_BxT, prompts, strict=True):
@@ -154,7 +155,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> t
 
 @struct.dataclass
 class _Carry:
-    """Where a batch stands: `step` tokens added, the logits for the next, and what has come so far."""
+    """State of the generation loop: `step` tokens generated, the logits for the next, and the new ids so far."""
 
     step: jax.Array
     logits_BxV: jax.Array
@@ -170,7 +171,7 @@ def _new_tokens(carry: _Carry) -> list[list[int]]:
 
 
 def _on_host(arrays: Any) -> Any:
-    """Whole arrays in every process, also where a process holds a part of each."""
+    """Arrays as numpy in every process, gathered where they are sharded over processes."""
     return multihost_utils.process_allgather(arrays, tiled=True)
 
 
@@ -201,7 +202,7 @@ def _add_tokens(
     last: jax.Array,
     key: jax.Array,
 ) -> _Carry:
-    """Goes on until `last` tokens have been added to every sequence that is not done."""
+    """Generates until every sequence that is not done has `last` new tokens."""
     keys = jax.random.split(key, sampling.max_new_tokens)
     stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
     segments_Bx1 = jnp.ones((len(lengths_B), 1), jnp.int32)

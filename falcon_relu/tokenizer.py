@@ -31,8 +31,8 @@ class Tokenizer:
 
     Attributes:
       path: the file.
-      sha256: of the file, in hex; what shards and checkpoints are matched by.
-      vocab_size: smallest vocabulary that holds every id.
+      sha256: of the file, in hex; token shards are matched with tokenizers by it.
+      vocab_size: the highest id plus one.
       eos_id: id of the token that ends a text.
     """
 
@@ -63,10 +63,10 @@ class Tokenizer:
         self.eos_id: int = eos_id
 
     def check_fits(self, vocab_size: int) -> None:
-        """Makes sure that a model with `vocab_size` embeddings has one for every id.
+        """Checks that a model with `vocab_size` embeddings has one for every id.
 
         Raises:
-          FalconError: it has not.
+          FalconError: some ids have no embedding.
         """
         if self.vocab_size > vocab_size:
             raise FalconError(
@@ -87,16 +87,16 @@ class Tokenizer:
         for text in texts:
             check_text("a text to encode", text)
         with _explained(f"the tokenizer {self.path} cannot encode a text"):
-            # The fast call gives the same ids and leaves out the offsets, which nothing here reads.
+            # encode_batch_fast gives the same ids without computing offsets.
             return [encoding.ids for encoding in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of `ids`, special tokens included unless told otherwise; bytes not UTF-8 become U+FFFD."""
+        """The text of `ids`, special tokens included unless `skip_special`; bytes not UTF-8 become U+FFFD."""
         with _explained(f"the tokenizer {self.path} cannot decode token ids"):
             return self._engine.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token(self, token_id: int) -> str | None:
-        """The token of an id as the vocabulary has it; None where there is none, which `decode` leaves out."""
+        """The vocabulary's entry for an id; None if there is none, in which case `decode` skips the id."""
         return self._engine.id_to_token(token_id)
 
     def stream(self) -> TextStream:
@@ -105,39 +105,40 @@ class Tokenizer:
 
 
 class TextStream:
-    """Ids in, text out as soon as it is certain: a character whose bytes span several tokens comes with the last one.
+    """Decodes ids one by one, returning text as soon as later ids cannot change it.
 
-    What `push` and `finish` return, joined, is `decode` of all the ids.
+    A character whose bytes span several tokens is returned with the last one. The results of `push` and `finish`,
+    joined, are `decode` of all the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # some whose text was given out, so that the next are not first; then the others
-        self._told = ""  # the text of the former
-        self._n_told = 0
+        self._ids: list[int] = []  # the last ids whose text was returned, as context for decoding; then pending ids
+        self._returned = ""  # text of the former
+        self._n_returned = 0  # how many they are
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty where what follows can still change it."""
+        """The text that `token_id` completes; empty while later ids can still change it."""
         token = self._tokenizer.token(int(token_id))
         if token is None:
             return ""
         self._ids.append(int(token_id))
-        if _is_byte(token):  # a run of single bytes is text, or U+FFFD for each: known once it has ended
+        if _is_byte(token):  # a run of byte tokens decodes to text or to one U+FFFD each, known only at its end
             return ""
         text = self._decode(self._ids)
-        if text.endswith("\ufffd") or not text.startswith(self._told):  # perhaps an unfinished character
+        if text.endswith("\ufffd") or not text.startswith(self._returned):  # perhaps an unfinished character
             return ""
-        piece = text[len(self._told) :]
-        latest = self._ids[self._n_told :]
+        piece = text[len(self._returned) :]
+        latest = self._ids[self._n_returned :]
         alone = self._decode(latest)
-        # Decoders treat the beginning of a text in their own way (its first space may go): what is kept must show some.
-        self._ids, self._told = (latest, alone) if alone else (self._ids, text)
-        self._n_told = len(self._ids)
+        # Decoders treat the start of a text differently (they may drop its first space), so the context is never empty.
+        self._ids, self._returned = (latest, alone) if alone else (self._ids, text)
+        self._n_returned = len(self._ids)
         return piece
 
     def finish(self) -> str:
-        """What was held back at the end: an unfinished character, as U+FFFD."""
-        return self._tokenizer.decode(self._ids)[len(self._told) :]
+        """The text of the pending ids: an unfinished character becomes U+FFFD."""
+        return self._tokenizer.decode(self._ids)[len(self._returned) :]
 
     def _decode(self, ids: list[int]) -> str:
         try:
@@ -147,10 +148,10 @@ class TextStream:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The `tokenizer.json` that a user names: the file, or a folder with one.
+    """The `tokenizer.json` at a path: the file itself, or the one in a folder.
 
     Raises:
-      FalconError: there is none, or it cannot be read.
+      FalconError: it does not exist or cannot be read.
     """
     path = Path(path)
     return regular_file(path / "tokenizer.json" if path.is_dir() else path)
@@ -159,11 +160,11 @@ def tokenizer_file(path: Path) -> Path:
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     """Trains a byte-level BPE with `<|endoftext|>` as id 0 and writes it as a `tokenizer.json`.
 
-    The same texts give the same file. Small texts may give fewer tokens than asked for.
+    The same texts give the same file. From little text it may have fewer tokens than asked for.
 
     Args:
-      texts: what to learn from.
-      vocab_size: most tokens, at least 257 (every byte, and the end of text).
+      texts: the training texts.
+      vocab_size: number of tokens at most; at least 257 (every byte, and the end of text).
       path: the file to write; an existing one is replaced.
 
     Raises:
@@ -195,9 +196,9 @@ def _is_byte(token: str) -> bool:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turns what the library raises into one line that says what could not be done.
+    """Turns an error of the library into a one-line FalconError that starts with `what`.
 
-    Its errors are plain exceptions; a fault in its Rust code is a PanicException, which is no `Exception`.
+    The library raises plain exceptions; a bug in its Rust code raises a PanicException, which is not an `Exception`.
     """
     try:
         with _without_panic_report():
@@ -211,7 +212,7 @@ def _explained(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_panic_report() -> Iterator[None]:
-    """Keeps what Rust writes to file descriptor 2 about a panic, a stack trace perhaps, from the user; nothing else."""
+    """Suppresses what Rust prints on a panic to file descriptor 2, and nothing else that is printed meanwhile."""
     if not hasattr(os, "memfd_create"):
         yield
         return
@@ -233,7 +234,7 @@ def _without_panic_report() -> Iterator[None]:
             raise
         finally:
             os.dup2(stderr, 2)
-            if not panic and (size := os.lseek(held, 0, os.SEEK_CUR)):  # another thread's, a progress bar perhaps
+            if not panic and (size := os.lseek(held, 0, os.SEEK_CUR)):  # printed by other threads
                 os.write(2, os.pread(held, size, 0))
 
 

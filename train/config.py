@@ -1,4 +1,4 @@
-"""What a training run is: one typed value that configs/ holds and the command line may change field by field."""
+"""The config of a training run. `configs/` holds named ones; the command line can change every field."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class OptimizerConfig:
     """AdamW (arXiv:1711.05101) with linear warm-up, cosine decay and clipping by the global norm.
 
     Attributes:
-      learning_rate: peak, reached after the warm-up.
-      final_learning_rate: where the cosine ends.
-      warmup_steps: steps from 0 to the peak.
+      learning_rate: the peak, reached after the warm-up.
+      final_learning_rate: the learning rate at the end of the cosine.
+      warmup_steps: number of steps from 0 to the peak.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      epsilon: added to the root of the second moment.
+      epsilon: added to the square root of the second moment.
       weight_decay: of matrices; norms and biases are not decayed.
       clip_norm: global gradient norm above which gradients are scaled down.
 
@@ -63,13 +63,13 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """Continuations that show how the student writes while it trains; off by default.
+    """Sample texts generated during training; off by default.
 
     Attributes:
-      every: steps between them; 0 for none.
+      every: steps between samples; 0 for none.
       prompts: texts to continue.
       tokenizer: a tokenizer.json or a folder with one; the one that the data was prepared with.
-      sampling: how each is continued.
+      sampling: how the prompts are continued.
 
     Raises:
       FalconError: a field is out of range or missing; the message names it.
@@ -88,7 +88,7 @@ class SamplesConfig:
             raise FalconError("SamplesConfig.prompts has an empty text, which cannot be continued")
 
 
-# Fields that do not decide what is computed, beyond rounding: a run may go on with others.
+# Fields that do not change the result beyond rounding: a run may be resumed with other values.
 _MAY_CHANGE = {
     "out",
     "microbatches",
@@ -110,40 +110,40 @@ _DATA_MAY_CHANGE = {"threads", "prefetch"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run: where the student starts, what it learns from, how, and where the result goes.
+    """One training run: the student's initial weights, the teacher, the data, the optimisation and the output.
 
     Attributes:
       out: folder of the run, see `train.loop.run`; on a disk that all processes share.
-      model: member of the family to start from fresh; exactly one of `model` and `init_from` is given.
+      model: member of the family to train from random parameters; exactly one of `model` and `init_from` is given.
       init_from: native weights, Hugging Face folder or hub id to start from.
-      init_activation: the activation that `init_from` was trained with, if its config does not say.
-      activation: activation that the student trains with; None keeps what it starts with.
+      init_activation: the activation that `init_from` was trained with, if its config does not state it.
+      activation: activation to train the student with; None keeps its own.
       activation_shift: shift of "shifted_relu".
-      start_activation: activation that `activation` is blended into, by `activation_ramp`; None for none.
+      start_activation: activation to start with and to blend into `activation` by `activation_ramp`; None for none.
       activation_ramp: (begin, end): up to step `begin` the student has `start_activation`, from `end` on `activation`,
-        between them a linear blend; the same step twice for a jump. Validation is always with `activation`.
-      teacher: native weights, Hugging Face folder or hub id to distil from; None where `data.teacher_cache` teaches.
-      teacher_activation: the teacher's activation, if its config does not say.
+        between them a linear blend; the same step twice switches at once. Validation always uses `activation`.
+      teacher: native weights, Hugging Face folder or hub id to distil from; None where `data.teacher_cache` is used.
+      teacher_activation: the teacher's activation, if its config does not state it.
       data: token shards, row length, batch and order.
       loss: weights, temperature and chunk of the loss.
       optimizer: AdamW and its schedule.
-      steps: optimizer updates.
-      microbatches: pieces that a batch is worked through in, to save memory.
-      mesh: devices along (data, fsdp, tensor); one -1 takes what is left.
+      steps: number of optimizer updates.
+      microbatches: number of pieces that a batch is split into, processed one after the other to save memory.
+      mesh: devices along (data, fsdp, tensor); a -1 takes the devices that are left.
       compute_dtype: dtype of the student's products; its parameters and optimizer state are float32.
       teacher_dtype: dtype of the teacher's parameters and products.
       remat: what the backward pass recomputes, see `falcon_relu.model.Falcon`.
       attention: which kernel, see `falcon_relu.attention.attend`; "auto" takes the platform's best.
-      query_chunk: queries that attention handles at a time where it is "chunked"; None for all.
-      seed: of fresh parameters.
+      query_chunk: queries that "chunked" attention processes at a time; None for all.
+      seed: of random initial parameters.
       log_every: steps between lines of the log.
       validate_every: steps between passes over the validation rows; 0 for the end only.
       checkpoint_every: steps between checkpoints; 0 for the end only.
-      keep_checkpoints: the newest ones that are kept.
-      keep_every: steps whose checkpoints are kept for good, a multiple of `checkpoint_every`; 0 for none.
-      max_bad_steps: updates in a row that may be skipped for a loss or gradient that is not finite.
-      samples: continuations of prompts on the way.
-      profile: (first, last) step to trace with the profiler, counted from where this process starts; None for none.
+      keep_checkpoints: how many of the newest checkpoints are kept.
+      keep_every: steps between checkpoints that are kept permanently, a multiple of `checkpoint_every`; 0 for none.
+      max_bad_steps: how many updates in a row may be skipped because the loss or a gradient is not finite.
+      samples: sample texts generated during training.
+      profile: (first, last) step to trace with the profiler, counted from this process's first step; None for none.
 
     Raises:
       FalconError: a field is out of range or two contradict each other; the message names them.
@@ -246,9 +246,9 @@ class TrainConfig:
 
 
 def deciding_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config as JSON that decide what is computed, by name.
+    """The fields of a config, as JSON, that a resumed run must have unchanged, by name.
 
-    Where the data lies does not: the checkpoint knows what it holds.
+    The paths of the data are not among them: a checkpoint stores hashes of the data.
     """
     kept = {name: value for name, value in config.items() if name not in _MAY_CHANGE | {"data"}}
     data = {name: value for name, value in config["data"].items() if name not in _DATA_MAY_CHANGE}

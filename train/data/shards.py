@@ -1,4 +1,4 @@
-"""Token shards, what lies between text and training: the record format and the manifest.
+"""Token shards, the prepared form of training text: record format and manifest.
 
 A prepared folder holds `manifest.json` and, for each split, ArrayRecord files. A record is one row of T = `seq_len`
 tokens:
@@ -6,9 +6,9 @@ tokens:
     T token ids    uint16 where the vocabulary has at most 65,536 ids, else uint32; little-endian
     run lengths    uint32, little-endian, one for each document piece in the row, in order
 
-The runs cut the row into its documents (segments 1, 2, ...); what they leave over at the end is padding (segment 0,
-id 0). A document ends with the end-of-text token; one that does not fit goes on in the next row, as a segment there.
-Targets are the next tokens of the same segment, so the last token of a row has none.
+The run lengths divide the row into documents (segments 1, 2, ...); tokens after the last run are padding (segment 0,
+id 0). A document ends with the end-of-text token; one that does not fit continues in the next row, as a segment there.
+The target of a token is the next token of its segment, so the last token of a row has none.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_VOCABULARY = 1 << 31  # token ids are int32
 _ABOUT_INPUTS = ("sources", "bad_lines", "bad_examples")  # fields that the rows do not depend on
 _RUN_DTYPE = np.dtype("<u4")
 PREPARE = "falcon-relu prepare"
-_ONE_ROW_A_GROUP = "group_size:1"  # so that rows can be read in any order
+_ONE_ROW_A_GROUP = "group_size:1"  # for random access: ArrayRecord decompresses whole groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What a split holds; `tokens` counts the end-of-text tokens and not the padding."""
+    """Size and files of a split; `tokens` counts end-of-text tokens but not padding."""
 
     rows: int
     tokens: int
@@ -65,25 +65,25 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.rows != sum(shard.rows for shard in self.shards):
-            raise FalconError(f"{self.rows} rows are not what {len(self.shards)} shards hold together")
+            raise FalconError(f"{self.rows} rows are not the sum over its {len(self.shards)} shards")
         if not 0 <= self.documents <= self.tokens:
             raise FalconError(f"a split cannot have {self.documents} documents in {self.tokens} tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a prepared folder holds, and what it was made from.
+    """The content of a prepared folder, and what it was made from.
 
     Attributes:
       seq_len: T, tokens in a row.
       vocab_size: of the tokenizer.
       eos_id: the end-of-text token.
       tokenizer_sha256: hash of the tokenizer.json.
-      seed: of the draw of the validation documents.
-      validation_fraction: share of documents that went to the validation split.
-      sources: the inputs, as they were given.
+      seed: of the choice of validation documents.
+      validation_fraction: share of documents in the validation split.
+      sources: the inputs, as given.
       splits: "train" and "validation".
-      bad_lines: how many lines or rows could not be used.
+      bad_lines: number of input lines or rows that could not be used.
       bad_examples: `file:line: reason` for the first of them.
 
     Raises:
@@ -118,21 +118,21 @@ class Manifest:
         return {"format": FORMAT} | dataclasses.asdict(self)
 
     def digest(self) -> str:
-        """A hash of what the folder holds, the same wherever it and the text lie."""
+        """A hash of the folder's content; it does not depend on the paths of the folder and the text."""
         content = {name: value for name, value in self.to_json().items() if name not in _ABOUT_INPUTS}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_path(folder: Path) -> Path:
-    """Where a folder keeps its manifest."""
+    """The path of a folder's manifest."""
     return Path(folder) / "manifest.json"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder, with every shard's presence and size checked.
+    """The manifest of a prepared folder, after a check that every shard exists and has the right size.
 
     Raises:
-      FalconError: the folder was not prepared to its end, its manifest is damaged, or shards are missing or cut short.
+      FalconError: the folder is not finished, its manifest is damaged, or shards are missing or of another size.
     """
     path = manifest_path(folder)
     if not path.exists():
@@ -148,12 +148,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_shared(path: Path, value: Mapping[str, Any], job: int) -> None:
-    """Writes JSON that other jobs of an array may write at the same moment: each renames a file of its own.
+    """Writes JSON that other jobs of an array may write at the same time: each renames a file of its own.
 
     Args:
       path: the file.
-      value: the same in all jobs.
-      job: which of them this is.
+      value: the content, the same in all jobs.
+      job: number of this job.
     """
     own = path.with_suffix(f".{job}.json")
     write_json(own, value)
@@ -161,15 +161,15 @@ def write_shared(path: Path, value: Mapping[str, Any], job: int) -> None:
 
 
 def read_sealed(path: Path, form: int, again: str) -> dict[str, Any]:
-    """What was given to `schema.seal`, without its format.
+    """Reads JSON that `schema.seal` gave a checksum, without its "format".
 
     Args:
       path: the manifest.
-      form: the one format that is known.
-      again: the command that writes it again.
+      form: the supported format number.
+      again: the command that writes the file again, for the error.
 
     Raises:
-      FalconError: the file is of another format, or was changed since.
+      FalconError: the file has another format, or does not match its checksum.
     """
     value = read_json(path)
     if not isinstance(value, dict) or value.get("format") != form:
@@ -180,15 +180,15 @@ def read_sealed(path: Path, form: int, again: str) -> dict[str, Any]:
 
 
 def check_shard(folder: Path, shard: Shard, command: str) -> None:
-    """Makes sure that a shard is there, and whole by its size.
+    """Checks that a shard exists and has the size that its manifest states.
 
     Args:
-      folder: where it lies.
-      shard: what its manifest says of it.
-      command: that made it, for the error.
+      folder: the shard's folder.
+      shard: its entry in the manifest.
+      command: the command that made it, for the error.
 
     Raises:
-      FalconError: it is not.
+      FalconError: it is missing or has another size.
     """
     path = folder / shard.file
     if not path.is_file():
@@ -201,7 +201,7 @@ def check_shard(folder: Path, shard: Shard, command: str) -> None:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every id."""
+    """The smallest dtype for the ids of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -235,10 +235,10 @@ def write_shard(path: Path, rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Sh
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> Shard:
-    """Writes an ArrayRecord file whose records can be read in any order, whole or not at all.
+    """Writes an ArrayRecord file for random access; the file appears only once it is complete.
 
     Raises:
-      FalconError: the file could not be written whole.
+      FalconError: the file could not be written completely.
     """
     count = crc = 0
     with write_aside(path, replace=True) as aside:
@@ -267,10 +267,10 @@ def _count(path: Path) -> int:
 
 
 def pack(documents: Sequence[np.ndarray], seq_len: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Lays documents end to end and cuts them into rows: every token is kept, only the last row is padded.
+    """Concatenates documents and cuts them into rows: every token is kept, only the last row is padded.
 
     Args:
-      documents: token ids of each, not empty, end-of-text included.
+      documents: token ids of each document, not empty, end-of-text included.
       seq_len: T.
 
     Yields:

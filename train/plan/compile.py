@@ -1,8 +1,8 @@
-"""The programs of a run, compiled for devices that are not there.
+"""Compiling the programs of a run for devices that are not there.
 
-Nothing of the model's size is allocated: programs are lowered from shapes. For TPUs the compiler is libtpu's and the
-devices are a named topology's. For other devices XLA:CPU partitions them over as many virtual devices; it has no
-products in bfloat16 and would widen them, so that it is given float16 instead, which takes the same bytes.
+Nothing of the model's size is allocated: programs are lowered from shapes. For TPUs the compiler is libtpu's, for a
+named topology. For other devices XLA:CPU compiles for as many virtual devices; it has no bfloat16 products and would
+widen them to float32, so float16 is used instead, which takes the same bytes.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Program:
     Attributes:
       name: as in `Job.programs`.
       text: the compiled module.
-      memory: bytes on a device by what they are for, while the program runs.
-      seconds: that compiling took.
+      memory: bytes on a device while the program runs, by what they are used for.
+      seconds: duration of the compilation.
     """
 
     name: str
@@ -63,20 +63,20 @@ class Program:
 
 
 class TooLargeError(Exception):
-    """The compiler found that a program does not fit; the message is its own first line."""
+    """The compiler found that a program does not fit the device; the message is the first line of its error."""
 
 
 def topology_devices(topology: str) -> tuple[list[jax.Device], Chip]:
-    """The devices of a TPU topology such as "v5p:4x4x4", none of which need be there, and what they are.
+    """The devices of a TPU topology such as "v5p:4x4x4", which need not be there, and their chip.
 
     Raises:
       FalconError: libtpu is not installed, or knows no such topology.
     """
     kind = topology.split(":")[0]
     if kind not in TPUS:
-        raise FalconError(f"no figures of the chip in topology {topology!r}; known: {', '.join(TPUS)}, as in v5p:4x4x4")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no metadata server what machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside another plan, or a run on a TPU that is here
+        raise FalconError(f"unknown chip in topology {topology!r}; known: {', '.join(TPUS)}, as in v5p:4x4x4")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask Google Cloud's metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another plan, or a run on this machine's TPU, may be on
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     from jax.experimental import topologies
@@ -93,10 +93,10 @@ def topology_devices(topology: str) -> tuple[list[jax.Device], Chip]:
 
 
 def virtual_devices(number: int) -> list[jax.Device]:
-    """So many CPU devices to partition over; must be called before JAX has looked for devices.
+    """`number` virtual CPU devices; must be called before JAX has looked for devices.
 
     Raises:
-      FalconError: JAX has others already.
+      FalconError: JAX has been initialised with other devices.
     """
     jax.config.update("jax_platforms", "cpu")
     with contextlib.suppress(RuntimeError):
@@ -108,7 +108,7 @@ def virtual_devices(number: int) -> list[jax.Device]:
 
 
 def read_config(source: str, activation: Activation | None) -> FalconConfig:
-    """The architecture of a checkpoint, as far as can be told without a download.
+    """The config of a checkpoint, without a download.
 
     Raises:
       FalconError: it is neither a folder here nor one of the known hub ids.
@@ -122,10 +122,10 @@ def read_config(source: str, activation: Activation | None) -> FalconConfig:
 
 
 def planned_job(config: TrainConfig, devices: Sequence[jax.Device]) -> Job:
-    """The job that `train` would make of `config` on such devices; of the data, what is here is looked at.
+    """The job that `train` would make of `config` on these devices; the data is checked if its folders are here.
 
     Raises:
-      FalconError: as `train` would refuse to start.
+      FalconError: `train` would refuse to start; the same errors as there.
     """
     narrow = jnp.float16 if devices[0].platform == "cpu" else jnp.bfloat16
     here = all(Path(source.path).is_dir() for source in config.data.sources)
@@ -157,7 +157,7 @@ def compile_programs(job: Job) -> Iterator[Program]:
                     raise TooLargeError(f"{name}: {first_line(error)}") from error
                 raise
             stats = compiled.memory_analysis()
-            # Validation does not take the optimizer's state, which is there all the same.
+            # Validation does not take the optimizer's state as an argument, but it stays in memory.
             taken = sum(resident.values()) - (0 if name == "training step" else resident["Adam moments, float32"])
             memory = resident | {
                 "batch and counters": stats.argument_size_in_bytes - taken,

@@ -1,7 +1,7 @@
-"""What a compiled program does, counted from its text: matrix-product FLOPs and bytes that cross devices.
+"""FLOPs of the matrix products and bytes of the collectives of a compiled program, counted from its HLO text.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it is run: loops by
-the trip counts that the text states or that follow from their conditions.
+XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it runs, by the trip
+counts of loops, which the text states or which follow from the loops' conditions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-# Matrix products a tile in each kernel of splash attention: scores and values; then the gradients, scores anew.
+# Matrix products for a tile in each kernel of splash attention; the gradient kernels recompute the scores.
 _SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 
 
@@ -47,7 +47,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line: what it makes (several arrays where it is a tuple), from what, and how."""
+    """One instruction of the HLO text; `arrays` are its results, several for a tuple."""
 
     name: str
     opcode: str
@@ -57,7 +57,7 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One collective operation: `bytes` is what a device receives in one run of it, `times` how often it is run."""
+    """A collective operation: `bytes` that a device receives each time, and the number of `times` that it runs."""
 
     kind: str
     group: tuple[int, ...]
@@ -67,7 +67,7 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one run of a program.
+    """The work of one device in one run of a program.
 
     Attributes:
       flops: of dots, convolutions and attention kernels; two a multiply-add.
@@ -92,7 +92,7 @@ def count(text: str) -> Work:
       text: what `jax.stages.Compiled.as_text` returns.
 
     Raises:
-      ValueError: the text has a loop whose trip count cannot be told.
+      ValueError: the trip count of a loop is unknown.
     """
     entry, computations = parse(text)
     flops, collectives = 0.0, []
@@ -101,7 +101,7 @@ def count(text: str) -> Work:
         flops += times * _flops(instruction, named)
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            if name.startswith("all-reduce-scatter"):  # how a TPU's text writes one
+            if name.startswith("all-reduce-scatter"):  # a reduce-scatter in a TPU program
                 kind = "reduce-scatter"
             group = _group(instruction.attributes)
             collectives.append(Collective(kind, group, _received(kind, instruction, named, len(group)), times))
@@ -159,7 +159,7 @@ _Computations = Mapping[str, Mapping[str, Instruction]]
 
 
 def _runs(name: str, computations: _Computations, times: float = 1.0) -> Iterator[tuple[float, str, Instruction]]:
-    """Every instruction that is run from a computation on, with how often and where it stands."""
+    """(how often it runs, its computation, instruction) for every instruction reached from a computation."""
     for instruction in computations[name].values():
         yield times, name, instruction
         each = times * _trips(instruction, computations, name) if instruction.opcode == "while" else times
@@ -199,7 +199,7 @@ def _flops(i: Instruction, named: Mapping[str, Instruction]) -> float:
 
 
 def _convolution_flops(i: Instruction, named: Mapping[str, Instruction]) -> float:
-    """Taps that fall on padding are not counted: TPUs write products with several output axes with such windows."""
+    """FLOPs of a convolution without the taps on padding: TPU programs have products written as such convolutions."""
     lhs, rhs = (named[o].arrays[0].shape for o in i.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     assert labels is not None
@@ -239,7 +239,7 @@ def _taps(inputs: int, outputs: int, size: int, stride: int, low: int, lhs_dilat
 
 
 def _splash_flops(i: Instruction, named: Mapping[str, Instruction], products: int) -> float:
-    """Tiles of the causal mask that the kernel visits, times the products in each; heads [.., N, T, H]."""
+    """FLOPs of a splash attention kernel: the tiles under the causal mask, times the products for each tile."""
     operands = (array for o in i.operands for array in named[o].arrays)
     of_queries = next(a.shape for a in operands if a.dtype.startswith(("f", "bf")))  # after the mask's tables
     block = i.arrays[0].shape[-2]  # of a scratch buffer

@@ -96,7 +96,7 @@ def summarise(job: Job, programs: Sequence[Program], chip: Chip, assumptions: As
 
 
 def lighter(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
-    """Changes that save memory, each on top of those before, in the order of what they cost in time.
+    """Changes that save memory, each on top of those before, the cheapest in time first.
 
     The config's mesh must name every size.
     """
@@ -132,14 +132,14 @@ def plan_run(
     assumptions: Assumptions,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[Report, Program | None]:
-    """Compiles a run's step and sums up what it takes; where it does not fit, tries what would make it.
+    """Compiles a run's programs and reports memory, FLOPs and time; where they do not fit, tries `lighter` configs.
 
     Args:
       config: the run.
       devices: from `topology_devices` or `virtual_devices`.
-      chip: what each of them is.
-      assumptions: what the time rests on.
-      note: told of every attempt.
+      chip: memory and speeds of each device.
+      assumptions: for the estimated times.
+      note: called with a line before every attempt.
 
     Returns:
       The report of the first attempt that fits, or of the last one, with "tried" listing all; and its training step,
@@ -159,7 +159,7 @@ def plan_run(
             for program in compile_programs(job):
                 programs.append(program)
                 if program.bytes > chip.memory_gb * GB:
-                    break  # the others need not be compiled to know that it does not fit
+                    break  # it does not fit, whatever the other programs need
         except TooLargeError as error:
             tried.append({"change": changes or "as configured", "GB a device": _used_gb(error), "fits": False})
             continue
@@ -177,6 +177,6 @@ def _bandwidth(chip: Chip, group: tuple[int, ...]) -> float:
 
 
 def _used_gb(error: Exception) -> float | None:
-    """What a TPU's compiler says that it would take, in 1e9 bytes."""
+    """The memory that a TPU compiler's error states as needed, in 1e9 bytes."""
     found = re.search(r"Used ([\d.]+)([GM]) of", str(error))
     return None if found is None else float(found[1]) * (2**30 if found[2] == "G" else 2**20) / GB

@@ -1,4 +1,4 @@
-"""How a run lies on its devices: every array, its axes, how they are cut, what a device holds of it."""
+"""How a run is sharded over its devices: the axes, partition and bytes a device of every array."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def sharding_table(config: TrainConfig, mesh_shape: tuple[int, int, int]) -> lis
     """A row for each array that a run holds: state, the step's working copy of it, teacher, batch.
 
     Args:
-      config: the run; its own mesh is left aside.
-      mesh_shape: devices along (data, fsdp, tensor); none of them need be there.
+      config: the run; its own mesh is ignored.
+      mesh_shape: devices along (data, fsdp, tensor), which need not be there.
 
     Returns:
       Rows of array, shape, dtype, logical axes, PartitionSpec (all text) and bytes a device (int).
