@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from falcon_relu.errors import FalconError
 from infer import kernels
 from infer.step import DecodeState, Mode, check_mode, decode_step, step_bytes
 from infer.weights.layout import KINDS, DecodeWeights, Kind
@@ -50,7 +51,7 @@ def measure_quality(
       - bytes: bytes of weights read for a step.
 
     Raises:
-      FalconError: the weights cannot serve a mode.
+      FalconError: the weights cannot serve a mode, or there is no batch.
     """
     for setting in settings.values():
         check_mode(*setting)
@@ -63,6 +64,8 @@ def measure_quality(
             logits, reads = teacher_forced(setting.weights, tokens_BxT, mode=setting.mode, backend=backend)
             totals[name] += np.concatenate([np.asarray(_sums(expected, logits, tokens_BxT), np.float64), reads])
         tokens, targets, steps = tokens + B * T, targets + B * (T - 1), steps + T
+    if not steps:
+        raise FalconError("there is no batch of text to decode")
     counts = dict(kl=tokens, agreement=tokens, loss=targets, read=steps, fired=steps, bytes=steps)
     return {
         name: {metric: float(sum_ / n) for (metric, n), sum_ in zip(counts.items(), sums, strict=True)}

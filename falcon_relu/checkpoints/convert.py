@@ -14,7 +14,7 @@ from falcon_relu.checkpoints.hf_layout import EMBEDDING, hf_tensors
 from falcon_relu.checkpoints.load import open_hf, stored_dtypes, stream_hf
 from falcon_relu.checkpoints.native import params_reader, params_writer
 from falcon_relu.config import Activation, FalconConfig
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
 from falcon_relu.files import write_aside, write_json
 from falcon_relu.progress import progress
 from falcon_relu.sharding import param_shapes
@@ -73,6 +73,7 @@ def export_hf(
     Raises:
       FalconError: `source` is not whole, transformers has no such model, `out` exists, or a value does not fit `dtype`.
     """
+    check_number("max_shard_bytes", max_shard_bytes, low=1)
     config, read, stored = params_reader(source)
     table = hf_tensors(config)
     dtypes = {name: np.dtype(dtype or stored[tensor.leaf]) for name, tensor in table.items()}

@@ -9,7 +9,7 @@ from falcon_relu.cli.machine import machine
 from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import FAMILY, family
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
 from falcon_relu.progress import console, progress
 from infer import bench, kernels
 from infer.kernels import native
@@ -109,8 +109,12 @@ def _check(args: Args) -> None:
     if not all(0 < share <= 1 for share in args.active):
         raise FalconError(f"--active takes shares above 0 and up to 1, got {args.active}")
     for name in ("layers", "rank", "steps", "batch"):
-        if getattr(args, name) < 1:
-            raise FalconError(f"--{name} must be at least 1")
+        check_number(f"--{name}", getattr(args, name), low=1)
+    for name, least in (("prompt", 0), ("context", 2)):
+        check_number(f"--{name}", getattr(args, name), low=least)
+    check_number("--bandwidth", args.bandwidth, above=0)
+    if args.vocab_size is not None:
+        check_number("--vocab-size", args.vocab_size, low=1)
     if not args.micro:
         for backend in args.backends or ():
             kernels.backend(backend)

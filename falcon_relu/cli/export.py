@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import tyro
 from falcon_relu.checkpoints.convert import Float, export_hf
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
+from falcon_relu.errors import check_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Args(Output):
     tokenizer: Path | None = None
     """A tokenizer.json, or a folder with one, to put beside the weights."""
 
+    def __post_init__(self) -> None:
+        check_number("--max-shard-gb", self.max_shard_gb, above=0)
+
     def written(self) -> list[Made]:
         """What is written besides `json`."""
         return [Made(self.out, "config.json")]
@@ -40,7 +45,7 @@ class Args(Output):
 def run(args: Args) -> None:
     """Exports, then reports."""
     start = time.perf_counter()
-    max_shard_bytes = int(args.max_shard_gb * 1e9)
+    max_shard_bytes = math.ceil(args.max_shard_gb * 1e9)
     config = export_hf(
         args.source,
         args.out,

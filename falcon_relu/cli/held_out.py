@@ -49,6 +49,10 @@ class Args(Output):
     batches: int = 64
     """Batches that a predictor is measured on, at most."""
 
+    def __post_init__(self) -> None:
+        check_number("--batch-size", self.batch_size, low=1)
+        check_number("--batches", self.batches, low=1)
+
 
 def run(args: Args) -> None:
     """Measures and reports."""

@@ -11,7 +11,7 @@ import tyro
 from falcon_relu.cli.configs import config_names, load_config
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
 from falcon_relu.files import write_text
 from falcon_relu.progress import console
 from train.config import TrainConfig
@@ -55,6 +55,13 @@ class Args(Output):
     """Tokens of the run whose time is predicted."""
     text: Path | None = None
     """Also write the compiled program to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "devices_per_node"):
+            if (value := getattr(self, name)) is not None:
+                check_number(f"--{name.replace('_', '-')}", value, low=1)
+        for name in ("device_memory_gb", "device_tflops", "device_link_gb_s", "device_network_gb_s"):
+            check_number(f"--{name.replace('_', '-')}", getattr(self, name), above=0)
 
     def written(self) -> list[Made]:
         """What is written besides `json`."""

@@ -13,11 +13,11 @@ from falcon_relu.checkpoints.load import load_config, load_model
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation, FalconConfig
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import check_number
 from falcon_relu.model import Params
 from falcon_relu.progress import progress
-from infer.predictor.calibration import calibrate_predictor, neurons_for_bytes
-from infer.predictor.fitting import FitConfig, choose_rank, fit_predictor, up_rows
+from infer.predictor.calibration import calibrate_predictor, check_target, neurons_for_bytes
+from infer.predictor.fitting import FitConfig, check_rank, choose_rank, fit_predictor, up_rows
 from infer.predictor.predictor import (
     Predictor,
     PredictorInput,
@@ -59,6 +59,10 @@ class Record(_Step):
     batch_size: int = 8
     """Sequences run together."""
 
+    def __post_init__(self) -> None:
+        check_number("--tokens", self.tokens, low=10)
+        check_number("--batch-size", self.batch_size, low=1)
+
     def written(self) -> list[Made]:
         """What is written besides `json`."""
         return [Made(self.out, "recording.json")]
@@ -77,6 +81,9 @@ class Fit(_Step):
     rank_energy: float = 0.99
     """Share of the squared contributions to be covered when ranks are compared."""
     how: Annotated[FitConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        check_number("--rank-energy", self.rank_energy, above=0, high=1)
 
     def written(self) -> list[Made]:
         """What is written besides `json`."""
@@ -116,6 +123,14 @@ class Calibrate(_Step):
     """Validation batches to measure on, at most."""
     curve: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     """Points of the curve of quality against neurons read, in reads over neurons that fire."""
+
+    def __post_init__(self) -> None:
+        check_target(kl=self.kl, energy=self.energy, recall=self.recall, neurons=self.neurons, megabytes=self.megabytes)
+        check_number("--weight-bytes", self.weight_bytes, above=0)
+        check_number("--batch-size", self.batch_size, low=1)
+        check_number("--batches", self.batches, low=1)
+        for read in self.curve:
+            check_number("--curve", read, above=0)
 
     def written(self) -> list[Made]:
         """What is written besides `json`."""
@@ -213,13 +228,17 @@ def _firing(recording: Recording, i: int) -> dict[str, Any]:
 
 def _fit(step: Fit) -> dict[str, Any]:
     recording = open_recording(step.recording)
+    recording.check(load_config(step.model, activation=step.activation))
+    if step.rank is not None:
+        check_rank(step.rank, recording.d_model)
     config, params = load_model(step.model, activation=step.activation, dtype=None)
-    recording.check(config)
     tried: list[dict[str, Any]] = []
     if step.rank is None:
         tried = _sweep(step, recording, config, params)
     ranks = [
-        step.rank or next(row["rank"] for row in tried if row["layer"] == i and row["chosen"])
+        step.rank
+        if step.rank is not None
+        else next(row["rank"] for row in tried if row["layer"] == i and row["chosen"])
         for i in range(config.n_layers)
     ]
     predictor = fit_predictor(recording, config, params, ranks, step.how)
@@ -251,14 +270,13 @@ def _sweep(step: Fit, recording: Recording, config: FalconConfig, params: Params
 
 
 def _calibrate(step: Calibrate) -> dict[str, Any]:
-    if sum(t is not None for t in (step.kl, step.energy, step.recall, step.neurons, step.megabytes)) != 1:
-        raise FalconError("give one target: --kl, --energy, --recall, --neurons or --megabytes")
     recording = open_recording(step.recording)
-    config, params = load_model(step.model, activation=step.activation, dtype=None)
+    config = load_config(step.model, activation=step.activation)
     recording.check(config)
     predictor = load_predictor(step.predictor, config)
     if not predictor.measured:
         predictor = calibrate_predictor(predictor, recording, energy=_FIRST_ENERGY)
+    config, params = load_model(step.model, activation=step.activation, dtype=None)
     data = _data(step.data, step.batch_size)
     neurons = step.neurons
     if step.megabytes is not None:

@@ -15,7 +15,7 @@ from falcon_relu.checkpoints.load import load_config
 from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
 from falcon_relu.progress import progress
 from infer import kernels
 from infer.predictor.predictor import load_predictor
@@ -52,6 +52,10 @@ class Args(Output):
     """Kernels: native (C++), xla, or native where it was built."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
+
+    def __post_init__(self) -> None:
+        check_number("--tokens", self.tokens, low=1)
+        check_number("--batch", self.batch, low=1)
 
 
 def run(args: Args) -> None:

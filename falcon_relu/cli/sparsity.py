@@ -17,7 +17,7 @@ from falcon_relu.checkpoints.load import load_model
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
 from falcon_relu.evaluation.sparsity import measure_sparsity
 from falcon_relu.files import write_aside, write_json
 from falcon_relu.progress import progress
@@ -59,6 +59,12 @@ class Args(Output):
     """Allowed KL(dense || sparse), nats a token."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
+
+    def __post_init__(self) -> None:
+        check_number("--batch-size", self.batch_size, low=1)
+        check_number("--batches", self.batches, low=1)
+        for allowed in self.kl:
+            check_number("--kl", allowed, above=0)
 
     def written(self) -> list[Made]:
         """What is written besides `json`."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon, Params
 
 UNIONS = (1, 2, 4, 8, 16, 32)  # sequences decoded together
@@ -43,6 +44,8 @@ def measure_sparsity(
     for batch in batches:
         sums = _sums(config, dtype, params, *(batch[k] for k in ("tokens_BxT", "positions_BxT", "segment_ids_BxT")))
         totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
+    if not totals:
+        raise FalconError("there is no batch of text to measure on")
     rates_LxF = totals["fired_LxF"] / totals["tokens"]
     overlap_L = totals["again_L"] / np.maximum(totals["followed_L"], 1)
     layers = [

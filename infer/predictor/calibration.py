@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number
 from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, score
 from infer.predictor.recording import Recording
 
@@ -105,11 +106,11 @@ def calibrate_predictor(
       curves: what `measure` says of every layer, if that is known already.
 
     Raises:
-      FalconError: the recording is of another input or model, or not exactly one target is given.
+      FalconError: the recording is of another input or model, or as `check_target`.
     """
-    targets = (energy, recall, neurons, kl)
-    if sum(target is not None for target in targets) != 1 or (kl is not None and sensitivity is None):
-        raise FalconError("calibrate to one of: energy, recall, neurons, kl (which needs the layers' sensitivity)")
+    check_target(energy=energy, recall=recall, neurons=neurons, kl=kl)
+    if kl is not None and sensitivity is None:
+        raise FalconError("calibrating to a KL needs the layers' sensitivity")
     if recording.input != predictor.input:
         raise FalconError(f"the recording is of {recording.input}, the predictor reads {predictor.input}")
     if recording.n_layers != len(predictor.layers):
@@ -132,12 +133,26 @@ def calibrate_predictor(
     return predictor.replace(thresholds=thresholds, budgets=budgets, measured=measured)
 
 
+def check_target(**targets: float | None) -> None:
+    """Makes sure that one target of `calibrate_predictor`, or megabytes a token, is given and can be met.
+
+    Raises:
+      FalconError: none or several are given, or it is out of range.
+    """
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise FalconError(f"give one target: {', '.join(targets)}")
+    for name, value in given.items():
+        check_number(name, value, above=0, high=1 if name in ("energy", "recall") else math.inf)
+
+
 def neurons_for_bytes(predictor: Predictor, bytes_per_token: float, weight_bytes: float) -> float:
     """The neurons a token may read in all layers together if MLPs and predictors are to read at most these bytes.
 
     Raises:
-      FalconError: the predictors alone read more.
+      FalconError: the predictors alone read more, or a number is not above 0.
     """
+    check_number("bytes of a weight", weight_bytes, above=0)
     D, F = predictor.layers[0].fc1_RxD.shape[1], predictor.layers[0].fc2_FxR.shape[0]
     own = sum(predictor.ranks) * (D + F) * weight_bytes
     if own >= bytes_per_token:

@@ -19,7 +19,7 @@ import optax
 from flax import struct
 
 from falcon_relu.config import FalconConfig
-from falcon_relu.errors import FalconError
+from falcon_relu.errors import FalconError, check_number, check_seed
 from falcon_relu.model import Params
 from falcon_relu.progress import progress
 from infer.predictor.calibration import measure
@@ -56,12 +56,11 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("power", 0), ("epochs", 0), ("patience", 1), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise FalconError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, least in (("power", 0), ("epochs", 0), ("patience", 1), ("batch", 1), ("weight_decay", 0)):
+            check_number(name, getattr(self, name), low=least)
         for name in ("price", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise FalconError(f"{name} must be positive, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), above=0)
+        check_seed("seed", self.seed)
 
 
 def fit_predictor(
@@ -83,6 +82,8 @@ def fit_predictor(
     """
     how = how or FitConfig()
     recording.check(config)
+    for R in ranks:
+        check_rank(R, config.d_model)
     layers, thresholds, measured = [], [], []
     with progress("fit predictors", config.n_layers * how.epochs, "epochs") as advance:
         for i, R in enumerate(ranks):
@@ -166,8 +167,7 @@ def linear_start(x_nxD: np.ndarray, up_FxD: jax.Array, R: int) -> LayerPredictor
     Of all matrices of that rank it is the closest to W_up in the mean square over the inputs: the truncated SVD of
     W_up S, S the root of the inputs' second moment. Each direction is used with both signs, as relu(a) - relu(-a) = a.
     """
-    if R % 2 or not 2 <= R <= 2 * up_FxD.shape[1]:
-        raise FalconError(f"a predictor's rank must be even, from 2 to 2 D = {2 * up_FxD.shape[1]}, got {R}")
+    check_rank(R, up_FxD.shape[1])
     moment_DxD = x_nxD.T @ x_nxD / len(x_nxD)
     eigen_D, basis_DxD = jnp.linalg.eigh(moment_DxD)
     root_D = jnp.sqrt(jnp.maximum(eigen_D, 1e-5 * eigen_D.mean()))  # directions never seen must not blow up
@@ -177,6 +177,16 @@ def linear_start(x_nxD: np.ndarray, up_FxD: jax.Array, R: int) -> LayerPredictor
     fc2 = up_root_FxD @ directions_DxR
     fc2 *= _START_LOGIT / jnp.sqrt(jnp.square(fc2).sum(1).mean())
     return LayerPredictor(jnp.concatenate([fc1, -fc1]), jnp.concatenate([fc2, -fc2], axis=1))
+
+
+def check_rank(R: int, D: int) -> None:
+    """Refuses what is no rank of a predictor that starts from `linear_start`.
+
+    Raises:
+      FalconError: it is odd, or outside 2 to 2 D.
+    """
+    if R % 2 or not 2 <= R <= 2 * D:
+        raise FalconError(f"a predictor's rank must be even, from 2 to 2 D = {2 * D}, got {R}")
 
 
 def choose_rank(
@@ -195,6 +205,7 @@ def choose_rank(
     Returns:
       The rank and, for each candidate, rank, neurons read a token and weights read a token.
     """
+    check_number("energy", energy, above=0, high=1)
     how = dataclasses.replace(how or FitConfig(), epochs=1)
     D, F = recording.d_model, recording.d_ff
     tried = []

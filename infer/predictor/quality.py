@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from falcon_relu.config import FalconConfig
+from falcon_relu.errors import FalconError
 from falcon_relu.layers import Select
 from falcon_relu.model import Falcon, Params
 from infer.choice import choose
@@ -86,6 +87,8 @@ def compare_sparse(
     for batch in batches:
         sums = _sums(config, predictor.input, dtype, params, chosen, *(batch[k] for k in BATCH_KEYS))
         totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
+    if not totals:
+        raise FalconError("there is no batch of text to compare on")
     tokens, targets = float(totals["tokens"]), float(totals["targets"])
     read, fired = (totals[name] / (tokens * config.d_ff) for name in ("read_L", "fired_L"))
     return {

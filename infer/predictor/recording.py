@@ -131,8 +131,8 @@ def record_activations(
       replace: whether an existing recording may be replaced.
 
     Raises:
-      FalconError: the activation leaves no zeros, the folder exists and may not be replaced, or the batches end too
-        early.
+      FalconError: fewer than 10 tokens are asked for, the activation leaves no zeros, the folder exists and may not be
+        replaced, or the batches end too early.
     """
     if config.activation == "gelu":
         raise FalconError("a GELU model has no silent neurons to predict; record a model whose activation is a ReLU")
@@ -146,6 +146,7 @@ def record_activations(
         checksums[name] = zlib.crc32(data, checksums[name])
         sizes[name] += data.nbytes
 
+    check_number("tokens to record", tokens, low=10)  # a tenth is held out
     done, nbytes = 0, tokens * config.n_layers * (INPUT_DTYPE.itemsize * config.d_model + config.d_ff)
     with (
         write_aside(folder, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes) as aside,

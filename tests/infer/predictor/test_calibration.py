@@ -83,8 +83,16 @@ def test_expected_kl_is_the_weighted_loss(tmp_path: Path) -> None:
 
 def test_targets_that_cannot_be_are_refused(tmp_path: Path) -> None:
     predictor, recording = noisy_predictor(np.random.default_rng(0), tmp_path / "r", (0.1,))
-    for targets in ({}, {"energy": 0.9, "neurons": 5.0}, {"kl": 0.01}):
-        with pytest.raises(FalconError, match="one of"):
+    for targets, wrong in (
+        ({}, "one target"),
+        ({"energy": 0.9, "neurons": 5.0}, "one target"),
+        ({"kl": 0.01}, "sensitivity"),
+        ({"kl": float("nan"), "sensitivity": [1.0]}, "kl must"),
+        ({"energy": 2.0}, "energy must"),
+        ({"recall": 0.0}, "recall must"),
+        ({"neurons": -5.0}, "neurons must"),
+    ):
+        with pytest.raises(FalconError, match=wrong):
             calibrate_predictor(predictor, recording, **targets)
     with pytest.raises(FalconError, match="block_input"):
         calibrate_predictor(predictor.replace(input="block_input"), recording, energy=0.9)
