@@ -1,4 +1,4 @@
-"""Which neurons a sequence reads: the one rule, in pure JAX."""
+"""The rule by which predictor scores select neurons, in pure JAX; the kernels and the Flax model both use it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from jax import lax
 
 
 def choose(score: jax.Array, threshold: jax.Array | float, budget: jax.Array | int) -> jax.Array:
-    """The neurons to read, a mask [..., F]: those that score `threshold` or more; of more than `budget`, the highest.
+    """The mask [..., F] of selected neurons: those with a score of at least `threshold`, but at most `budget` of them.
 
-    Of equal scores the lower neurons stay. A NaN reaches no threshold.
+    Where more than `budget` reach the threshold, the highest scores are selected, and of equal ones the lower indices.
+    A NaN is never selected.
 
     Args:
-      score: [..., F] f32, each sequence for itself.
-      threshold: the lowest score of a neuron that is read.
-      budget: the most neurons that are read.
+      score: [..., F] f32; the last axis is one sequence's neurons.
+      threshold: lowest score of a selected neuron.
+      budget: most neurons selected.
     """
     budget = jnp.clip(jnp.asarray(budget), 0, score.shape[-1])
     found = score >= threshold
@@ -27,7 +28,7 @@ def choose(score: jax.Array, threshold: jax.Array | float, budget: jax.Array | i
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 above 0 in the order of the floats; the same for both zeros."""
+    """uint32 keys above 0 in the order of the floats; both zeros have the same key."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     bits = jnp.where(x == 0, 0, bits)
     return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))

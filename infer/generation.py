@@ -1,4 +1,4 @@
-"""Continuing prompts on a CPU: prefill in blocks, then one decode step a token, streamed as they come."""
+"""Continuing prompts on a CPU: prefill in blocks, then one decode step for each token; new tokens are streamed."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from infer import kernels
 from infer.step import DecodeState, Mode, Reads, check_mode, decode_step, prefill, prefill_bytes, step_bytes, unembed
 from infer.weights.layout import DecodeWeights
 
-_BLOCKS = (16, 64, 128, 192, 256)  # prompt tokens a prefill program takes: few programs, little padding
-_CONTEXT_STEP = 128  # cache sizes, so that few programs are compiled
+_BLOCKS = (16, 64, 128, 192, 256)  # prompt tokens of a prefill program: few programs to compile, little padding
+_CONTEXT_STEP = 128  # cache sizes are multiples of it, so that few programs are compiled
 
 
 @dataclasses.dataclass
 class DecodeStats:
-    """What runs took, filled in as they go; several runs add up. Compiling programs is not counted.
+    """Counts and times of decoding, filled in as it runs; several calls add up. Compilation is not counted.
 
     Attributes:
-      prompt_tokens: tokens of all prompts.
-      prompt_seconds: time for them.
-      steps: decode steps, each one token a sequence.
-      timed_steps: those that are timed: all but the first of a run.
-      timed_tokens: tokens that they added to all sequences.
-      step_seconds: time for them.
-      tokens: tokens added to all sequences.
-      step_bytes: bytes of weights that an average step read.
-      neurons_read: share of the up-projections' rows that an average step read.
-      mlp_read: share of both projections' rows that an average step read.
+      prompt_tokens: number of tokens of all prompts.
+      prompt_seconds: time of prefilling them.
+      steps: number of decode steps; each generates one token for every sequence.
+      timed_steps: number of steps that were timed: all but the first of each call.
+      timed_tokens: number of tokens that the timed steps generated, over all sequences.
+      step_seconds: time of the timed steps.
+      tokens: number of tokens generated, over all sequences.
+      step_bytes: bytes of weights read by a step, on average.
+      neurons_read: share of the up-projections' rows read by a step, on average.
+      mlp_read: share of both projections' rows read by a step, on average.
     """
 
     prompt_tokens: int = 0
@@ -53,22 +53,22 @@ class DecodeStats:
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        """Rate of reading prompts."""
+        """Speed of the prefill."""
         return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Rate of adding tokens, all sequences together."""
+        """Speed of generation, all sequences together."""
         return self.timed_tokens / self.step_seconds if self.step_seconds else 0.0
 
     @property
     def steps_per_second(self) -> float:
-        """Rate of decode steps."""
+        """Decode steps a second."""
         return self.timed_steps / self.step_seconds if self.step_seconds else 0.0
 
     @property
     def bytes_per_second(self) -> float:
-        """Weights read a second while decoding."""
+        """Bytes of weights read a second while decoding."""
         return self.step_bytes * self.steps_per_second
 
 
@@ -99,17 +99,17 @@ def stream(
     backend: kernels.Backend = "auto",
     stats: DecodeStats | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yields the next token of every sequence as it comes; None for those that have ended.
+    """Yields the next token of every sequence as soon as it is known; None for sequences that have ended.
 
-    Given the same logits, the draws are those of `falcon_relu.generation.generate`.
+    Given the same logits, it samples the same tokens as `falcon_relu.generation.generate`.
 
     Args:
       weights: the model.
       prompts: token ids, at least one to a prompt.
       sampling: how to choose and when to stop.
-      mode: see `decode_step`.
-      backend: of the kernels.
-      stats: filled in while the caller iterates.
+      mode: "dense", "exact" or "sparse", see `infer.step.decode_step`.
+      backend: kernels to use.
+      stats: filled in during the iteration.
 
     Raises:
       FalconError: a prompt is unusable, or the weights cannot serve the mode.
@@ -122,19 +122,19 @@ def stream(
 
 
 class Conversation:
-    """A text that grows turn by turn; what was read or said before stays in the cache and is not read again.
+    """A chat: a text that grows turn by turn, whose earlier turns stay in the KV cache.
 
-    Where the context would overflow, the older half of the text is forgotten.
+    Where the text would exceed the model's context, its older half is dropped.
     """
 
     def __init__(self, weights: DecodeWeights, *, mode: Mode = "dense", backend: kernels.Backend = "auto"):
         check_mode(weights, mode)
         self._weights, self._mode, self._backend = weights, mode, backend
         self._text: list[int] = []
-        self._state: DecodeState | None = None  # holds the first of the text's tokens
+        self._state: DecodeState | None = None  # the cache of a prefix of the text
 
-    def say(self, ids: Sequence[int], sampling: Sampling, stats: DecodeStats | None = None) -> Iterator[int]:
-        """Adds tokens to the text, then continues it; yields what comes.
+    def reply(self, ids: Sequence[int], sampling: Sampling, stats: DecodeStats | None = None) -> Iterator[int]:
+        """Adds the tokens of a turn to the text, then continues it; yields the new tokens.
 
         Raises:
           FalconError: the new tokens alone do not fit the context.
@@ -147,7 +147,9 @@ class Conversation:
             self._state = None
         state = self._state or DecodeState.empty(c, 1, c.max_positions)
         unread = [self._text[int(state.length_B[0]) :]]
-        self._state = None  # given up by the first step; a turn that is broken off leaves all to be read again
+        self._state = (
+            None  # the first step donates it; if the caller stops early, the next turn prefills the whole text
+        )
         steps = _stream(self._weights, state, unread, sampling, self._mode, self._backend, stats or DecodeStats())
         while True:
             try:
@@ -169,7 +171,7 @@ def _stream(
     backend: kernels.Backend,
     stats: DecodeStats,
 ) -> Generator[list[int | None], None, DecodeState]:
-    """See `stream`; returns the state with as many of the tokens as were fed: the last is not, nor is a stop token."""
+    """See `stream`; returns the state, whose cache lacks the last token, and a stop token."""
     begun, compiled = time.perf_counter(), _Compiling.seconds
     logits_BxV, state = read_prompts(weights, state, prompts, backend)
     logits_BxV.block_until_ready()
@@ -177,14 +179,14 @@ def _stream(
     stats.prompt_seconds += max(time.perf_counter() - begun - (_Compiling.seconds - compiled), 1e-6)
 
     keys = jax.random.split(jax.random.key(sampling.seed), sampling.max_new_tokens)
-    # Of all settings the program depends on these alone: another seed or length compiles nothing.
+    # The static settings of the sampling program: another seed, length or stop token compiles nothing.
     drawing = dataclasses.replace(sampling.of_program(), max_new_tokens=1, stop_tokens=())
     ended = np.zeros(len(prompts), bool)
     begun = 0.0
     for step, key in enumerate(keys):
         token_B = _sample(logits_BxV, key, drawing)
         reads = None
-        if step + 1 < sampling.max_new_tokens:  # under way before this token is looked at
+        if step + 1 < sampling.max_new_tokens:  # dispatched before this step's token is read back
             logits_BxV, state, reads = decode_step(weights, state, token_B, mode=mode, backend=backend)
         tokens = np.asarray(token_B)
         ended |= np.isin(tokens, sampling.stop_tokens)
@@ -200,18 +202,18 @@ def _stream(
                 stats.timed_tokens += int((~ended).sum())
                 stats.step_seconds += now - begun
             _note(stats, weights, reads, mode)
-            begun = now  # all that lies between two steps counts, the noting of what was read too
+            begun = now  # the time between two steps counts too, including `_note`
     return state
 
 
 def working_bytes(config: FalconConfig, batch: int, prompt: int, tokens: int) -> int:
-    """Bytes that `generate` takes beside the weights: the cache, and a prefill.
+    """Bytes that `generate` needs beside the weights: the KV cache and the temporary buffers of a prefill.
 
     Args:
       config: the model.
-      batch: sequences.
-      prompt: tokens of the longest prompt.
-      tokens: of the longest sequence, prompt and continuation.
+      batch: number of sequences.
+      prompt: number of tokens of the longest prompt.
+      tokens: number of tokens of the longest sequence, prompt and continuation.
     """
     cache = DecodeState.nbytes(config, batch, _context(tokens))
     return cache + prefill_bytes(config, batch, _block(prompt))
@@ -220,7 +222,7 @@ def working_bytes(config: FalconConfig, batch: int, prompt: int, tokens: int) ->
 def read_prompts(
     weights: DecodeWeights, state: DecodeState, prompts: Sequence[Sequence[int]], backend: kernels.Backend = "auto"
 ) -> tuple[jax.Array, DecodeState]:
-    """Prefills prompts of any lengths; the logits [B, V] after each one's last token, and the state."""
+    """Prefills prompts of any lengths; returns the logits [B, V] after each one's last token, and the state."""
     tokens_BxT, lengths_B = pad_prompts(prompts)
     hidden_BxD = jnp.zeros((len(prompts), weights.config.d_model), jnp.float32)
     start = 0
@@ -236,7 +238,7 @@ def read_prompts(
 
 
 def _block(tokens: int) -> int:
-    """Tokens that the next program of a prefill takes, of so many that are left."""
+    """Size of the next prefill block, when `tokens` are left."""
     return next((size for size in _BLOCKS if size >= tokens), _BLOCKS[-1])
 
 
@@ -257,17 +259,17 @@ def _note(stats: DecodeStats, weights: DecodeWeights, reads: Reads, mode: Mode) 
 
 
 class _Compiling:
-    """Seconds that this process has spent tracing and compiling programs."""
+    """Seconds that this process has spent tracing and compiling programs, from JAX's events."""
 
     seconds = 0.0
-    _spans: ClassVar[list[tuple[float, float]]] = []  # start and length, none within another
+    _spans: ClassVar[list[tuple[float, float]]] = []  # (start, duration) of events that do not contain each other
 
     @classmethod
     def add(cls, event: str, duration_secs: float, **_: str | int) -> None:
         if not event.startswith("/jax/core/compile/"):
             return
         start = time.perf_counter() - duration_secs
-        while cls._spans and cls._spans[-1][0] >= start:  # part of this one, and told of before it
+        while cls._spans and cls._spans[-1][0] >= start:  # nested in this one, and reported before it
             cls.seconds -= cls._spans.pop()[1]
         cls._spans.append((start, duration_secs))
         cls.seconds += duration_secs

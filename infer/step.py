@@ -32,12 +32,12 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """The tokens that a batch of sequences consists of so far, as keys and values.
+    """The KV cache of a batch of sequences.
 
     Attributes:
-      keys: of each layer [B, S, K, H], rotated already, in the cache's dtype; filled from slot 0.
-      values: of each layer [B, S, K, H].
-      length_B: tokens of each sequence that are in the cache.
+      keys: of each layer, [B, S, K, H] after rotary embedding, in the cache's dtype; filled from slot 0.
+      values: of each layer, [B, S, K, H].
+      length_B: number of tokens of each sequence in the cache, int32.
     """
 
     keys: tuple[jax.Array, ...]
@@ -46,7 +46,7 @@ class DecodeState:
 
     @classmethod
     def empty(cls, config: FalconConfig, batch: int, context: int, dtype: Any = jnp.float32) -> DecodeState:
-        """Room for `batch` sequences of up to `context` tokens."""
+        """An empty cache for `batch` sequences of up to `context` tokens."""
         shape = (batch, context, config.n_kv_heads, config.head_dim)
         caches = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))  # noqa: E731
         return cls(caches(), caches(), jnp.zeros(batch, jnp.int32))
@@ -61,11 +61,11 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reads:
-    """Neurons whose rows were read for one step, per layer.
+    """Number of MLP rows that a step read, per layer.
 
     Attributes:
-      up_L: rows of the up-projection, int32.
-      down_L: rows of the down-projection, int32.
+      up_L: rows of the up-projection, int32 [L].
+      down_L: rows of the down-projection, int32 [L].
     """
 
     up_L: jax.Array
@@ -73,10 +73,10 @@ class Reads:
 
 
 def check_mode(weights: DecodeWeights, mode: Mode) -> None:
-    """Refuses a mode that the weights cannot serve.
+    """Refuses a mode that the weights do not support.
 
     Raises:
-      FalconError: no zeros to skip under GELU, or no predictor.
+      FalconError: the activation is GELU, which leaves no zeros to skip, or "sparse" has no predictor.
     """
     if mode != "dense" and weights.config.activation == "gelu":
         raise FalconError(f"{mode} decoding needs a model with a ReLU; this one's activation is gelu: use dense")
@@ -97,18 +97,18 @@ def decode_step(
 
     Args:
       weights: the model.
-      state: given up; its buffers are updated in place. Every sequence must have a free slot.
+      state: donated; its buffers are updated in place. Every sequence must have a free slot.
       token_B: token ids, int32.
-      mode: "dense" reads everything, "exact" skips rows of the down-projection whose neuron is 0, "sparse" reads
-        only neurons that the predictor chooses for any sequence of the batch; of these, only its own count for a
-        sequence, so that its result does not depend on the others.
-      backend: of the kernels.
+      mode: "dense" reads all rows; "exact" skips rows of the down-projection whose neuron is 0; "sparse" reads the rows
+        of the neurons that the predictor selects for any sequence of the batch. A sequence uses only its own neurons,
+        so that its result does not depend on the others.
+      backend: kernels to use.
 
     Returns:
-      Logits [B, V] in f32, the next state, and how many neurons were read.
+      Logits [B, V] in f32, the next state, and the number of rows read.
 
     Raises:
-      jax.errors.JaxRuntimeError: when the results are looked at, if a sequence had no free slot.
+      jax.errors.JaxRuntimeError: a sequence had no free slot; raised when the results are used.
     """
     k = kernels.backend(backend)
     state = _with_room(state, 1)
@@ -140,16 +140,16 @@ def prefill(
 
     Args:
       weights: the model.
-      state: given up; every sequence must have room for its valid tokens.
+      state: donated; every sequence must have free slots for its valid tokens.
       tokens_BxT: token ids, padded on the right.
-      valid_B: how many of them count, int32, possibly 0.
-      backend: of the products.
+      valid_B: number of tokens of each sequence, int32, possibly 0; the others are padding.
+      backend: kernels to use.
 
     Returns:
       The final hidden state [B, D] in f32 after each sequence's last valid token (see `unembed`), and the next state.
 
     Raises:
-      jax.errors.JaxRuntimeError: when the results are looked at, if a sequence had too little room.
+      jax.errors.JaxRuntimeError: a sequence had too few free slots; raised when the results are used.
     """
     k = kernels.backend(backend)
     c = weights.config
@@ -158,10 +158,10 @@ def prefill(
     state = _with_room(state, valid_B)
     position_BxT = state.length_B[:, None] + jnp.arange(T)[None]
     is_token_BxT = jnp.arange(T)[None] < valid_B[:, None]
-    slot_BxT = jnp.where(is_token_BxT, position_BxT, S)  # that of padding lies past the cache: it is not written
+    slot_BxT = jnp.where(is_token_BxT, position_BxT, S)  # padding goes to slot S, past the cache: it is not written
     seen_BxT = jnp.where(is_token_BxT, position_BxT + 1, 1)
     x_BxTxD = take(weights.embedding, tokens_BxT.reshape(-1)).reshape(B, T, -1)
-    used = jnp.max(jnp.where(valid_B > 0, jnp.arange(B) * T + valid_B, 0))  # of the B * T tokens; the rest is padding
+    used = jnp.max(jnp.where(valid_B > 0, jnp.arange(B) * T + valid_B, 0))  # of the B * T tokens; padding follows
     multiply, weigh = (functools.partial(product, count=used) for product in (k.rows_matmul, k.weighted_rows_matmul))
     angles = _rotation(c, state, position_BxT)
     keys, values = [], []
@@ -189,7 +189,7 @@ def unembed(weights: DecodeWeights, hidden_BxD: jax.Array, *, backend: kernels.B
 
 
 def step_bytes(weights: DecodeWeights, reads: Reads, mode: Mode) -> int:
-    """Bytes of weights that the step read, from the neurons that it read."""
+    """Bytes of weights that a step read, computed from its numbers of rows."""
     total = weights.head_rows.nbytes
     for layer, up, down in zip(weights.layers, reads.up_L.tolist(), reads.down_L.tolist(), strict=True):
         total += layer.qkv.nbytes + layer.out.nbytes + up * layer.up.row_bytes + down * layer.down.row_bytes
@@ -199,7 +199,7 @@ def step_bytes(weights: DecodeWeights, reads: Reads, mode: Mode) -> int:
 
 
 def prefill_bytes(config: FalconConfig, batch: int, tokens: int) -> int:
-    """Bytes that `prefill` takes beside weights and caches, for so many tokens a sequence, and the logits behind it."""
+    """Bytes that `prefill` of `tokens` tokens a sequence needs beside weights and caches, the logits included."""
     c = config
     heads = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
     floats_of_token = 3 * c.d_ff + 3 * heads + 6 * c.d_model  # the arrays of a layer, and copies that products pack
@@ -210,7 +210,7 @@ def prefill_bytes(config: FalconConfig, batch: int, tokens: int) -> int:
 
 
 def _with_room(state: DecodeState, new: jax.Array | int) -> DecodeState:
-    """The state; a program that would write past the end of its cache ends with an error, on every backend."""
+    """The state, with a check at run time that `new` more tokens fit its cache; the program fails if they do not."""
     S = state.keys[0].shape[1]
     longest = jnp.max(state.length_B + new)
 
@@ -235,9 +235,10 @@ def _last_layer_of_prefill(
     valid_B: jax.Array,
     k: ModuleType,
 ) -> jax.Array:
-    """The hidden state [B, D] after the last layer's block, of each sequence's last token.
+    """The hidden state [B, D] of each sequence's last token after the last layer.
 
-    The last layer's keys and values are those of all tokens; of its output only the last token's is of use.
+    The last layer computes keys and values of all tokens, but its output only for the last token, which is all that the
+    logits need.
     """
     last_B = jnp.maximum(valid_B - 1, 0)
     q_Bx1xKxGxH, x_Bx1xD, seen_Bx1 = (
@@ -272,7 +273,7 @@ def _layer_step(
 def _after_attention(
     weights: DecodeWeights, layer: LayerWeights, x_BxD: jax.Array, y_Bx1xKxGxH: jax.Array, mode: Mode, k: ModuleType
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The residual stream [B, D] after the block whose heads gave y, and the numbers of up and down rows read."""
+    """The residual stream [B, D] after a block, from its heads' outputs y; and the numbers of up and down rows read."""
     c = weights.config
     attention_BxD = _plus(k.rows_dot(layer.out, y_Bx1xKxGxH.reshape(len(x_BxD), -1)), layer.out_bias)
     residual_BxD, mlp_input_BxD = _mlp_input(c, layer, x_BxD, attention_BxD)
@@ -284,7 +285,7 @@ def _after_attention(
 def _mlp(
     c: FalconConfig, layer: LayerWeights, x_BxD: jax.Array, predicting_BxD: jax.Array, mode: Mode, k: ModuleType
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The MLP's output [B, D] without its last bias, and the numbers of up and down rows read."""
+    """The MLP's output [B, D] without the down-projection's bias, and the numbers of up and down rows read."""
     F = layer.up.shape[0]
     every = jnp.int32(F)
     if mode != "sparse":
@@ -298,7 +299,7 @@ def _mlp(
     index_F, count, chosen_BxF = k.select(score_BxF, layer.predictor.threshold, layer.predictor.budget)
     h_BxF = k.gathered_rows_dot(layer.up, index_F, count, x_BxD)
     if layer.up_bias is not None:
-        h_BxF += jnp.asarray(layer.up_bias)[index_F][None]  # past `count` any number: the mask drops it
+        h_BxF += jnp.asarray(layer.up_bias)[index_F][None]  # arbitrary past `count`, where the mask drops it
     h_BxF = jnp.where(chosen_BxF, activation_fn(c)(h_BxF), 0)
     return k.weighted_row_sum(layer.down, h_BxF, index_F, count, skip_zeros=True), (count, _firing(h_BxF))
 
@@ -308,7 +309,7 @@ def _firing(h_BxF: jax.Array) -> jax.Array:
 
 
 def _rotation(c: FalconConfig, state: DecodeState, position_BxT: jax.Array) -> Rotation | None:
-    """Cosines and sines, looked up in a table of all positions of the cache: XLA would compute them for every head."""
+    """Rotary angles from a table of all cache positions: computed in the step, XLA would repeat them for every head."""
     if c.position != "rotary":
         return None
     with jax.ensure_compile_time_eval():
@@ -318,7 +319,7 @@ def _rotation(c: FalconConfig, state: DecodeState, position_BxT: jax.Array) -> R
 
 
 def _bias(c: FalconConfig, S: int) -> jax.Array | None:
-    """What is added to the scores of each query head at each position, [N, S]."""
+    """ALiBi bias of each query head's scores at each position, [N, S]; None without ALiBi."""
     if c.position != "alibi":
         return None
     return alibi_bias(jnp.asarray(alibi_slopes(c.n_heads)), jnp.arange(S)[None], c.head_dim)[0]

@@ -207,7 +207,7 @@ def _chat(
         drawn = dataclasses.replace(sampling, seed=(sampling.seed + turn) % (1 << 32))
         taken = DecodeStats()
         try:
-            steps = conversation.say(tokenizer.encode(line), drawn, taken)
+            steps = conversation.reply(tokenizer.encode(line), drawn, taken)
             (text,) = _show(tokenizer, [""], ([token] for token in steps))
         except FalconError as error:
             console.print(str(error), style="red", soft_wrap=True)

@@ -1,8 +1,8 @@
-"""The predictor: which neurons of a layer will fire, from the layer's input, by two small linear maps.
+"""The predictor of the neurons that will fire in a layer, from the layer's input, by two small linear maps.
 
 For every layer, logits = relu(x @ fc1.T) @ fc2.T without biases (the format that PowerInfer released for
-ReluFalcon-40B). A neuron is read where its logit reaches the layer's threshold; if those are more than the layer's
-budget, the highest are.
+ReluFalcon-40B). The neurons whose logit reaches the layer's threshold are read, but at most `budget` of them, those
+with the highest logits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ADVICE = "copy or fit it again"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Metadata:
-    """What a predictor's file says beside its maps: the fields of Predictor, and the CRC-32 of every map."""
+    """Schema of a predictor file's metadata: the fields of Predictor without its maps, and the CRC-32 of every map."""
 
     version: Literal[2]
     input: PredictorInput
@@ -53,7 +53,7 @@ class _Metadata:
 
 @struct.dataclass
 class LayerPredictor:
-    """Both maps of one layer, or of all layers stacked.
+    """The two maps of one layer's predictor, or of all layers stacked.
 
     Attributes:
       fc1_RxD: first map.
@@ -66,14 +66,14 @@ class LayerPredictor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """The predictors of a model and how to use them.
+    """The predictors of all layers of a model, with thresholds and budgets.
 
     Attributes:
-      layers: one a layer; ranks may differ.
-      input: what they read.
-      thresholds: a layer's lowest logit of a neuron that is read.
-      budgets: the most neurons that a layer reads for one token.
-      measured: held-out figures of each layer, by name; empty if there are none.
+      layers: the maps of each layer; ranks may differ.
+      input: which activations they take as input.
+      thresholds: of each layer: the lowest logit of a neuron that is read.
+      budgets: of each layer: the most neurons that are read for one token.
+      measured: metrics of each layer on held-out tokens, by name; may be empty.
     """
 
     layers: tuple[LayerPredictor, ...]
@@ -107,7 +107,7 @@ class Predictor:
 def uncalibrated(
     layers: Sequence[LayerPredictor], input: PredictorInput, measured: Sequence[Mapping[str, float]] = ()
 ) -> Predictor:
-    """A predictor with threshold 0 and no budget in every layer."""
+    """A predictor with threshold 0 in every layer and a budget of all neurons."""
     budgets = tuple(layer.fc2_FxR.shape[0] for layer in layers)
     return Predictor(
         layers=tuple(layers), input=input, thresholds=(0.0,) * len(layers), budgets=budgets, measured=tuple(measured)
@@ -122,7 +122,7 @@ def score(layer: LayerPredictor, x: jax.Array) -> jax.Array:
 
 
 def stack(layers: Sequence[LayerPredictor]) -> LayerPredictor:
-    """All layers as one tree with a leading L; smaller ranks are filled with zeros, which changes no logit."""
+    """All layers in one tree with a leading axis L; smaller ranks are padded with zeros, which changes no logit."""
     R = max(layer.fc1_RxD.shape[0] for layer in layers)
 
     def widen(layer: LayerPredictor) -> LayerPredictor:
@@ -146,7 +146,7 @@ def save_predictor(predictor: Predictor, path: Path, *, replace: bool = False) -
         "input": predictor.input,
         "thresholds": list(predictor.thresholds),
         "budgets": list(predictor.budgets),
-        "measured": [dict(figures) for figures in predictor.measured],
+        "measured": [dict(metrics) for metrics in predictor.measured],
         "crc32": {name: bytes_digest(np.asarray(tensor))[1] for name, tensor in tensors.items()},
     }
     parse(_Metadata, metadata, "the predictor")
@@ -155,7 +155,7 @@ def save_predictor(predictor: Predictor, path: Path, *, replace: bool = False) -
 
 
 def load_predictor(path: Path, config: FalconConfig) -> Predictor:
-    """Reads a predictor and checks that it is whole and fits the model.
+    """Reads a predictor and checks that it is undamaged and fits the model.
 
     Raises:
       FalconError: no such file, not a predictor, damaged, or made for another model; the message says which.
@@ -218,7 +218,7 @@ def import_powerinfer(folder: Path, config: FalconConfig) -> Predictor:
 def export_powerinfer(predictor: Predictor, folder: Path, *, replace: bool = False) -> None:
     """Writes `model_{i}.pt` files for PowerInfer's converter.
 
-    PowerInfer has one threshold for all layers and no budgets, so ours are left behind.
+    PowerInfer has one threshold for all layers and no budgets, so thresholds and budgets are not exported.
 
     Raises:
       FalconError: torch is not installed, the folder exists and may not be replaced, or the predictor does not read the
@@ -260,7 +260,7 @@ def _layer(tensors: Mapping[str, jax.Array], prefix: str, config: FalconConfig, 
 
 
 def _checked(predictor: Predictor, config: FalconConfig, path: Path) -> Predictor:
-    """The predictor, if what it says of its layers fits them and the model."""
+    """The predictor, after a check that thresholds, budgets and metrics have one entry a layer, within bounds."""
     L, F = config.n_layers, config.d_ff
     if len(predictor.thresholds) != L:
         raise FalconError(f"{path}: thresholds must be {L} numbers, got {predictor.thresholds[:8]}")

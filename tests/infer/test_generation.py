@@ -99,20 +99,20 @@ def test_a_conversation_says_what_its_whole_text_would_bring(model):
     for ids in (first, second):
         text += ids
         expected = generate(weights, [text], sampling, mode="exact")[0]
-        assert list(conversation.say(ids, sampling, stats)) == expected
+        assert list(conversation.reply(ids, sampling, stats)) == expected
         text += expected
     assert stats.prompt_tokens == len(first) + 1 + len(second)
 
     stop = Sampling(max_new_tokens=6, stop_tokens=(expected[2],))
     again = Conversation(weights, mode="exact")
-    list(again.say(text[: -len(expected)], stop))
+    list(again.reply(text[: -len(expected)], stop))
     kept = text[: -len(expected)] + expected[: expected.index(expected[2])]
-    assert list(again.say(first, sampling)) == generate(weights, [kept + first], sampling, mode="exact")[0]
+    assert list(again.reply(first, sampling)) == generate(weights, [kept + first], sampling, mode="exact")[0]
 
     while len(text) + len(second) + 6 <= config.max_positions:
-        text += [*second, *conversation.say(second, sampling)]
+        text += [*second, *conversation.reply(second, sampling)]
     text += second
     kept = text[-(config.max_positions - 6) // 2 :]
-    assert list(conversation.say(second, sampling)) == generate(weights, [kept], sampling, mode="exact")[0]
+    assert list(conversation.reply(second, sampling)) == generate(weights, [kept], sampling, mode="exact")[0]
     with pytest.raises(FalconError, match="context of 256"):
-        next(conversation.say([1] * 251, sampling))
+        next(conversation.reply([1] * 251, sampling))
