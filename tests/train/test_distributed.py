@@ -1,7 +1,11 @@
 """Two real processes on loopback against one: the same data, the same losses, one decision."""
 
 import dataclasses
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -105,3 +109,27 @@ def test_contradictory_flags_are_refused():
     ):
         with pytest.raises(FalconError, match=message):
             DistributedConfig(**wrong)
+
+
+LISTENS = """
+import sys
+from train.distributed import DistributedConfig, joined
+config = DistributedConfig(coordinator=sys.argv[1], num_processes=1, process_id=0)
+with joined(config):
+    port = f"{int(sys.argv[1].rpartition(':')[2]):04X}"
+    for table in ("tcp", "tcp6"):
+        for line in open(f"/proc/net/{table}").readlines()[1:]:
+            _, here, _, state, *_ = line.split()
+            if here.endswith(":" + port) and state == "0A":
+                print(here)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="tells what listens by Linux's /proc")
+def test_the_coordinator_listens_where_it_was_told_and_nowhere_else():
+    port = processes.free_port()
+    command = [sys.executable, "-c", LISTENS, f"127.0.0.1:{port}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.stdout.split() == [f"0100007F:{port:04X}"], done.stdout + done.stderr

@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 
-from falcon_relu.checkpoints.schema import read_as
+from falcon_relu.checkpoints.schema import parse, read_as, read_sealed, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import check_output, lock, read_json, write_json
+from falcon_relu.files import check_output, lock, read_json, regular_file, write_json
 from train.config import TrainConfig, deciding_settings
 from train.distributed import all_agree, check_same, wait_for_all
 from train.folder.checkpoints import writing
@@ -59,6 +59,8 @@ def finished_metrics(config: TrainConfig) -> dict[str, Any] | None:
     check_same(hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).digest(), "settings")
     for name in (_CONFIG, _ARCHITECTURE, _STARTS, _METRICS, LOG):
         check_output(config.out / name, replace=True)
+        if (config.out / name).exists():
+            regular_file(config.out / name)
     for name in (TENSORBOARD, "checkpoints", "weights"):
         check_output(config.out / name, folder=True, replace=True)
     path = config.out / _CONFIG
@@ -107,7 +109,7 @@ def finish(out: Path, metrics: dict[str, Any]) -> None:
 def write_architecture(out: Path, architecture: FalconConfig) -> None:
     """Stores the student's config, so that resuming does not need the model that the run started from."""
     if jax.process_index() == 0:
-        write_json(out / _ARCHITECTURE, dataclasses.asdict(architecture))
+        write_sealed(out / _ARCHITECTURE, dataclasses.asdict(architecture))
 
 
 def read_architecture(out: Path) -> FalconConfig:
@@ -116,7 +118,10 @@ def read_architecture(out: Path) -> FalconConfig:
     Raises:
       FalconError: the file is missing or damaged.
     """
-    return read_as(FalconConfig, out / _ARCHITECTURE)
+    path = out / _ARCHITECTURE
+    return parse(
+        FalconConfig, read_sealed(path, "bring the old file back, or start a new run under another --out"), path
+    )
 
 
 def note_start(config: TrainConfig, step: int, mesh: jax.sharding.Mesh) -> None:
