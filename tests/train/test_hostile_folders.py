@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import pytest
 import train.loop
 from falcon_relu.cli import main
 from falcon_relu.errors import FalconError
-from falcon_relu.files import lock
+from falcon_relu.files import write_json
 from tests.train.processes import write_config
 from tests.train.runs import config_of, make_data
 from train.job import Job
@@ -139,8 +141,8 @@ TABLE: list[tuple[str, str, Damage]] = [
     ),
     *(("architecture.json", REFUSED, instead("architecture.json", make)) for make in (PIPE, FOLDER, NOTHING)),
     ("architecture.json", REFUSED, instead("architecture.json", lambda path: None)),
-    *(("figures.json", REFUSED, write("figures.json", content)) for content in (*NO_JSON, "{}", '{"loss": "low"}')),
-    *(("figures.json", REFUSED, instead("figures.json", make)) for make in (PIPE, FOLDER, NOTHING)),
+    *(("metrics.json", REFUSED, write("metrics.json", content)) for content in (*NO_JSON, "{}", '{"loss": "low"}')),
+    *(("metrics.json", REFUSED, instead("metrics.json", make)) for make in (PIPE, FOLDER, NOTHING)),
     *(
         ("log.jsonl:2", GOES_ON, add("log.jsonl", content))
         for content in (b"[1]\n", b"7\n", b'{"step": 2\n', LATIN[1:])
@@ -196,7 +198,7 @@ def begun(tmp_path_factory):
         whole = dataclasses.replace(config, out=folder / "whole")
         train.loop.run(whole)
         train.loop.run(config)
-        for name in ("figures.json", "weights", "checkpoints/4"):
+        for name in ("metrics.json", "weights", "checkpoints/4"):
             instead(name, lambda path: None)(config.out)
         lines = (config.out / "log.jsonl").read_text().splitlines(keepends=True)
         (config.out / "log.jsonl").write_text("".join(lines[:3]))
@@ -219,6 +221,7 @@ def test_folders_that_are_not_as_they_were_left(begun, tmp_path, caplog):
     for number, (named, outcome, damage) in enumerate(TABLE):
         out = tmp_path / str(number)
         shutil.copytree(config.out, out)
+        write_json(out / "config.json", dataclasses.replace(config, out=out).as_json())
         damage(out)
         before = tree(out)
         caplog.clear()
@@ -239,25 +242,29 @@ def test_folders_that_are_not_as_they_were_left(begun, tmp_path, caplog):
     assert not problems, "\n".join(problems)
 
 
+HOLDS = """
+import sys, time
+from pathlib import Path
+from falcon_relu.files import write_json
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
 def test_a_second_run_beside_the_first_is_refused_and_goes_on_when_that_is_dead(begun, tmp_path, capsys):
     config, expected = begun
     out = tmp_path / "run"
     shutil.copytree(config.out, out)
     module = write_config(dataclasses.replace(config, out=out))
     before = tree(out)
-    child = os.fork()
-    if child == 0:  # pragma: no cover
-        with lock(out):
-            os.kill(os.getpid(), 19)  # SIGSTOP: holds it until it is killed
-        os._exit(0)
-    os.waitpid(child, os.WUNTRACED)
-    try:
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(out)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
         assert main(["train", "--config", str(module)]) == 1
         assert "is being written by another process" in " ".join(capsys.readouterr().err.split())
         assert tree(out) == before
-    finally:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
+        first.kill()
     assert main(["train", "--config", str(module)]) == 0
     assert losses(out) == expected
 

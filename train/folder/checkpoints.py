@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0):
         self._folder = folder.resolve()
+        _report_failures_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, create=True)
         _remove_unfinished(self._folder)
         with writing(f"checkpoints to {self._folder}"):
@@ -153,6 +155,23 @@ class Checkpoints:
         wait_for_all("set damaged checkpoints aside")
         if steps:
             self._manager.reload()
+
+
+@functools.cache
+def _report_failures_once() -> None:
+    """Leaves it to `writing` to report a failed save.
+
+    Orbax logs the same failure with a traceback in each of its threads, and TensorStore prints one for every file that
+    was still under way, from threads that live longer than the run.
+    """
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+    before = sys.unraisablehook
+
+    def hook(raised: sys.UnraisableHookArgs) -> None:
+        if not (raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"):
+            before(raised)
+
+    sys.unraisablehook = hook
 
 
 def _remove_unfinished(folder: Path) -> None:

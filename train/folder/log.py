@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from falcon_relu.files import regular_file, write_text
 from train.folder.checkpoints import writing
@@ -39,23 +43,21 @@ class RunLog:
         self._on_line = on_line or (lambda _: None)
         self._path = out / LOG
         self.last: MetricValues = {}
-        self._board: SummaryWriter | None = None
+        self._board: _Board | None = None
         kept = [line for line in read_log(self._path) if line["step"] <= first]
         self.last = next((line for line in reversed(kept) if "loss" in line), {})
         self.validated = {line["step"] for line in kept if "validation" in line}
         if jax.process_index() == 0:
             with writing(str(self._path)):
                 write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-            with writing(str(out / TENSORBOARD)):
-                self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=first + 1 if first else None)
+            self._board = _Board(out / TENSORBOARD, first)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._board is not None:
-            with contextlib.suppress(OSError):  # on a full disk, the error that stopped the run is reported instead
-                self._board.close()
+            self._board.close()
 
     def steps(self, step: int, metrics: MetricValues) -> None:
         """Logs the metrics of a training step."""
@@ -72,8 +74,8 @@ class RunLog:
         """Logs continuations by their prompts."""
         self._write({"step": step, "samples": texts})
         if self._board is not None:
-            for number, (prompt, text) in enumerate(texts.items()):
-                self._board.add_text(f"samples/{number}", f"**{prompt}**{text}", step)
+            shown = enumerate(texts.items())
+            self._board.add(step, [summary.text(f"samples/{n}", f"**{prompt}**{text}") for n, (prompt, text) in shown])
 
     def _write(self, line: MetricValues) -> None:
         if jax.process_index() == 0:
@@ -84,13 +86,40 @@ class RunLog:
     def _show(self, group: str, step: int, metrics: MetricValues) -> None:
         if self._board is None:
             return
+        scalars = {}
         for name, value in metrics.items():
             if isinstance(value, list):
-                self._board.add_scalar(f"{group}/{name}", float(np.mean(value)), step)
-                for layer, item in enumerate(value):
-                    self._board.add_scalar(f"{group}_{name}/layer_{layer:02d}", item, step)
+                scalars[f"{group}/{name}"] = float(np.mean(value))
+                scalars |= {f"{group}_{name}/layer_{layer:02d}": item for layer, item in enumerate(value)}
             else:
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                scalars[f"{group}/{name}"] = value
+        self._board.add(step, [summary.scalar(name, value) for name, value in scalars.items()])
+
+
+class _Board:
+    """TensorBoard's event file, written in the thread that calls.
+
+    tensorboardX's own SummaryWriter writes in a thread behind a short queue; once that thread has failed, on a full
+    disk say, the queue fills up and the caller waits for ever.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        self._folder = folder
+        with writing(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"))
+            if first:  # TensorBoard drops what it has of later steps
+                self._events.write_event(Event(step=first + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, summaries: list[Summary]) -> None:
+        with writing(str(self._folder)):
+            for one in summaries:
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=one))
+            self._events.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # on a full disk, the error that stopped the run is reported instead
+            self._events.close()
 
 
 def read_log(path: Path) -> list[MetricValues]:
