@@ -202,8 +202,8 @@ def run(args: Args) -> None:
 
 
 def _record(step: Record) -> dict[str, Any]:
-    config, params = load_model(step.model, activation=step.activation, dtype=None)
     batches = train_batches(_data(step.data, step.batch_size))
+    config, params = load_model(step.model, activation=step.activation, dtype=None)
     recording = record_activations(
         config, params, batches, step.out, tokens=step.tokens, input=step.input, replace=step.overwrite
     )

@@ -12,7 +12,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.files import lock, read_text, regular_file, write_aside, write_json, write_text
 
 
-def _tree(folder):
+def tree(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -27,7 +27,7 @@ def test_what_the_user_had_stays(tmp_path, folder):
     (tmp_path / "f").write_text("mine")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("nothing")
-    before = _tree(tmp_path)
+    before = tree(tmp_path)
     wrong = ["loop", "nowhere", "f/x", "f/x/y", *(["f", "d"] if folder else ["d"])]
     for name in wrong:
         with pytest.raises(FalconError, match=name[0]), write_aside(tmp_path / name, folder=folder, replace=not folder):
@@ -35,7 +35,7 @@ def test_what_the_user_had_stays(tmp_path, folder):
     with pytest.raises(ZeroDivisionError), write_aside(tmp_path / "new", folder=folder) as aside:  # noqa: PT012
         aside.mkdir() if folder else aside.touch()
         raise ZeroDivisionError
-    assert _tree(tmp_path) == before
+    assert tree(tmp_path) == before
 
 
 def test_a_link_keeps_leading_to_what_is_written(tmp_path):
@@ -77,7 +77,7 @@ def test_one_writer_at_a_time_and_the_next_when_it_is_dead(tmp_path):
         assert not aside.exists()  # what the dead one left is gone
         aside.mkdir()
         (aside / "whole").touch()
-    assert list(_tree(tmp_path)) == ["out", "out/whole"]
+    assert list(tree(tmp_path)) == ["out", "out/whole"]
 
 
 def test_text_that_is_not_text_is_named(tmp_path):
