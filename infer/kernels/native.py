@@ -18,6 +18,7 @@ from infer.kernels import matmul
 from infer.weights.formats import Array, Rows
 
 _TARGETS = ("rows_dot", "weighted_row_sum", "rows_product", "select", "attend", "read_rows")
+_INTERFACE = 2  # of the calls, as in infer/native/dispatch.cc
 _FORCED = "FALCON_RELU_ISA"  # environment variable that chooses the instruction set
 
 
@@ -37,6 +38,8 @@ def _library() -> ctypes.CDLL:
     if not found:
         raise OSError("they were not built when the package was installed")
     library = ctypes.CDLL(str(found[0]))
+    if getattr(library, "falcon_interface", lambda: 1)() != _INTERFACE:
+        raise OSError("they were built from another version of the sources (python setup.py build_ext --inplace)")
     for name in ("falcon_instruction_sets", "falcon_instruction_set"):
         getattr(library, name).restype = ctypes.c_char_p
     library.falcon_use_instruction_set.restype = ctypes.c_bool
