@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from falcon_relu.checkpoints.schema import seal
 from falcon_relu.errors import FalconError
 from tests.train.data.texts import make_documents, make_tokenizer, prepare_texts, read_rows
+from train.data import batches
 from train.data.batches import DataConfig, Source, train_batches, validation_batches
 
 T = 32
@@ -200,3 +202,19 @@ def test_missing_short_and_damaged_shards_are_named(config, folder, tmp_path):
         manifest.write_text(json.dumps(change))
         with pytest.raises(FalconError, match=rf"manifest\.json.*{reason}"):
             train_batches(here)
+
+
+def test_open_files_are_asked_for_only_where_the_shards_need_them(monkeypatch):
+    """A low limit is raised as far as allowed, and enough for what is open and the shards."""
+    limits = [64, 64]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    monkeypatch.setattr(batches, "_open_files", lambda: 20)
+    batches._allow_open_files(1)
+    batches._allow_open_files(44)
+    assert limits == [64, 64]
+    with pytest.raises(FalconError, match=r"45 token shards need more open files than .* \(64\)"):
+        batches._allow_open_files(45)
+    limits[:] = [64, 4096]
+    batches._allow_open_files(1000)
+    assert limits == [1512, 4096]
