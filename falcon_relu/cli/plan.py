@@ -91,7 +91,14 @@ def run(args: Args) -> None:
         )
         devices = virtual_devices(args.devices)
     assumptions = Assumptions(efficiency=args.efficiency, tokens=args.tokens)
-    results, program = plan_run(args.run, devices, chip, assumptions, console.print)
+    try:
+        results, program = plan_run(args.run, devices, chip, assumptions, console.print)
+    except FalconError as error:
+        made_for = f"_{chip.topology}_{len(devices)}"
+        named = [name for name in config_names() if name.endswith(made_for)]
+        raise FalconError(
+            f"{error}; made for {args.topology}: --config {', '.join(named)}" if named else str(error)
+        ) from None
     if args.text is not None and program is not None:
         write_text(args.text, program.text, replace=args.overwrite)
     report(results, args)
