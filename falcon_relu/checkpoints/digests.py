@@ -38,7 +38,7 @@ def check_digest(path: Path, wanted: Digest, advice: str) -> None:
     """
     size = regular_file(path).stat().st_size
     if size != wanted[0]:
-        raise FalconError(f"{path} is damaged: it has {size:,} of {wanted[0]:,} bytes; {advice}")
+        raise FalconError(f"{path} is damaged: it has {size:,} bytes instead of {wanted[0]:,}; {advice}")
     if digest(path) != wanted:
         raise FalconError(f"{path} is damaged: its checksum does not match; {advice}")
 

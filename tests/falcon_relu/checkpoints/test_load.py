@@ -22,8 +22,8 @@ import pytest
 from huggingface_hub import constants as hub_constants
 from safetensors.numpy import load_file, save_file
 
-from falcon_relu.checkpoints.chunks import digest
 from falcon_relu.checkpoints.convert import export_hf, import_hf
+from falcon_relu.checkpoints.digests import digest
 from falcon_relu.checkpoints.hf_config import config_to_hf
 from falcon_relu.checkpoints.hf_files import write_shards
 from falcon_relu.checkpoints.hf_layout import HEAD, hf_tensors
@@ -417,7 +417,7 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
-from falcon_relu.checkpoints.chunks import digest
+from falcon_relu.checkpoints.digests import digest
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.checkpoints.native import save_params
 from falcon_relu.sharding import make_mesh
