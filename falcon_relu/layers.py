@@ -20,6 +20,7 @@ from falcon_relu.config import Activation, FalconConfig
 
 # (a layer's variables of the "selector" collection, block input, MLP input) -> mask [B, T, F] of the neurons to use.
 Select = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Observe = Callable[[jax.Array], Any]  # activations [B, T, F] of a layer -> what is kept of them
 LayerCache = tuple[jax.Array, jax.Array] | None  # one layer's keys and values, [B, S, K, H] each
 
 INIT_STD = 0.02
@@ -177,6 +178,7 @@ class Mlp(nn.Module):
     config: FalconConfig
     dtype: Any
     start_activation: Activation | None = None
+    observe: Observe | None = None
 
     @nn.compact
     def __call__(
@@ -200,7 +202,7 @@ class Mlp(nn.Module):
         if kept_BxTxF is not None:
             h_BxTxF = jnp.where(kept_BxTxF, h_BxTxF, 0)
             _sow(self, "statistics", "kept", lambda: jnp.sum(kept_BxTxF, axis=-1, dtype=jnp.int32))
-        _sow(self, "activations", "neurons", lambda: h_BxTxF)
+        _sow(self, "activations", "neurons", lambda: self.observe(h_BxTxF) if self.observe else h_BxTxF)
         _sow(self, "statistics", "active", lambda: jnp.sum(h_BxTxF != 0, axis=-1, dtype=jnp.int32))
         _sow(self, "magnitudes", "mean", lambda: jnp.mean(jnp.abs(h_BxTxF), axis=-1, dtype=jnp.float32))
         y_BxTxD = jnp.einsum("btf,fd->btd", h_BxTxF, down_FxD)
@@ -220,6 +222,7 @@ class Block(nn.Module):
     select: Select | None = None
     start_activation: Activation | None = None
     attention: Attend = "auto"
+    observe: Observe | None = None
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, cache: LayerCache, context: Context) -> tuple[jax.Array, LayerCache]:
@@ -243,7 +246,7 @@ class Block(nn.Module):
         kept_BxTxF = None
         if self.select is not None:
             kept_BxTxF = self.select(self.variables["selector"], x_BxTxD, mlp_input)
-        mlp = Mlp(c, self.dtype, self.start_activation, name="mlp")
+        mlp = Mlp(c, self.dtype, self.start_activation, self.observe, name="mlp")
         return residual + mlp(mlp_input, kept_BxTxF, context.activation_ramp), cache
 
 

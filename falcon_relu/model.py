@@ -28,7 +28,7 @@ from flax import struct
 
 from falcon_relu.attention import SAVED_ATTENTION, Attend, rotation
 from falcon_relu.config import Activation, FalconConfig
-from falcon_relu.layers import INIT_STD, SAVED_QKV, Block, Context, LayerNorm, Select, gathered, parameter
+from falcon_relu.layers import INIT_STD, SAVED_QKV, Block, Context, LayerNorm, Observe, Select, gathered, parameter
 
 Remat = Literal["none", "dots", "mlp", "full"]
 Params = Any  # nested dict of jax.Array
@@ -81,6 +81,8 @@ class Falcon(nn.Module):
         all neurons.
       start_activation: blended with the config's activation, in the proportion given to `hidden`.
       attention: which kernel, see `attention.attend`; with a cache it is always `attention.attend_chunked`.
+      observe: what `neurons` below is of a layer's activations, so that those of all layers are never kept; they
+        themselves if None.
 
     `apply(..., mutable=["activations"])` also returns, stacked over layers, `neurons` [L, B, T, F] (after the
     activation), `block_input` and `mlp_input` [L, B, T, D]; `mutable=["statistics"]` returns `active` [L, B, T], the
@@ -95,6 +97,7 @@ class Falcon(nn.Module):
     select: Select | None = None
     start_activation: Activation | None = None
     attention: Attend = "auto"
+    observe: Observe | None = None
 
     def setup(self) -> None:
         """Declares the submodules."""
@@ -108,7 +111,7 @@ class Falcon(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.query_chunk, self.select, self.start_activation, self.attention)
+        )(c, self.dtype, self.query_chunk, self.select, self.start_activation, self.attention, self.observe)
         self.final_norm = LayerNorm(c.norm_eps, self.dtype)
         if not c.tied_embeddings:
             self.head = _Matrix("kernel", shape, axes)

@@ -75,6 +75,10 @@ def run(args: Args) -> None:
     """Measures, draws, reports."""
     if (args.predictor is None) != (args.recording is None):
         raise FalconError("the curve of allowed error needs both --predictor and --recording")
+    check_number("--batch-size", args.batch_size, low=1)
+    check_number("--batches", args.batches, low=1)
+    for allowed in args.kl:
+        check_number("--kl", allowed, above=0)
     seq_len = read_manifest(args.data).seq_len
     data = DataConfig(sources=(Source(args.data),), seq_len=seq_len, batch_size=args.batch_size)
     config, params = load_model(args.model, activation=args.activation)

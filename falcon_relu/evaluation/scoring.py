@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from falcon_relu.attention import SHARED
 from falcon_relu.config import FalconConfig
@@ -222,9 +223,8 @@ class FlaxEngine:
         else:
             with use_mesh(self._mesh):
                 placed = (_place(array, batch_sharding(self._mesh)) for array in arrays)
-                everywhere = NamedSharding(self._mesh, PartitionSpec())
                 found = _score(model, self._params, *placed, count)
-                logprob_BxM, greedy_BxM = jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(found))
+                logprob_BxM, greedy_BxM = multihost_utils.process_allgather(found, tiled=True)
         scores = {}
         for b, row in enumerate(batch):
             at = 0

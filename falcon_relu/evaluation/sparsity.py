@@ -39,13 +39,16 @@ def measure_sparsity(
       - union: a mapping for each of `UNIONS` up to the rows of a batch: batch; fires, the share of the neurons that
         fire in any of so many sequences at once; layers, the same for each layer.
       - rates_LxF: how often each neuron fires, numpy float64.
+
+    Raises:
+      FalconError: the batches hold no token.
     """
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
         sums = _sums(config, dtype, params, *(batch[k] for k in ("tokens_BxT", "positions_BxT", "segment_ids_BxT")))
         totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
-    if not totals:
-        raise FalconError("there is no batch of text to measure on")
+    if not totals.get("tokens"):
+        raise FalconError("there are no tokens to measure sparsity on: no batch, or padding alone")
     rates_LxF = totals["fired_LxF"] / totals["tokens"]
     overlap_L = totals["again_L"] / np.maximum(totals["followed_L"], 1)
     layers = [
@@ -87,24 +90,29 @@ def _sums(
     positions_BxT: jax.Array,
     segments_BxT: jax.Array,
 ) -> dict[str, jax.Array]:
-    _, variables = Falcon(config, dtype).apply(
+    real_BxT = segments_BxT != 0
+    pair_BxT = real_BxT[:, 1:] & (segments_BxT[:, 1:] == segments_BxT[:, :-1])
+    B, T = tokens_BxT.shape
+    sizes = [n for n in UNIONS if n <= B]
+    # The same place in n rows: tokens that would be decoded together.
+    together = {n: real_BxT[: B // n * n].reshape(B // n, n, T).all(1) for n in sizes}
+
+    def count(h_BxTxF: jax.Array) -> dict[str, jax.Array]:
+        """Counts of one layer; the activations of all would not fit."""
+        fires_BxTxF = (h_BxTxF != 0) & real_BxT[:, :, None]
+        later_BxTxF = fires_BxTxF[:, 1:] & pair_BxT[:, :, None]
+        found = {
+            "fired_LxF": fires_BxTxF.sum((0, 1)),
+            "followed_L": later_BxTxF.sum(),
+            "again_L": (later_BxTxF & fires_BxTxF[:, :-1]).sum(),
+        }
+        for n, real_GxT in together.items():
+            any_GxTxF = fires_BxTxF[: B // n * n].reshape(B // n, n, T, -1).any(1)
+            found[f"union_{n}_L"] = (any_GxTxF & real_GxT[:, :, None]).sum()
+        return found
+
+    _, variables = Falcon(config, dtype, observe=count).apply(
         {"params": params}, tokens_BxT, positions_BxT, segments_BxT, method="hidden", mutable=["activations"]
     )
-    real_BxT = segments_BxT != 0
-    fires_LxBxTxF = (variables["activations"]["layers"]["mlp"]["neurons"] != 0) & real_BxT[None, :, :, None]
-    pair_BxT = real_BxT[:, 1:] & (segments_BxT[:, 1:] == segments_BxT[:, :-1])
-    later = fires_LxBxTxF[:, :, 1:] & pair_BxT[None, :, :, None]
-    B, T = tokens_BxT.shape
-    unions = {}
-    for n in (n for n in UNIONS if n <= B):  # the same place in n rows: tokens that would be decoded together
-        groups = B // n
-        all_real_GxT = real_BxT[: groups * n].reshape(groups, n, T).all(1)
-        any_LxGxTxF = fires_LxBxTxF[:, : groups * n].reshape(-1, groups, n, T, config.d_ff).any(2)
-        unions[f"union_{n}_L"] = (any_LxGxTxF & all_real_GxT[None, :, :, None]).sum((1, 2, 3))
-        unions[f"groups_{n}"] = all_real_GxT.sum()
-    return unions | {
-        "tokens": real_BxT.sum(),
-        "fired_LxF": fires_LxBxTxF.sum((1, 2)),
-        "followed_L": later.sum((1, 2, 3)),
-        "again_L": (later & fires_LxBxTxF[:, :, :-1]).sum((1, 2, 3)),
-    }
+    groups = {f"groups_{n}": real_GxT.sum() for n, real_GxT in together.items()}
+    return variables["activations"]["layers"]["mlp"]["neurons"] | groups | {"tokens": real_BxT.sum()}

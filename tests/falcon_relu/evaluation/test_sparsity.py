@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from falcon_relu.config import family
-from falcon_relu.evaluation.sparsity import measure_sparsity
+from falcon_relu.errors import FalconError
+from falcon_relu.evaluation.sparsity import _sums, measure_sparsity
 from falcon_relu.model import Falcon
 from tests.conftest import random_params
 
@@ -52,3 +55,17 @@ def test_statistics_are_those_of_a_plain_count() -> None:
         fires = np.asarray(seen["activations"]["layers"]["mlp"]["neurons"]) != 0
         together.append((fires[:, 0, :13] | fires[:, 1, :13]).mean((1, 2)))  # where both rows have a token
     np.testing.assert_allclose(got["union"][1]["layers"], np.mean(together, axis=0))
+
+
+def test_the_activations_of_one_layer_at_a_time_are_kept() -> None:
+    config = family("tiny-40b").with_activation("relu")
+    batch = [np.ones((3, 17), np.int32)] * 3
+    program = str(jax.make_jaxpr(lambda params: _sums(config, jnp.float32, params, *batch))(random_params(config)))
+    assert f"[3,17,{config.d_ff}]" in program
+    assert f"[{config.n_layers},3,17,{config.d_ff}]" not in program
+
+
+def test_no_tokens_are_told() -> None:
+    config = family("tiny-40b").with_activation("relu")
+    with pytest.raises(FalconError, match="no tokens"):
+        measure_sparsity(config, random_params(config), [])
