@@ -50,6 +50,7 @@ def _templates() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     templates.filters["show"] = _show
+    templates.globals["missing"] = MISSING
     return templates
 
 

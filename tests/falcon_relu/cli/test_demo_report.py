@@ -285,6 +285,7 @@ def test_every_plot_has_its_title_labels_and_legend():
 def test_without_results_nothing_is_filled_in():
     text = words(render({}))
     assert text.count("not measured") > 40
+    assert "None" not in text
     stated = re.sub("ReluFalcon-40B", "", text)
     assert not re.search(r"\d", stated)
     assert "<svg" not in render({})
