@@ -162,9 +162,11 @@ class _Loop:
                     advance(1, watch.read(*pending))
                 pending = (step, metrics)
                 stopping, last = self._vote(), step == config.steps
-                if stopping or last or _due(step, config.checkpoint_every):
+                saving = stopping or last or _due(step, config.checkpoint_every)
+                if saving or self._validates_after(step):
                     advance(1, watch.read(*pending))  # so that the log has every step that a checkpoint holds
                     pending = None
+                if saving:
                     self._save(step, state)
                 self._saved.check()
                 if stopping:

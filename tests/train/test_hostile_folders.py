@@ -245,7 +245,7 @@ def test_folders_that_are_not_as_they_were_left(begun, tmp_path, caplog):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from falcon_relu.files import write_json
+from falcon_relu.files import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -79,11 +79,12 @@ def test_a_model_learns_and_a_swapped_student_is_won_back(tmp_path, data):
     assert train.loop.run(student) == tuned  # a finished run is not run again
 
 
-def test_a_stopped_run_goes_on_to_the_same_end_bit_for_bit(tmp_path, data, teacher, monkeypatch):
-    taught = {"teacher": str(teacher), "loss": LossConfig(kd_weight=1.0)}
+def test_a_run_stopped_in_its_validation_goes_on_to_the_same_end_bit_for_bit(tmp_path, data, teacher, monkeypatch):
+    taught = {"teacher": str(teacher), "loss": LossConfig(kd_weight=1.0), "validate_every": 4}
     straight = train.loop.run(config_of(tmp_path / "straight", data, **taught))
     stopped = config_of(tmp_path / "stopped", data, **taught)
-    run_until_stopped(monkeypatch, stopped, 5)
+    run_until_stopped(monkeypatch, stopped, 5)  # four of training, then the first of the validation rows
+    assert (tmp_path / "stopped" / "checkpoints" / "4").is_dir()
     assert not (tmp_path / "stopped" / "weights").exists()
     log = tmp_path / "stopped" / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 6, "loss": 3.0}\n{"step": 7, "lo')  # lost work, and a torn line
@@ -95,7 +96,7 @@ def test_a_stopped_run_goes_on_to_the_same_end_bit_for_bit(tmp_path, data, teach
         for run in ("stopped", "straight")
     )
     assert stopped_lines == straight_lines
-    assert [line[0] for line in straight_lines] == [*range(1, 9), 8]
+    assert [line[0] for line in straight_lines] == [*range(1, 5), 4, *range(5, 9), 8]
 
 
 def test_a_run_goes_on_elsewhere_with_other_settings_of_how(tmp_path, data, monkeypatch):

@@ -27,6 +27,7 @@ _CONFIG = "config.json"
 _ARCHITECTURE = "architecture.json"
 _STARTS = "starts.jsonl"
 _METRICS = "metrics.json"
+_DISK_SECONDS = 90
 
 
 @contextlib.contextmanager
@@ -96,8 +97,20 @@ def claim(config: TrainConfig) -> None:
         with writing(str(path)):
             write_json(path, config.as_json())
     wait_for_all("claimed the folder")
-    if not all_agree(path.exists()):
+    if not all_agree(_appears(path)):
         raise FalconError(f"{config.out} is not on a disk that all {jax.process_count()} processes share")
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that another machine has just written is there; network disks may take a minute to show it."""
+    end = time.monotonic() + _DISK_SECONDS
+    while not path.exists():
+        if jax.process_count() == 1 or time.monotonic() > end:
+            return False
+        time.sleep(1)
+        with contextlib.suppress(OSError):
+            list(path.parent.iterdir())  # has the network disk look again
+    return True
 
 
 def finish(out: Path, metrics: dict[str, Any]) -> None:
