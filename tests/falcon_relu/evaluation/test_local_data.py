@@ -235,3 +235,31 @@ def test_wrong_arguments_are_told_before_anything_is_made(questions, more, says,
     assert says in capsys.readouterr().err
     assert Path("file").read_text() == "mine"
     assert not Path("out").exists()
+
+
+SETTINGS_OF_A_RUN = ["", "[]", "3", "null", "{", "\xff", '{"model": 3}', "{}", '{"extra": "x"}', None]
+
+
+@pytest.mark.parametrize("text", SETTINGS_OF_A_RUN)
+def test_answers_that_are_not_known_to_be_of_the_model_are_refused(questions, text, capsys):
+    Path("out").mkdir()
+    Path("out/answers.jsonl").write_text('["key", "answer", "sum"]\n')
+    if text is not None:
+        Path("out/settings.json").write_bytes(text.encode("latin-1"))
+    assert evaluate(questions) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "settings.json" in said or "answers of another model" in said
+    assert Path("out/answers.jsonl").read_text() == '["key", "answer", "sum"]\n'
+
+
+def test_a_copy_from_the_hub_among_built_questions_is_listed(tmp_path):
+    from falcon_relu.evaluation.questions import DATASETS, build_eval_data
+
+    for name in DATASETS:
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "cais/mmlu/counts.json").write_text('{"a.jsonl": 3}')
+    assert [row["documents"] for row in build_eval_data(tmp_path, ["cais/mmlu", "openai/gsm8k"])] == [3, None]
+    (tmp_path / "cais/mmlu/counts.json").write_text('{"a.jsonl": "3"}')
+    with pytest.raises(FalconError, match=r"counts.json.*a.jsonl"):
+        build_eval_data(tmp_path, ["cais/mmlu"])
