@@ -24,10 +24,10 @@ from jax.experimental import multihost_utils
 
 from falcon_relu.checkpoints.chunks import DTYPES, METADATA, Chunks
 from falcon_relu.checkpoints.digests import Digests, bytes_digest, check_digest, digest
-from falcon_relu.checkpoints.schema import parse, unseal, write_sealed
+from falcon_relu.checkpoints.schema import parse, read_sealed, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import aside_path, read_json, write_aside
+from falcon_relu.files import aside_path, write_aside
 from falcon_relu.sharding import Leaf, param_shapes
 
 Read = Callable[[Leaf, int | None], np.ndarray]
@@ -35,7 +35,7 @@ Read = Callable[[Leaf, int | None], np.ndarray]
 _FORMAT = 2
 _MANIFEST = "falcon.json"
 _PARAMS = "params"
-_ADVICE = "get or make the weights again"
+_ADVICE = "convert or save the weights again, or copy them anew"
 _CHUNK_BYTES = 256 * 2**20  # what reading one layer of a stacked parameter reads at most beyond that layer
 _READERS = 8
 
@@ -190,14 +190,7 @@ def params_reader(path: Path) -> tuple[FalconConfig, Read, dict[Leaf, np.dtype]]
 
 def _read_manifest(path: Path) -> _Manifest:
     file = path / _MANIFEST
-    stored = read_json(file)
-    found = stored.get("format") if isinstance(stored, dict) else None
-    if found != _FORMAT:
-        raise FalconError(
-            f"{file} is of format {found!r}, and this version reads format {_FORMAT}, which has checksums: "
-            "export the weights with the version that wrote them, then convert the result"
-        )
-    return parse(_Manifest, unseal(stored, file, _ADVICE), file)
+    return parse(_Manifest, read_sealed(file, _ADVICE, version=("format", _FORMAT)), file)
 
 
 def _write_manifest(folder: Path, config: FalconConfig, digests: Mapping[str, Digests]) -> None:

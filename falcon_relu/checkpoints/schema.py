@@ -22,7 +22,7 @@ from falcon_relu.files import read_json, write_json
 T = TypeVar("T")
 
 _SEAL = "checksum"
-_JSON_LIMIT = 64 << 20  # bytes of a manifest; those of the largest models have a hundredth of it
+_JSON_LIMIT = 256 << 20  # bytes; a manifest that lists a million files, as of a model on a thousand chips, has 50 MB
 
 
 def parse(kind: type[T], value: Any, where: object, *, unknown_keys: bool = False) -> T:
@@ -75,19 +75,23 @@ def seal(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**value, _SEAL: _checksum(value)}
 
 
-def unseal(value: Any, where: object, advice: str) -> dict[str, Any]:
+def unseal(value: Any, where: object, advice: str, *, version: tuple[str, int] | None = None) -> dict[str, Any]:
     """What was given to `seal`.
 
     Args:
       value: what `seal` gave, as it was stored.
       where: the file, for the error.
-      advice: what to do about a damaged one, for the error.
+      advice: what to do about a damaged one or one of another version, for the error.
+      version: the key of the format's version and the version that is read; not looked at if None.
 
     Raises:
-      FalconError: something in it was changed since.
+      FalconError: it is of another version, or something in it was changed since.
     """
     if not isinstance(value, dict):
         raise FalconError(f"{where} is not a JSON object; {advice}")
+    if version is not None and value.get(version[0]) != version[1]:
+        found = str(value.get(version[0]))[:20]
+        raise FalconError(f"{where} is of {version[0]} {found}, and this program reads {version[1]}; {advice}")
     rest = {key: entry for key, entry in value.items() if key != _SEAL}
     if value.get(_SEAL) != _checksum(rest):
         raise FalconError(f"{where} was changed since it was written: its checksum does not match; {advice}")
@@ -99,9 +103,9 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, seal(value))
 
 
-def read_sealed(path: Path, advice: str) -> dict[str, Any]:
-    """What was given to `write_sealed`; errors as `unseal` and `falcon_relu.files.read_json`."""
-    return unseal(read_json(path, limit=_JSON_LIMIT), path, advice)
+def read_sealed(path: Path, advice: str, *, version: tuple[str, int] | None = None) -> dict[str, Any]:
+    """What was given to `write_sealed`; arguments and errors as `unseal` and `falcon_relu.files.read_json`."""
+    return unseal(read_json(path, limit=_JSON_LIMIT), path, advice, version=version)
 
 
 def _checksum(value: Mapping[str, Any]) -> int:

@@ -174,10 +174,7 @@ def load_predictor(path: Path, config: FalconConfig) -> Predictor:
         stored = json.loads(text)
     except (ValueError, RecursionError):
         raise FalconError(f"{path} is damaged: its metadata are not JSON; {_ADVICE}") from None
-    version = stored.get("version") if isinstance(stored, dict) else None
-    if version != _VERSION:
-        raise FalconError(f"{path} has predictor format {str(version)[:20]}; this program reads {_VERSION}: {_ADVICE}")
-    metadata = parse(_Metadata, unseal(stored, path, _ADVICE), path)
+    metadata = parse(_Metadata, unseal(stored, path, _ADVICE, version=("version", _VERSION)), path)
 
     layers = tuple(_layer(tensors, f"layers.{i}.", config, path) for i in range(config.n_layers))
     if unknown := sorted(tensors.keys() - {name for i, layer in enumerate(layers) for name in _named(i, layer)}):

@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 
 from falcon_relu.checkpoints.digests import Digest, check_digest
-from falcon_relu.checkpoints.schema import parse, unseal, write_sealed
+from falcon_relu.checkpoints.schema import parse, read_sealed, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError, check_number
-from falcon_relu.files import read_json, regular_file, write_aside
+from falcon_relu.files import regular_file, write_aside
 from falcon_relu.model import Falcon, KVCache, Params
 from falcon_relu.progress import progress
 from infer.predictor.predictor import PredictorInput
@@ -62,7 +62,8 @@ class Recording:
     files: Mapping[str, Digest]
 
     def __post_init__(self) -> None:
-        for name, most in (("tokens", 1 << 40), ("n_layers", 1 << 12), ("d_model", 1 << 20), ("d_ff", 1 << 24)):
+        check_number("tokens of a recording", self.tokens, low=10, high=1 << 40)
+        for name, most in (("n_layers", 1 << 12), ("d_model", 1 << 20), ("d_ff", 1 << 24)):
             check_number(f"{name} of a recording", getattr(self, name), low=1, high=most)
         sizes = {}
         for i in range(self.n_layers):
@@ -184,11 +185,7 @@ def open_recording(folder: Path) -> Recording:
     """
     folder = Path(folder)
     path = folder / _MANIFEST
-    stored = read_json(path)
-    version = stored.get("version") if isinstance(stored, dict) else None
-    if version != _VERSION:
-        raise FalconError(f"{path} is of version {str(version)[:20]}; this program reads {_VERSION}: {_ADVICE}")
-    fields = unseal(stored, path, _ADVICE)
+    fields = read_sealed(path, _ADVICE, version=("version", _VERSION))
     del fields["version"]
     recording = parse(Recording, fields | {"folder": str(folder)}, path)
     for name, (size, _) in recording.files.items():

@@ -21,10 +21,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from falcon_relu.checkpoints.load import check_finite
-from falcon_relu.checkpoints.schema import parse, unseal, write_sealed
+from falcon_relu.checkpoints.schema import parse, read_sealed, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_json, regular_file, write_aside
+from falcon_relu.files import regular_file, write_aside
 from falcon_relu.progress import progress
 from infer.predictor.predictor import PredictorInput
 from infer.weights.layout import DecodeWeights, Formats, skeleton
@@ -151,11 +151,7 @@ def load_weights(path: Path) -> DecodeWeights:
 def _manifest(path: Path) -> tuple[DecodeWeights, dict[str, int]]:
     """Shapes of the weights and the checksum of every tensor."""
     file = Path(path) / _MANIFEST
-    stored = read_json(file)
-    version = stored.get("version") if isinstance(stored, dict) else None
-    if version != _VERSION:
-        raise FalconError(f"{file} is of version {str(version)[:20]}; this program reads {_VERSION}: {_ADVICE}")
-    manifest = parse(_Manifest, unseal(stored, file, _ADVICE), file)
+    manifest = parse(_Manifest, read_sealed(file, _ADVICE, version=("version", _VERSION)), file)
     wanted = skeleton(manifest.config, manifest.formats, manifest.ranks, manifest.predictor_input)
     if wrong := sorted(manifest.crc32.keys() ^ {name for name, _ in _named(wanted)}):
         raise FalconError(f"{file}: the checksums and the config contradict each other about {wrong[0][:80]!r}")

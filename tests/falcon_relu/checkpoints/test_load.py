@@ -234,7 +234,7 @@ def test_native_weights_with_a_part_gone_are_refused(tmp_path):
     manifest = json.loads((tmp_path / "native" / "falcon.json").read_text())
     for old in (1, 3):
         edit_json(tmp_path / "native" / "falcon.json", format=old)
-        with pytest.raises(FalconError, match=f"of format {old}, and this version reads format 2"):
+        with pytest.raises(FalconError, match=f"of format {old}, and this program reads 2; convert or save"):
             load_model(tmp_path / "native")
     (tmp_path / "native" / "falcon.json").write_text(json.dumps(manifest))
     shutil.rmtree(tmp_path / "native" / "params" / "embed.embedding")

@@ -73,7 +73,7 @@ def _rewrite(path: Path, change) -> None:
         (lambda t, m: t.update({"layers.0.fc2.weight": jnp.zeros((F, 8))}), "damaged"),
         (lambda t, m: t.update({"layers.2.fc1.weight": jnp.zeros((8, D))}), "only 2 layers"),
         (lambda t, m: t.update({"layers.0.fc1.weight": jnp.zeros(())}), r"layers.0.fc1.weight"),
-        (lambda t, m: m.update(version=99), "format 99"),
+        (lambda t, m: m.update(version=99), "version 99"),
         (lambda t, m: m.update(input="elsewhere"), "input: input should be 'block_input' or 'mlp_input'"),
         (lambda t, m: m.update(thresholds=[0.0]), "thresholds must be 2"),
         (lambda t, m: m.update(thresholds=[0.0, "1"]), "thresholds.1: input should be a valid number"),
