@@ -184,7 +184,7 @@ def _usual_cache(config: TrainConfig, student: FalconConfig) -> TeacherManifest:
         temperature=config.loss.temperature,
         seq_len=config.data.seq_len,
         vocab_size=student.vocab_size,
-        teacher={},
+        teacher={"weights": ""},
         tokens="",
         splits={},
     )
