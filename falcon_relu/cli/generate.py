@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import tyro
 
-from falcon_relu.checkpoints.load import load_model
+from falcon_relu.checkpoints.load import load_config, load_model
 from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
-from falcon_relu.generation import Sampling, generate
+from falcon_relu.generation import Sampling, check_prompts, generate
 from falcon_relu.model import Falcon
 from falcon_relu.sharding import make_mesh, use_mesh
 from falcon_relu.tokenizer import Tokenizer
@@ -43,11 +43,13 @@ def run(args: Args) -> None:
     """Generates, prints the texts, then reports."""
     tokenizer = Tokenizer(args.tokenizer)
     sampling = dataclasses.replace(args.sampling, stop_tokens=(*args.sampling.stop_tokens, tokenizer.eos_id))
+    prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in args.prompts]
+    config = load_config(args.model, activation=args.activation)
+    tokenizer.check_fits(config.vocab_size)
+    check_prompts(prompts, config.vocab_size, config.max_positions, sampling.max_new_tokens)
     mesh = make_mesh(args.mesh)
     with use_mesh(mesh):
         config, params = load_model(args.model, activation=args.activation, dtype=jnp.dtype(args.dtype), mesh=mesh)
-        tokenizer.check_fits(config.vocab_size)
-        prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in args.prompts]
         start = time.perf_counter()
         new = generate(Falcon(config, jnp.dtype(args.dtype)), params, prompts, sampling)
     seconds = time.perf_counter() - start

@@ -242,6 +242,11 @@ def test_what_cannot_be_done_is_refused_before_weights_are_read(home, packed, tm
     assert "context of 256" in refused(capsys, *ask, "number", "--max-new-tokens", 256)
     assert "packed already" in refused(capsys, *ask, "number", "--format", "bf16")
     assert "at least 1" in refused(capsys, *ask, "number", "--batch", 0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "falcon.json").write_text((home / "model" / "falcon.json").read_text())
+    assert "context of 256" in refused(
+        capsys, "generate", tmp_path / "empty", "number " * 300, "--tokenizer", home / "tokenizer.json"
+    )
     wide = family("tiny-7b").with_activation("relu")
     save_params(tmp_path / "wide", wide, random_params(wide))
     predictor = home / "predictor.safetensors"

@@ -9,47 +9,28 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import dataclasses
-import hashlib
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from falcon_relu.checkpoints.schema import read_as, seal
 from falcon_relu.errors import FalconError, check_number, check_seed
-from falcon_relu.files import inherit_lock, lock_part, remove, write_json
+from falcon_relu.files import inherit_lock, lock_part
 from falcon_relu.progress import progress
 from falcon_relu.tokenizer import Tokenizer
-from train.data.shards import (
-    FORMAT,
-    MAX_SEQ_LEN,
-    PREPARE,
-    SPLITS,
-    Manifest,
-    Shard,
-    Split,
-    check_shard,
-    manifest_path,
-    pack,
-    token_dtype,
-    write_shard,
-    write_shared,
-)
-from train.data.text import ZST_WINDOW_LIMIT, Record, TextReader, text_of
+from train.data.shards import FORMAT, MAX_SEQ_LEN, SPLITS, Manifest, Split, manifest_path, write_shared
+from train.data.text import ZST_WINDOW_LIMIT, Record, TextReader
+from train.data.units import BAD_EXAMPLES, Unit, UnitSplit, is_finished, prepare_unit, unit_path
 
-_BATCH_BYTES = 1 << 19  # of text for one call of the tokenizer: its results take many times that
 _MOST_UNIT_MB = 8192
 _MOST_PROCESSES = 1024
-_BAD_EXAMPLES = 100  # lines without text that the manifest lists; the others are counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +121,7 @@ def prepare(config: PrepareConfig) -> Prepared:
             units += 1
             mine = number % count == index
             own += mine
-            if mine and not _is_finished(config.out, number, records, settings):
+            if mine and not is_finished(config.out, number, records, settings):
                 workers.submit(number, records, megabytes)
             else:
                 advance(megabytes)
@@ -167,124 +148,6 @@ def _units(reader: TextReader, unit_mb: float) -> Iterator[tuple[list[Record], f
             unit, size, begun_at = [], 0, reader.position
     if unit:
         yield unit, (reader.position - begun_at) / 1e6
-
-
-# --- one unit, in a worker process ---
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UnitSplit:
-    """What a unit gave to a split; `tokens` counts the end-of-text tokens and not the padding."""
-
-    tokens: int
-    documents: int
-    shard: Shard
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unit:
-    """What a unit gave: the content of the file that says that it is finished.
-
-    Attributes:
-      settings: that it was made with.
-      crc32: of its records.
-      splits: those that it has documents of.
-      bad_lines: how many of its lines or rows could not be used.
-      bad_examples: `file:line: reason` for the first of them.
-    """
-
-    settings: dict[str, Any]
-    crc32: int
-    splits: dict[str, UnitSplit]
-    bad_lines: int
-    bad_examples: tuple[str, ...]
-
-
-def prepare_unit(
-    number: int, records: Sequence[Record], settings: dict[str, Any], tokenizer: Tokenizer, out: Path
-) -> int:
-    """Tokenises and packs one unit: its shards first, then the file that says it is finished. Returns its tokens."""
-    documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    bad: list[str] = []
-    dtype = token_dtype(tokenizer.vocab_size)
-    for texts in _batches(records, settings["text_field"], bad):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            split = _split_of(text, settings["seed"], settings["validation_fraction"])
-            documents[split].append(np.array([*ids, tokenizer.eos_id], dtype))
-    splits: dict[str, UnitSplit] = {}
-    for split, arrays in documents.items():
-        path = out / f"{split}-{number:06d}.array_record"
-        remove(path)
-        if arrays:
-            shard = write_shard(path, pack(arrays, settings["seq_len"]))
-            splits[split] = UnitSplit(tokens=sum(map(len, arrays)), documents=len(arrays), shard=shard)
-    unit = Unit(
-        settings=settings,
-        crc32=_crc32(records),
-        splits=splits,
-        bad_lines=len(bad),
-        bad_examples=tuple(bad[:_BAD_EXAMPLES]),
-    )
-    write_json(_unit_path(out, number), dataclasses.asdict(unit))
-    return sum(split.tokens for split in splits.values())
-
-
-def _batches(records: Sequence[Record], text_field: str, bad: list[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for record in records:
-        try:
-            batch.append(text_of(record, text_field))
-        except ValueError as error:
-            bad.append(f"{record.source}:{record.number}: {error}")
-            continue
-        size += len(record.data)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _split_of(text: str, seed: int, validation_fraction: float) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(16, "little")).digest()
-    return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2**64 else "train"
-
-
-def _crc32(records: Sequence[Record]) -> int:
-    crc = 0
-    for record in records:
-        crc = zlib.crc32(record.data, crc)
-    return crc
-
-
-def _unit_path(out: Path, number: int) -> Path:
-    return out / "units" / f"{number:06d}.json"
-
-
-def _is_finished(out: Path, number: int, records: Sequence[Record], settings: dict[str, Any]) -> bool:
-    path = _unit_path(out, number)
-    if not path.exists():
-        return False
-    try:
-        unit = read_as(Unit, path)
-    except FalconError:
-        return False  # damaged, and made again
-    changed = [name for name, value in settings.items() if unit.settings.get(name) != value]
-    if changed:
-        were = ", ".join(f"{name} was {unit.settings.get(name)}, now {settings[name]}" for name in changed)
-        raise FalconError(f"{out} was begun with other settings ({were}): choose another folder or remove it")
-    if unit.crc32 != _crc32(records):
-        raise FalconError(
-            f"the text that begins at {records[0].source}:{records[0].number} is not what {path} was made from: the "
-            f"inputs or their order changed since; choose another folder or remove {out}"
-        )
-    try:
-        for split in unit.splits.values():
-            check_shard(out, split.shard, PREPARE)
-    except FalconError:
-        return False
-    return True
 
 
 class _Workers:
@@ -382,14 +245,14 @@ def _work(number: int, records: list[Record], settings: dict[str, Any], out: Pat
 
 def _finish(config: PrepareConfig, tokenizer: Tokenizer, reader: TextReader, units: int) -> Manifest | None:
     """Writes the manifest if all units are finished."""
-    paths = [_unit_path(config.out, number) for number in range(units)]
+    paths = [unit_path(config.out, number) for number in range(units)]
     if not all(path.exists() for path in paths):
         return None
-    if _unit_path(config.out, units).exists():
+    if unit_path(config.out, units).exists():
         raise FalconError(f"{config.out} has more units than the inputs give now: choose another folder or remove it")
     finished = [read_as(Unit, path) for path in paths]
     bad = sum(unit.bad_lines for unit in finished)
-    examples = tuple(itertools.chain.from_iterable(unit.bad_examples for unit in finished))[:_BAD_EXAMPLES]
+    examples = tuple(itertools.chain.from_iterable(unit.bad_examples for unit in finished))[:BAD_EXAMPLES]
     splits = {name: _join([unit.splits[name] for unit in finished if name in unit.splits]) for name in SPLITS}
     if not any(split.documents for split in splits.values()):
         first = f"; the first: {examples[0]}" if examples else ""
