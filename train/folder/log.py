@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,8 +75,9 @@ class RunLog:
         """Logs continuations by their prompts."""
         self._write({"step": step, "samples": texts})
         if self._board is not None:
-            shown = enumerate(texts.items())
-            self._board.add(step, [summary.text(f"samples/{n}", f"**{prompt}**{text}") for n, (prompt, text) in shown])
+            # TensorBoard reads Markdown, of which indented lines are code: text that is shown as it is.
+            shown = [textwrap.indent(prompt + text, "    ", lambda _: True) for prompt, text in texts.items()]
+            self._board.add(step, [summary.text(f"samples/{n}", text) for n, text in enumerate(shown)])
 
     def _write(self, line: MetricValues) -> None:
         if jax.process_index() == 0:

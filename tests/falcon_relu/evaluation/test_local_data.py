@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from falcon_relu.cli.main import main
 from falcon_relu.errors import FalconError
 from falcon_relu.evaluation.local_data import local_note, local_task
+from falcon_relu.files import lock
 from tests.falcon_relu.evaluation.questions import write_questions
 
 ARC = "allenai/ai2_arc"
@@ -234,6 +236,13 @@ def test_wrong_arguments_are_told_before_anything_is_made(questions, more, says,
     assert evaluate(questions, *more) == 1
     assert says in capsys.readouterr().err
     assert Path("file").read_text() == "mine"
+    assert not Path("out").exists()
+
+
+def test_a_second_evaluation_into_a_folder_waits_its_turn(questions, capsys):
+    with lock(Path("out")), ThreadPoolExecutor(1) as other:  # a thread that holds nothing
+        assert other.submit(evaluate, questions).result() == 1
+    assert "being written by another process" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
