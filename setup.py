@@ -1,9 +1,29 @@
 """Builds the optional native decoding kernels; everything else about the package is in pyproject.toml."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildKernels(build_ext):
+    """Leaves why a build failed beside the package, for `decode` to say: the installation itself goes on."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Builds, or writes the reason into infer/_native_failed.txt."""
+        library = Path(self.get_ext_fullpath(ext.name))
+        failed = library.with_name("_native_failed.txt")
+        failed.unlink(missing_ok=True)
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            reason = re.sub(r"\['([^']+)'.*\]", r"\1", str(error))  # of a command its name alone
+            failed.write_text(f"{reason}\n", encoding="utf-8")
+            library.unlink(missing_ok=True)  # of other sources
+            raise
 
 
 def _native_kernels() -> list[Extension]:
@@ -33,4 +53,8 @@ def _native_kernels() -> list[Extension]:
     ]
 
 
-setup(ext_modules=_native_kernels(), options={"bdist_wheel": {"py_limited_api": "cp311"}})
+setup(
+    ext_modules=_native_kernels(),
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -4,7 +4,7 @@ namespace FALCON_ISA {
 namespace {
 
 #if defined(FALCON_VNNI)
-// Bytes for sum_i8: sums in int32, weights in f32 and in int8 planes, a tile's weights and a unit for each vector.
+// Bytes for sum_i8: moved sums, weights in f32 and in int8 planes, a tile's weights and a unit for each vector.
 int64_t sum_bytes(int64_t columns, int64_t rows, int64_t batch) {
   return batch * (4 * padded(columns) + 2 * (rows + 24) + 128) + 4 * (rows + 24) + 64;
 }
@@ -136,26 +136,26 @@ void sum_i8_wide(const Matrix& w, const float* h, int64_t begin, int64_t end, fl
 }
 
 // As `sum`, with four int8 products a lane and instruction. The weights (h times scale) of a call are rounded to 16 bits and split
-// into two int8 planes, see I8Dot. Sums are kept in int32. After every kI8Rows rows whose rounded weight is not 0 they are added to
-// the sums in f32: which rows that are does not depend on rows of weight 0, so neither does the result.
+// into two int8 planes, see I8Dot. Sums are kept in int32, in the memory of `acc`. After every kI8Rows rows whose rounded weight is not
+// 0 they are moved to `moved`, in f32: which rows those are does not depend on rows of weight 0, so neither does the result.
 void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* acc,
             void* scratch) {
   constexpr int kRows = 8;
   struct Vector {
     TileWeights now, after;  // after: of the rows behind the kI8Rows-th, where that lies in this tile
-    bool full;
+    int32_t used;            // rows in the sums
+    bool full, any_moved;
   };
   const int64_t stride = padded(w.columns), whole = w.columns / kStripe * kStripe, rows_here = end - begin;
   const int64_t room = (rows_here + 15) / 16 * 16;
-  int32_t* sums = static_cast<int32_t*>(scratch);           // [batch, stride]
-  float* weight = reinterpret_cast<float*>(sums + batch * stride);  // [room]
-  float* unit = weight + room;                              // [batch]
-  int32_t* used = reinterpret_cast<int32_t*>(unit + batch);  // [batch]: rows in `sums`
-  Vector* vectors = reinterpret_cast<Vector*>(used + batch);  // [batch]
+  int32_t* sums = reinterpret_cast<int32_t*>(acc);              // [batch, stride]
+  float* moved = static_cast<float*>(scratch);                  // [batch, stride]
+  float* weight = moved + batch * stride;                       // [room]
+  float* unit = weight + room;                                  // [batch]
+  Vector* vectors = reinterpret_cast<Vector*>(unit + batch);    // [batch]
   int8_t* planes = reinterpret_cast<int8_t*>(vectors + batch);  // [batch, plane, room]
-  std::memset(acc, 0, batch * stride * sizeof(float));
   std::memset(sums, 0, batch * stride * sizeof(int32_t));
-  std::memset(used, 0, batch * sizeof(int32_t));
+  std::memset(vectors, 0, batch * sizeof(Vector));
   std::memset(planes, 0, 2 * batch * room);
   for (int64_t b = 0; b < batch; ++b) {
     int32_t total[2];
@@ -167,13 +167,15 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, in
       const int8_t *high = planes + 2 * b * room + t, *low = high + room;
       Vector& v = vectors[b];
       uint64_t now = 0;  // rows up to the kI8Rows-th, as a mask of bytes
-      for (int r = 0; r < kRows && used[b] < kI8Rows; ++r) now |= 0xffull << 8 * r, used[b] += (high[r] | low[r]) != 0;
-      v.full = used[b] == kI8Rows;
+      for (int r = 0; r < kRows && v.used < kI8Rows; ++r) now |= 0xffull << 8 * r, v.used += (high[r] | low[r]) != 0;
+      v.full = v.used == kI8Rows;
       v.now.set(high, low, now);
       if (!v.full) continue;
       v.after.set(high, low, ~now);
-      used[b] = 0;
-      for (int r = 0; r < kRows; ++r) used[b] += !(now >> 8 * r & 1) && (high[r] | low[r]) != 0;
+      v.used = 0;
+      for (int r = 0; r < kRows; ++r) v.used += !(now >> 8 * r & 1) && (high[r] | low[r]) != 0;
+      if (!v.any_moved) std::memset(moved + b * stride, 0, stride * sizeof(float));
+      v.any_moved = true;
     }
     const int8_t *rows[kRows], *next[kRows];
     row_pointers<int8_t, kRows>(w, begin + t, end, rows, next);  // past `end` with weights of 0
@@ -183,7 +185,7 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, in
       for (int64_t b = 0; b < batch; ++b) {
         const Vector& v = vectors[b];
         int32_t* p = sums + b * stride + d;
-        float* out = acc + b * stride + d;
+        float* out = moved + b * stride + d;
         FALCON_UNROLL
         for (int j = 0; j < 4; ++j) {
           const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(p + 16 * j), v.now.sum(columns[j], columns[4 + j]));
@@ -207,8 +209,8 @@ void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, in
       continue;
     }
     for (int64_t d = 0; d < stride; d += 16) {
-      const __m512 more = _mm512_mul_ps(_mm512_set1_ps(unit[b]), _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + b * stride + d)));
-      _mm512_storeu_ps(out + d, _mm512_add_ps(_mm512_loadu_ps(out + d), more));
+      const __m512 last = _mm512_mul_ps(_mm512_set1_ps(unit[b]), _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + b * stride + d)));
+      _mm512_storeu_ps(out + d, vectors[b].any_moved ? _mm512_add_ps(_mm512_loadu_ps(moved + b * stride + d), last) : last);
     }
   }
 }

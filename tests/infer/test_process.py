@@ -37,6 +37,16 @@ def test_a_number_of_threads_is_kept_to_and_gives_the_same_bits_again():
     assert two["logits"] == again["logits"]
 
 
+def test_a_kernel_that_gets_no_memory_is_an_error_and_the_process_goes_on():
+    from infer.kernels import native
+
+    if native.missing() is not None:
+        pytest.skip("native kernels not built")
+    told = in_process("starved", "")
+    assert "not enough memory" in told["error"]
+    assert told["afterwards"] == 2.0
+
+
 # ---- inside the process
 
 
@@ -108,10 +118,33 @@ def threads(count: str) -> dict[str, object]:
     return {"threads": sum("XLAEigen" in name for name in names), "logits": digest.hexdigest()}
 
 
+def starved(_: str) -> dict[str, object]:
+    """What a sum says that needs 256 MiB beside its result where 170 MiB are left, and what it gives later."""
+    import resource
+
+    import jax
+    import numpy as np
+
+    from infer.kernels import native
+    from infer.weights.formats import Rows
+
+    w, h = Rows(np.ones((2, 1 << 18), np.float32)), np.ones((64, 2), np.float32)
+    native.use_instruction_set("plain" if "plain" in native.instruction_sets() else native.instruction_sets()[-1])
+    run = jax.jit(native.weighted_row_sum).lower(w, h).compile()
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + (170 << 20), resource.RLIM_INFINITY))
+    try:
+        jax.block_until_ready(run(w, h))
+        error = "none"
+    except Exception as raised:
+        error = str(raised)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return {"error": error, "afterwards": float(run(w, h)[5, 7])}
+
+
 def status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
 
 
 if __name__ == "__main__":
-    print(json.dumps({"memory": memory, "threads": threads}[sys.argv[1]](sys.argv[2])))
+    print(json.dumps({"memory": memory, "threads": threads, "starved": starved}[sys.argv[1]](sys.argv[2])))
