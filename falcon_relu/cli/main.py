@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
+from falcon_relu.cli.limits import check_limits
 from falcon_relu.cli.outputs import Output, reserved
 from falcon_relu.cli.terminal import ReaderGoneError, standard_streams
 from falcon_relu.errors import FalconError, check_text
@@ -55,7 +56,13 @@ _TROUBLE = {
     "allow more open files with ulimit -n": (errno.EMFILE, errno.ENFILE),
     "choose a smaller number format, batch or model, or a machine with more memory": (errno.ENOMEM,),
 }
-_NO_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory")  # messages of XLA and C++
+_NO_MEMORY = (
+    "RESOURCE_EXHAUSTED",
+    "bad_alloc",
+    "Out of memory",
+    "can't start new thread",
+)  # messages of XLA, C++, Python
+_WITHOUT_JAX = ("card", "eval-data", "prepare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +94,12 @@ def _main(arguments: list[str]) -> int:
     if name not in COMMANDS:
         _complain("", f"no command {name!r}; there are: {', '.join(COMMANDS)}")
         return 2
+    try:
+        if name not in _WITHOUT_JAX:
+            check_limits()  # before JAX is imported
+    except FalconError as error:
+        _complain(name, str(error))
+        return 1
     try:
         for argument in rest:
             check_text("an argument", argument)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -187,3 +188,13 @@ def test_parts_are_for_one_process_each(tmp_path):
     with lock_part(tmp_path / "out", 0, 1):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("limit", "amount", "says"), [("AS", 1 << 30, "1.1 GB here"), ("NOFILE", 12, "only 12 files")])
+def test_limits_under_which_libraries_abort_are_said_before_the_work(limit, amount, says, home, monkeypatch, capsys):
+    found = {getattr(resource, f"RLIMIT_{limit}"): (amount, amount)}
+    endless = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: found.get(which, endless))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: None)
+    assert main(["convert", "hf", "new"]) == 1
+    assert says in capsys.readouterr().err
