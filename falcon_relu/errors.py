@@ -35,9 +35,9 @@ def check_number(
     if number and math.isfinite(value) and value >= low and value <= high and value > above:  # type: ignore[operator, arg-type]
         return
     bounds = [
-        f"above {above:g}" if above > -math.inf else "",
-        f"at least {low:g}" if low > -math.inf else "",
-        f"at most {high:g}" if high < math.inf else "",
+        f"above {above:,.10g}" if above > -math.inf else "",
+        f"at least {low:,.10g}" if low > -math.inf else "",
+        f"at most {high:,.10g}" if high < math.inf else "",
     ]
     raise FalconError(f"{name} must be a number {' and '.join(filter(None, bounds))}".rstrip() + f", got {value!r}")
 
