@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_model
@@ -33,9 +32,22 @@ def run_validation(
     rows: Rows,
 ) -> MetricValues:
     """Means over all rows of `batches`, as `train.step.means` names them."""
-    each = (validation_fn(params, rows.to_global(batch), teacher_params) for batch in batches)
-    sums, active_L = functools.reduce(functools.partial(jax.tree.map, jnp.add), each)
+    total: Any = None
+    pending: Any = None
+    for batch in batches:
+        sums = validation_fn(params, rows.to_global(batch), teacher_params)
+        total = _added(total, pending)  # while this batch runs, the one before is read
+        pending = sums
+    sums, active_L = _added(total, pending)
     return to_host(means(sums, active_L, student.config.d_ff))
+
+
+def _added(total: Any, sums: Any) -> Any:
+    """The total on the host; None stands for nothing yet."""
+    if sums is None:
+        return total
+    sums = jax.device_get(sums)
+    return sums if total is None else jax.tree.map(np.add, total, sums)
 
 
 def validate(

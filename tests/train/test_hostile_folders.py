@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.files import write_json
 from tests.train.processes import write_config
 from tests.train.runs import config_of, make_data
+from train.folder.log import RunLog, read_log
 from train.job import Job
 
 Damage = Callable[[Path], None]
@@ -285,3 +287,14 @@ def test_a_run_cannot_begin_where_no_folder_can_be(begun, tmp_path, make, says):
     make(out)
     with pytest.raises(FalconError, match=says):
         train.loop.run(dataclasses.replace(config, out=out))
+
+
+def test_an_event_file_that_cannot_grow_is_an_error_and_not_a_wait_for_ever(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with RunLog(tmp_path, 0) as log, pytest.raises(FalconError, match=r"could not write .*tensorboard.*disk full"):
+            [log.steps(step, {"zeros": [0.5] * 100}) for step in range(1, 1000)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_log(tmp_path / "log.jsonl")
