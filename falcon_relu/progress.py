@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+T = TypeVar("T")
+
 
 class Console(rich.console.Console):
-    """Rich's, but text is printed as it is: what looks like markup, a number or the name of an emoji is not touched.
+    """Rich's console without markup, highlighting and emoji names: text is printed as it is.
 
-    Whoever closes the output early is told to the caller, by BrokenPipeError, instead of ending the process.
+    A reader that closes the output early raises BrokenPipeError in the caller, where rich would end the process.
     """
 
     def __init__(self, **options: Any):
@@ -75,6 +77,14 @@ def progress(
 
         yield advance
         line.end()
+
+
+def track(items: Sequence[T], description: str, unit: str) -> Iterator[T]:
+    """The items one by one, with a progress bar over them; arguments as `progress`."""
+    with progress(description, len(items), unit) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 class _PlainLine:

@@ -26,7 +26,7 @@ from train.flops import model_flops
 from train.state import TrainState, abstract_state, make_optimizer, state_shardings
 from train.step import make_train_step, make_validation_step
 
-# (source of a model, the user's word on its activation) -> its architecture; reads no weights.
+# (source of a model, the activation, if the user states it) -> its architecture; reads no weights.
 ReadConfig = Callable[[str, Activation | None], FalconConfig]
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint -> native weights, and native weights -> a folder that transformers loads; streaming."""
+"""Converting checkpoints, one tensor at a time: Hugging Face to native weights, and native weights to Hugging Face."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def import_hf(
     dtype: Float | None = None,
     replace: bool = False,
 ) -> FalconConfig:
-    """Writes a Hugging Face checkpoint as native weights at `out`, whole or not at all.
+    """Writes a Hugging Face checkpoint as native weights at `out`, which appears only once it is complete.
 
     Args:
       source: folder in the Hugging Face layout, or hub id `owner/name[@revision]`.
       out: folder to make.
-      activation: the user's word where the config does not state the MLP activation.
+      activation: the MLP activation, where the config does not state it.
       dtype: of the weights written; as stored if None.
       replace: whether existing native weights may be replaced.
 
@@ -60,18 +60,18 @@ def export_hf(
     tokenizer: Path | None = None,
     replace: bool = False,
 ) -> FalconConfig:
-    """Writes native weights as a folder that transformers loads, whole or not at all.
+    """Writes native weights as a folder that transformers loads, which appears only once it is complete.
 
     Args:
       source: folder of native weights.
       out: folder to make.
       dtype: of the weights written; as stored if None.
-      max_shard_bytes: size that no safetensors shard exceeds unless a single tensor does; one shard is held in memory.
+      max_shard_bytes: largest size of a safetensors file, unless a single tensor is larger; one file is held in memory.
       tokenizer: a `tokenizer.json` to put beside the weights, or a folder with one.
       replace: whether an existing folder with a model may be replaced.
 
     Raises:
-      FalconError: `source` is not whole, transformers has no such model, `out` exists, or a value does not fit `dtype`.
+      FalconError: `source` is incomplete, transformers has no such model, `out` exists, or a value overflows `dtype`.
     """
     check_number("max_shard_bytes", max_shard_bytes, low=1)
     config, read, stored = params_reader(source)

@@ -1,6 +1,6 @@
-"""Any checkpoint onto devices, or read one tensor at a time.
+"""Loading checkpoints, native or Hugging Face: onto devices, or as a stream of tensors.
 
-All of it streams: one tensor of a checkpoint is in host memory at a time, beside what its open file maps.
+One tensor is in host memory at a time, beside the pages of its memory-mapped file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from falcon_relu.files import read_json
 from falcon_relu.progress import progress
 from falcon_relu.sharding import Leaf, param_shapes, param_shardings
 
-_BLOCK = 1 << 18  # numbers looked at in one go, so that they stay in cache
+_BLOCK = 1 << 18  # numbers checked at a time, so that they stay in the cache
 _EXPONENTS: dict[np.dtype, Any] = {
     np.dtype(np.float32): np.uint32(0x7F800000),
     np.dtype(np.float16): np.uint16(0x7C00),
@@ -51,12 +51,12 @@ def load_model(
 
     Args:
       source: folder of native weights, folder in the Hugging Face layout, or hub id `owner/name[@revision]`.
-      activation: the user's word where a Hugging Face config does not state the MLP activation.
+      activation: the MLP activation, where a Hugging Face config does not state it.
       dtype: dtype of the parameters; as stored if None.
-      mesh: where to place them, by `param_shardings`; on the default device if None.
+      mesh: devices to shard them over, see `param_shardings`; the default device if None.
 
     Raises:
-      FalconError: no such checkpoint, or it is damaged, not whole, or not of its config's names and shapes.
+      FalconError: no such checkpoint, or it is damaged or incomplete, or its tensors do not match its config.
     """
     config, pieces, dtypes = _open(source, activation, with_dtypes=dtype is None)
     shapes = param_shapes(config)
@@ -70,7 +70,7 @@ def load_model(
         leaf, layer, sharding = tensor.leaf, tensor.layer, shardings.get(tensor.leaf)
         part = _place(array, sharding, is_layer=layer is not None)
         params[leaf] = _fill(sharding)(params[leaf], part, layer or 0)
-        params[leaf].block_until_ready()  # else tensors not yet on their device pile up in host memory
+        params[leaf].block_until_ready()  # else tensors waiting for their transfer accumulate in host memory
     return config, unflatten_dict(params)
 
 
@@ -80,7 +80,7 @@ def stream_model(
     """Config of any checkpoint and its parameters as (parameter, layer or None, array), read one at a time.
 
     Raises:
-      FalconError: as `load_model`, partly while the parameters are read.
+      FalconError: as `load_model`; some errors are raised during the iteration.
     """
     config, pieces, _ = _open(source, activation)
     return config, ((tensor.leaf, tensor.layer, array) for tensor, array in pieces)
@@ -89,7 +89,7 @@ def stream_model(
 def _open(
     source: str | Path, activation: Activation | None, with_dtypes: bool = False
 ) -> tuple[FalconConfig, Iterator[tuple[HfTensor, np.ndarray]], dict[Leaf, np.dtype]]:
-    """Config, tensors to read one at a time and, if asked for, the dtype that each parameter is stored in."""
+    """The config, an iterator over the tensors and, if asked for, the stored dtype of each parameter."""
     if not is_native(Path(source)):
         config, headers = open_hf(source, activation)
         dtypes = stored_dtypes(config, headers) if with_dtypes else {}
@@ -99,7 +99,7 @@ def _open(
 
 
 def _agreed(config: FalconConfig, source: str | Path, activation: Activation | None) -> FalconConfig:
-    """The config, unless the user says that the activation is another."""
+    """The config, after a check that the activation the user stated, if any, is the config's."""
     if activation not in (None, config.activation):
         raise FalconError(f"{source} is of activation {config.activation!r}, not {activation!r}")
     return config
@@ -109,13 +109,13 @@ def _hf_config(folder: Path, source: str | Path, activation: Activation | None) 
     path = folder / "config.json"
     if not os.path.lexists(path):
         raise FalconError(
-            f"{folder} holds no model: no weights of ours (falcon.json), no Hugging Face checkpoint ({path.name})"
+            f"{folder} holds no model: neither native weights (falcon.json) nor a Hugging Face checkpoint ({path.name})"
         )
     return config_from_hf(read_json(path, limit=1 << 24), activation, f"{source}: {path.name}")
 
 
 def open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconConfig, dict[str, Header]]:
-    """Config and tensors of a checkpoint, names and shapes checked; no tensor is read, no weights fetched in vain.
+    """Config and tensor headers of a checkpoint, with names and shapes checked; no tensor is read.
 
     A tied model may store its matrix as the embedding, as the head, or both; here it is found as the embedding.
     """
@@ -133,7 +133,7 @@ def open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconCo
 def stream_hf(
     config: FalconConfig, headers: dict[str, Header], description: str
 ) -> Iterator[tuple[HfTensor, np.ndarray]]:
-    """Each tensor of a checkpoint in our shape, in the order of the files.
+    """Each tensor of a checkpoint in the native layout, in the order of the files.
 
     Raises:
       FalconError: a number is not finite, or the checkpoint of a tied model has a head that is not the embedding.
@@ -156,7 +156,7 @@ def stream_hf(
 
 
 def _digest_of_numbers(array: np.ndarray) -> bytes:
-    """Equal for equal numbers of whatever dtypes."""
+    """A digest of the values as float32: the same for equal numbers in different dtypes."""
     digest = hashlib.sha256()
     for rows in np.array_split(array, max(1, array.nbytes >> 24)):
         digest.update(np.ascontiguousarray(rows, np.float32).view(np.uint8).data)
@@ -164,20 +164,20 @@ def _digest_of_numbers(array: np.ndarray) -> bytes:
 
 
 def parameter_name(leaf: Leaf, layer: int | None) -> str:
-    """What a parameter, or a layer of one, is called in errors: "layers.3.mlp_norm.scale"."""
+    """The name of a parameter, or of a layer of one, in errors: "layers.3.mlp_norm.scale"."""
     return ".".join(leaf if layer is None else (leaf[0], str(layer), *leaf[1:]))
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-    """Refuses a parameter with NaN or infinity in it: what is made with it would be nonsense.
+    """Refuses a parameter that holds NaN or infinity.
 
     Raises:
-      FalconError: there is one; the message has the parameter's name.
+      FalconError: it does; the message names the parameter.
     """
     mask = _EXPONENTS.get(array.dtype)
     if mask is None:
         finite = bool(np.isfinite(array).all())
-    else:  # a number is not finite where all bits of its exponent are set; five times as fast as isfinite
+    else:  # NaN and infinity have all exponent bits set; testing that is five times as fast as isfinite
         bits = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
         finite = all((bits[i : i + _BLOCK] & mask).max() != mask for i in range(0, bits.size, _BLOCK))
     if not finite:
@@ -187,7 +187,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
 def _stream_native(
     config: FalconConfig, read: Callable[[Leaf, int | None], np.ndarray], description: str
 ) -> Iterator[tuple[HfTensor, np.ndarray]]:
-    """The same pieces from native weights."""
+    """Each tensor of native weights, in the order of the table."""
     table = hf_tensors(config)
     with progress(description, len(table), "tensors") as advance:
         for tensor in table.values():

@@ -1,7 +1,8 @@
-"""One check for every JSON file from outside: its types, its ranges, and the checksum of those that we write.
+"""Validation of every JSON file read from outside: its types, ranges, and the checksum of the files we write.
 
-A format is a dataclass (or any type that pydantic knows). What is not exactly of that type is refused, by name; ranges
-and agreement between fields belong in the dataclass's own `__post_init__`, as in FalconConfig.
+A file format is a dataclass, or any other type that pydantic validates. A value that is not exactly of the declared
+type is refused with its name. Checks of ranges and between fields belong in the dataclass's `__post_init__`, as in
+FalconConfig.
 """
 
 from __future__ import annotations
@@ -26,15 +27,14 @@ _JSON_LIMIT = 256 << 20  # bytes; a manifest that lists a million files, as of a
 
 
 def parse(kind: type[T], value: Any, where: object, *, unknown_keys: bool = False) -> T:
-    """`value`, as `json.load` gives it, as a `kind`, every field of exactly the declared type.
+    """Validates `value`, parsed JSON, and returns it as a `kind`; every field must have exactly the declared type.
 
-    Nothing is converted but an integer to a float, a list to a tuple and a string to a path. No number may be NaN or
-    infinite.
+    The only conversions are an integer to a float, a list to a tuple and a string to a path. Numbers must be finite.
 
     Args:
       kind: a dataclass, or any other type that pydantic validates.
       value: a parsed JSON file, or a part of one.
-      where: the file, and where in it, for the error.
+      where: the file, and the place in it, for the error.
       unknown_keys: whether keys that `kind` has no field for are ignored, as in files of other programs, rather than
         refused.
 
@@ -71,21 +71,21 @@ def read_as(kind: type[T], path: Path, *, unknown_keys: bool = False) -> T:
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
-    """`value` and, under "checksum", the CRC-32 of everything in it, whatever the order of keys and the spacing."""
+    """`value` plus, under "checksum", the CRC-32 of its content; key order and spacing do not matter."""
     return {**value, _SEAL: _checksum(value)}
 
 
 def unseal(value: Any, where: object, advice: str, *, version: tuple[str, int] | None = None) -> dict[str, Any]:
-    """What was given to `seal`.
+    """Verifies and removes the checksum that `seal` added.
 
     Args:
-      value: what `seal` gave, as it was stored.
+      value: the stored result of `seal`.
       where: the file, for the error.
-      advice: what to do about a damaged one or one of another version, for the error.
-      version: the key of the format's version and the version that is read; not looked at if None.
+      advice: what to do about a damaged file or one of another version, for the error.
+      version: key and value of the format version that is supported; not checked if None.
 
     Raises:
-      FalconError: it is of another version, or something in it was changed since.
+      FalconError: the file has another version, or its content does not match the checksum.
     """
     if not isinstance(value, dict):
         raise FalconError(f"{where} is not a JSON object; {advice}")
@@ -104,7 +104,7 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path, advice: str, *, version: tuple[str, int] | None = None) -> dict[str, Any]:
-    """What was given to `write_sealed`; arguments and errors as `unseal` and `falcon_relu.files.read_json`."""
+    """Reads what `write_sealed` wrote; arguments and errors as `unseal` and `falcon_relu.files.read_json`."""
     return unseal(read_json(path, limit=_JSON_LIMIT), path, advice, version=version)
 
 
@@ -118,7 +118,7 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def _not_finite(value: Any, path: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:
-    """Where the first number that is NaN or infinite is."""
+    """The path of the first number that is NaN or infinite."""
     if isinstance(value, float):
         return None if math.isfinite(value) else path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

@@ -54,11 +54,11 @@ def run(args: Args) -> None:
         tokenizer=args.tokenizer,
         replace=args.overwrite,
     )
-    figures = {
+    results = {
         "parameters": config.n_params,
         "layers": config.n_layers,
         "activation": config.activation,
         "files": len(list(args.out.glob("*.safetensors"))),
         "seconds": time.perf_counter() - start,
     }
-    report(figures, args)
+    report(results, args)

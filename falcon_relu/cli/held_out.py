@@ -1,4 +1,4 @@
-"""`falcon-relu held-out`: perplexity on held-out text, distance from a teacher, and what a predictor's choice costs."""
+"""`falcon-relu held-out`: perplexity on held-out text, KL from a teacher, and the cost of sparse decoding."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from train.validation import validate
 class Args(Output):
     """Measure a model on the validation rows of token shards, in float32 on all devices.
 
-    KL is KL(teacher || model) in nats a token, at temperature 1; agreement is how often both find the same next token
-    likeliest. With a predictor, the dense model is also compared with itself reading only the neurons chosen.
+    KL is KL(teacher || model) in nats a token, at temperature 1; agreement is how often both have the same most likely
+    next token. With a predictor, the model is also run with only the neurons that it selects and compared with itself.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -58,13 +58,9 @@ def run(args: Args) -> None:
     """Measures and reports."""
     if not args.data:
         raise FalconError("name at least one folder of token shards")
-    check_number("--batch-size", args.batch_size, low=1)
-    check_number("--batches", args.batches, low=1)
     if args.teacher is None and args.teacher_activation is not None:
-        raise FalconError("--teacher-activation says what --teacher is of; name a teacher too")
-    config = load_config(
-        args.model, activation=args.activation
-    )  # what is wrong with it is said before weights are read
+        raise FalconError("--teacher-activation is the activation of a --teacher; give one, or leave it out")
+    config = load_config(args.model, activation=args.activation)  # its errors come before weights are read
     config = config if args.swap_to is None else config.with_activation(args.swap_to)
     if args.teacher is not None:
         try:
@@ -82,14 +78,14 @@ def run(args: Args) -> None:
         teacher=args.teacher,
         teacher_activation=args.teacher_activation,
     )
-    figures: dict[str, Any] = {"model": args.model, "teacher": args.teacher, "activation": config.activation}
-    figures |= {"perplexity": math.exp(found["cross_entropy"]), "cross_entropy": found["cross_entropy"]}
-    figures |= {name: found[name] for name in ("accuracy", "kl", "agreement") if name in found}
+    results: dict[str, Any] = {"model": args.model, "teacher": args.teacher, "activation": config.activation}
+    results |= {"perplexity": math.exp(found["cross_entropy"]), "cross_entropy": found["cross_entropy"]}
+    results |= {name: found[name] for name in ("accuracy", "kl", "agreement") if name in found}
     sparse = None
     if predictor is not None:
         _, params = load_model(args.model, activation=args.activation)
         rows = itertools.islice(validation_batches(data), args.batches)
         sparse = compare_sparse(config, params, predictor, rows)
         names = ("kl", "agreement", "dense_loss", "sparse_loss", "read", "fired")
-        figures["dense against sparse"] = [{name: sparse[name] for name in names}]
-    report(figures, args, also={"zeros": found["zeros"], "sparse": sparse})
+        results["dense against sparse"] = [{name: sparse[name] for name in names}]
+    report(results, args, also={"zeros": found["zeros"], "sparse": sparse})

@@ -183,22 +183,22 @@ def run(args: Args) -> None:
     step = args.step
     match step:
         case Record():
-            figures = _record(step)
+            results = _record(step)
         case Fit():
-            figures = _fit(step)
+            results = _fit(step)
         case Calibrate():
-            figures = _calibrate(step)
+            results = _calibrate(step)
         case Import():
             config = load_config(step.model, activation=step.activation)
             predictor = import_powerinfer(step.source, config)
             save_predictor(predictor, step.out, replace=step.overwrite)
-            figures = _sizes(predictor, config)
+            results = _sizes(predictor, config)
         case Export():
             config = load_config(step.model, activation=step.activation)
             predictor = load_predictor(step.source, config)
             export_powerinfer(predictor, step.out, replace=step.overwrite)
-            figures = _sizes(predictor, config)
-    report(figures, step)
+            results = _sizes(predictor, config)
+    report(results, step)
 
 
 def _record(step: Record) -> dict[str, Any]:

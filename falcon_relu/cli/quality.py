@@ -1,4 +1,4 @@
-"""`falcon-relu quality`: what number formats and modes of decoding cost, on held-out text."""
+"""`falcon-relu quality`: what number formats and decoding modes cost in quality, on held-out text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from falcon_relu.cli.outputs import Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError, check_number
-from falcon_relu.progress import progress
+from falcon_relu.progress import track
 from infer import kernels
 from infer.predictor.predictor import load_predictor
 from infer.quality import DecodeSetting, measure_quality, one_kind
@@ -30,8 +30,8 @@ from train.data.shards import read_manifest
 class Args(Output):
     """Decode held-out text in every mode and format; measure how far each is from dense decoding in a reference format.
 
-    KL is KL(reference || way) in nats a token; agreement, how often both find the same token likeliest. Every kind of
-    matrix is also put into the smaller format alone. Holds the model in both formats.
+    KL is KL(reference || measured) in nats a token; agreement is how often both have the same most likely token. Each
+    kind of matrix is also measured with only that kind in the measured format. The model is held in both formats.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -41,13 +41,13 @@ class Args(Output):
     predictor: Path | None = None
     """Predictor file, for sparse decoding."""
     format: str = "int8"
-    """Number format to be measured."""
+    """Number format to measure."""
     reference: str = "bf16"
-    """Number format that it is measured against."""
+    """Number format to compare with."""
     tokens: int = 4096
-    """Tokens to decode, in whole rows of the data."""
+    """Number of tokens to decode, rounded up to whole rows of the data."""
     batch: int = 1
-    """Rows decoded together; with more than one, sparse decoding reads what any of them needs."""
+    """Rows decoded together; with more than one, sparse decoding reads the union of their neurons."""
     backend: kernels.Backend = "auto"
     """Kernels: native (C++), xla, or native where it was built."""
     activation: Activation | None = None
@@ -69,46 +69,39 @@ def run(args: Args) -> None:
         weights_from_checkpoint(args.model, f, predictor, activation=args.activation)
         for f in (reference_formats, formats)
     )
-    ways = _ways(reference, small, str(reference_formats), str(formats))
-    with progress("decode", len(rows), "batches") as advance:
-
-        def told() -> Iterator[np.ndarray]:
-            for row in rows:
-                yield row
-                advance()
-
-        found = measure_quality(reference, ways, told(), backend=args.backend)
+    settings = _settings(reference, small, str(reference_formats), str(formats))
+    found = measure_quality(reference, settings, track(rows, "decode", "batches"), backend=args.backend)
     about = {"tokens": sum(row.size for row in rows), "reference": f"{reference_formats}, dense"}
-    table = [
-        {"weights": weights, "mode": mode}
-        | {("MB a step" if name == "bytes" else name): value / (1e6 if name == "bytes" else 1) for name, value in one}
-        for (weights, mode), one in ((way, figures.items()) for way, figures in found.items())
-    ]
+    table = []
+    for (weights, mode), metrics in found.items():
+        megabytes = metrics.pop("bytes") / 1e6
+        table.append({"weights": weights, "mode": mode} | metrics | {"MB a step": megabytes})
     report(about | {"quality": table}, args)
 
 
-def _ways(
+def _settings(
     reference: DecodeWeights, small: DecodeWeights, reference_name: str, small_name: str
 ) -> dict[tuple[str, Mode], DecodeSetting]:
-    """By weights and mode: both formats in every mode that the model can serve, and the small one kind by kind."""
+    """Settings by (weights, mode): both formats in every mode that the model supports, and one kind small at a time."""
     modes: list[Mode] = ["dense"]
     if reference.config.activation != "gelu":
         modes += ["exact"] if reference.predictor_input is None else ["exact", "sparse"]
-    ways = {
+    settings = {
         (name, mode): DecodeSetting(w, mode)
         for name, w in ((reference_name, reference), (small_name, small))
         for mode in modes
     }
     for kind in KINDS:
         if kind != "predictor":
-            ways[f"{small_name} in {kind} alone", "dense"] = DecodeSetting(one_kind(reference, small, kind))
+            settings[f"{small_name} in {kind} alone", "dense"] = DecodeSetting(one_kind(reference, small, kind))
         elif "sparse" in modes:
-            ways[f"{small_name} in {kind} alone", "sparse"] = DecodeSetting(one_kind(reference, small, kind), "sparse")
-    return ways
+            alone = DecodeSetting(one_kind(reference, small, kind), "sparse")
+            settings[f"{small_name} in {kind} alone", "sparse"] = alone
+    return settings
 
 
 def _rows(args: Args) -> Iterator[np.ndarray]:
-    """Held-out rows [B, T], only those that are full."""
+    """Held-out batches [B, T] whose rows are all full."""
     seq_len = read_manifest(args.data).seq_len
     wanted = -(-args.tokens // (seq_len * args.batch))
     data = DataConfig(sources=(Source(args.data),), seq_len=seq_len, batch_size=args.batch)

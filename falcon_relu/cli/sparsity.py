@@ -20,7 +20,7 @@ from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.evaluation.sparsity import measure_sparsity
 from falcon_relu.files import write_aside, write_json
-from falcon_relu.progress import progress
+from falcon_relu.progress import progress, track
 from infer.predictor.calibration import calibrate_predictor
 from infer.predictor.predictor import load_predictor
 from infer.predictor.quality import compare_sparse, sensitivity
@@ -35,10 +35,10 @@ _QUANTILES = 101  # points of the curve of neurons by how often they fire
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Output):
-    """Measure zeros, hot and cold neurons, what repeats from token to token, and what a batch fires together.
+    """Measure zeros, how often neurons fire, overlap from token to token, and the union of a batch's firing neurons.
 
-    With a predictor and the recording that it was fitted to: the budgets that each allowed KL(dense || sparse) gives,
-    and the KL that they have on held-out text. Writes sparsity.json and sparsity.svg.
+    With a predictor and the recording that it was fitted to, also the budgets for each allowed KL(dense || sparse), and
+    the KL measured with them on held-out text. Writes sparsity.json and sparsity.svg.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -83,14 +83,7 @@ def run(args: Args) -> None:
     data = DataConfig(sources=(Source(args.data),), seq_len=seq_len, batch_size=args.batch_size)
     config, params = load_model(args.model, activation=args.activation)
     rows = list(itertools.islice(validation_batches(data), args.batches))
-    with progress("activations", len(rows), "batches") as advance:
-
-        def told() -> Any:
-            for batch in rows:
-                yield batch
-                advance()
-
-        found = measure_sparsity(config, params, told())
+    found = measure_sparsity(config, params, track(rows, "activations", "batches"))
     rates_LxF = found.pop("rates_LxF")
     found["rates"] = np.quantile(rates_LxF, np.linspace(0, 1, _QUANTILES), axis=1).T.tolist()
     found["allowed"] = []
