@@ -40,7 +40,7 @@ REFUSED = [
     ["card", "new", "--name", "x", "--json", "new"],
     ["card", "new", "--name", "x", "--relu", "f"],
     *(["generate", "model", "x", *TOKENIZER, "--json", out] for out in ("d", "f", "f/x")),
-    *(["decode", "model", "x", *TOKENIZER, "--json", out] for out in ("d", "f", "f/x", "new")),
+    *(["decode", "model", "x", *TOKENIZER, "--backend", "xla", "--json", out] for out in ("d", "f", "f/x", "new")),
     *(["eval", "model", *TOKENIZER, "--tasks", "x", "--out", out] for out in ("f", "f/x")),
     *(["demo", "--out", out] for out in ("f", "f/x", "loop")),
     *(["sparsity", "model", "d", "--out", out] for out in ("f", "f/x", "new")),
