@@ -24,7 +24,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from falcon_relu import corpora  # noqa: E402
 from falcon_relu.checkpoints.convert import export_hf  # noqa: E402
-from falcon_relu.checkpoints.load import load_model  # noqa: E402
+from falcon_relu.checkpoints.load import load_config, load_model  # noqa: E402
 from falcon_relu.checkpoints.native import save_params  # noqa: E402
 from falcon_relu.config import family  # noqa: E402
 from falcon_relu.errors import FalconError  # noqa: E402
@@ -203,6 +203,29 @@ def test_generation_is_asked_for_and_stops_as_in_transformers(stopping_model):
     assert any(len(whole.encode(text)) < 12 for text in stopped)  # it does say the special token
     for engine in engines(stopping_model).values():
         assert HarnessModel(engine, whole).generate_until(asked) == wanted
+
+
+def test_what_a_batch_adds_behind_a_special_stop_token_is_cut(stopping_model):
+    """The Flax engine looks for stop sequences now and then alone, and other prompts of a batch go on."""
+    tokenizer = Tokenizer(stopping_model)
+    stop = tokenizer.encode("<|stop|>")
+    assert len(stop) == 1
+    said = [*tokenizer.encode("oak elm"), *stop, *tokenizer.encode(" ash fir")]
+
+    class Says:
+        config, prompts_together = load_config(stopping_model), 2
+
+        def generate(self, prompts, sampling, until):
+            return [said for _ in prompts]
+
+    asked = ({"until": ["<|stop|>"]}, {"until": ["never"]}, {"until": ["elm<|stop|> a"]}, {"until": ["fir", "k"]})
+    found = HarnessModel(Says(), tokenizer).generate_until([Instance("g", {}, ("oak", a), 0) for a in asked])
+    assert found == [
+        "oak elm",
+        "oak elm ash fir",
+        "oak elm" + tokenizer.decode(said[said.index(*stop) + 1 :][:1]),
+        "oa",
+    ]
 
 
 def test_settings_of_sampling_mean_nothing_without_it(small_model):
