@@ -32,7 +32,7 @@ def all_figures(folder: Path) -> None:
 
 def step_gigabytes(config: FalconConfig, format: Format, active: float | None) -> dict[str, float]:
     """GB that a decoded token reads, by kind; `active` is the share of neurons, None for a dense MLP."""
-    weights = skeleton(config, Formats.all(format), (RANK,) * config.n_layers, "mlp_input")
+    weights = skeleton(config, Formats.parse(format), (RANK,) * config.n_layers, "mlp_input")
     layer = weights.layers[0]
     assert layer.predictor is not None
     whole = {

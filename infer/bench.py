@@ -22,7 +22,7 @@ from falcon_relu.config import FalconConfig, family
 from infer import kernels
 from infer.generation import read_prompts
 from infer.step import MODES, DecodeState, Mode, decode_step, step_bytes, unembed
-from infer.weights.formats import DTYPES, Format, Rows, quantise
+from infer.weights.formats import Format, Rows, quantise, rows_like
 from infer.weights.layout import DecodeWeights, Formats, Norm, skeleton
 from infer.weights.memory import free_memory, huge_empty
 
@@ -63,12 +63,12 @@ def random_rows(
     """Rows [M, D] of normally distributed numbers, in huge pages, as device arrays."""
     pattern = quantise(rng.standard_normal((min(M, distinct), D), np.float32) * 0.02 + mean, format)
     repeats = -(-M // pattern.shape[0])
-    data = huge_empty((M, D), DTYPES[format])
+    data = huge_empty((M, pattern.data.shape[1]), pattern.data.dtype)
     for start in range(0, M, pattern.shape[0]):
         part = data[start : start + pattern.shape[0]]
         part[:] = np.asarray(pattern.data)[: len(part)]
-    scale = None if pattern.scale is None else np.tile(np.asarray(pattern.scale), repeats)[:M]
-    return jax.tree.map(jax.device_put, Rows(data, scale))
+    scale = np.tile(np.asarray(pattern.scale), repeats)[:M] if format == "int8" else pattern.scale
+    return jax.tree.map(jax.device_put, dataclasses.replace(pattern, data=data, scale=scale))
 
 
 def with_active_share(weights: DecodeWeights, share: float) -> DecodeWeights:
@@ -291,7 +291,7 @@ def measure_kernels(
     A call goes through all matrices, each product depending on the one before, as in the layers of a model.
     """
     rng = np.random.default_rng(0)
-    size = F * D * DTYPES[format].itemsize
+    size = rows_like(F, D, format).nbytes
     matrices = [random_rows(rng, F, D, format) for _ in range(min(_MOST_MATRICES, -(-_KERNEL_BYTES // size)))]
     x_BxD = jnp.asarray(rng.standard_normal((1, D)), jnp.float32)
     h_BxF = jnp.asarray(rng.standard_normal((1, F)), jnp.float32)

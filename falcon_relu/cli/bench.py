@@ -79,7 +79,7 @@ def _tokens(args: Args) -> dict[str, object]:
     )
     rows, prompts = [], []
     with progress("making weights", 1 + len(_backends(args)), "measurements") as advance:
-        weights = bench.random_weights(config, Formats.all(args.format), args.rank)
+        weights = bench.random_weights(config, Formats.parse(args.format), args.rank)
         advance(note=f"{weights.nbytes / 1e9:.1f} GB")
         settings = [
             (bench.with_active_share(weights, share), mode)

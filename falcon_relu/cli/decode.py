@@ -52,8 +52,8 @@ class Args(Output):
     predictor: Path | None = None
     """Predictor file, for sparse; see falcon-relu predictor. Packed weights may hold one already."""
     format: str | None = None
-    """Number format of the weights in memory: f32, bf16, f16 or int8, also with exceptions: "int8,head=bf16" (kinds:
-    attention, mlp, predictor, head). That of packed weights, else bf16, if not given."""
+    """Number format of the weights in memory: f32, bf16, f16, int8 or int4 (with an int8 head), also with exceptions:
+    "int8,head=bf16" (kinds: attention, mlp, predictor, head). That of packed weights, else bf16, if not given."""
     batch: int = 1
     """Continue so many prompts at a time, sharing every read; they are printed when they are complete."""
     backend: kernels.Backend = "auto"

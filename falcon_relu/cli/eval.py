@@ -148,7 +148,7 @@ def engine(args: Args) -> Engine:
             raise FalconError(f"{args.model} is packed already: its format and activation cannot be chosen any more")
         weights = load_weights(Path(args.model))
     else:
-        weights = weights_from_checkpoint(args.model, Formats.all(args.format or "bf16"), activation=args.activation)
+        weights = weights_from_checkpoint(args.model, Formats.parse(args.format or "bf16"), activation=args.activation)
     if args.predictor is not None:
         weights = weights.with_predictor(load_predictor(args.predictor, weights.config), args.format or "bf16")
     return DecodeEngine(weights, args.engine, args.backend)

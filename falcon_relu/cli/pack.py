@@ -29,8 +29,8 @@ class Args(Output):
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to make."""
     format: str = "bf16"
-    """Number format of the matrices: f32, bf16, f16 or int8, also with exceptions: "int8,head=bf16" (kinds: attention,
-    mlp, predictor, head)."""
+    """Number format of the matrices: f32, bf16, f16, int8 or int4 (with an int8 head), also with exceptions:
+    "int8,head=bf16" (kinds: attention, mlp, predictor, head)."""
     predictor: Path | None = None
     """Predictor file to pack with it, for sparse decoding."""
     activation: Activation | None = None

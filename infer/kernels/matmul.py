@@ -1,7 +1,8 @@
 """Products of rows with many vectors at once, for the prefill: XLA's matrix product over blocks of rows.
 
-bf16 and int8 rows are multiplied in bf16 (exact for both) with the vectors rounded to bf16 and sums in f32, which CPUs
-with bf16 instructions do twice as fast as f32; f32 and f16 rows in f32. No whole matrix is converted, only a block.
+bf16, int8 and int4 rows are multiplied in bf16 (exact for the first two) with the vectors rounded to bf16 and sums in
+f32, which CPUs with bf16 instructions do twice as fast as f32; f32 and f16 rows in f32. No whole matrix is converted,
+only a block.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from infer.weights.formats import Array, Rows
+from infer.weights.formats import Array, Rows, part, widen
 
 _BLOCK_BYTES = 16 << 20  # of the widened block
 
@@ -59,16 +60,23 @@ def _over_blocks(w: Rows, carry: jax.Array, add: Callable[..., jax.Array]) -> ja
     R = min(M, max(1, _BLOCK_BYTES // (4 * D)))
 
     def step(carry: jax.Array, start: jax.Array, rows: int) -> jax.Array:
-        part = lambda leaf: lax.dynamic_slice_in_dim(jnp.asarray(leaf), start, rows)  # noqa: E731
-        multiplied = lax.optimization_barrier(_as_multiplied(part(w.data)))
-        return add(carry, start, multiplied, None if w.scale is None else part(w.scale))
+        some = part(w, lambda leaf: lax.dynamic_slice_in_dim(leaf, start, rows))
+        multiplied = lax.optimization_barrier(_as_multiplied(some))
+        return add(carry, start, multiplied, some.scale if w.format == "int8" else None)
 
     carry = lax.fori_loop(0, M // R, lambda i, carry: step(carry, i * R, R), carry)
     rest = M % R
     return step(carry, jnp.int32(M - rest), rest) if rest else carry
 
 
-def _as_multiplied(data: jax.Array) -> jax.Array:
-    if data.dtype == jnp.uint16:
-        return lax.bitcast_convert_type(data, jnp.bfloat16)
-    return data.astype(jnp.bfloat16 if data.dtype == jnp.int8 else jnp.float32)
+def _as_multiplied(rows: Rows) -> jax.Array:
+    data = jnp.asarray(rows.data)
+    match rows.format:
+        case "bf16":
+            return lax.bitcast_convert_type(data, jnp.bfloat16)
+        case "int8":
+            return data.astype(jnp.bfloat16)
+        case "int4":
+            return widen(rows).astype(jnp.bfloat16)
+        case _:
+            return data.astype(jnp.float32)

@@ -18,7 +18,7 @@ from infer.kernels import matmul
 from infer.weights.formats import Array, Rows
 
 _TARGETS = ("rows_dot", "weighted_row_sum", "rows_product", "select", "attend", "read_rows")
-_INTERFACE = 2  # of the calls, as in infer/native/dispatch.cc
+_INTERFACE = 3  # of the calls, as in infer/native/dispatch.cc
 _FORCED = "FALCON_RELU_ISA"  # environment variable that chooses the instruction set
 
 
@@ -107,7 +107,7 @@ def weighted_row_sum(
     """See infer.kernels.xla.weighted_row_sum."""
     out = jax.ShapeDtypeStruct((h_BxA.shape[0], w.shape[1]), jnp.float32)
     gathered, index = _index(index_A, count)
-    return _call("weighted_row_sum", out, w.data, _scale(w), *index, h_BxA, gathered=gathered, skip_zeros=skip_zeros)
+    return _call_rows("weighted_row_sum", w, out, *index, h_BxA, gathered=gathered, skip_zeros=skip_zeros)
 
 
 def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
@@ -152,26 +152,27 @@ def read_rows(
     """See infer.kernels.xla.read_rows."""
     out = jax.ShapeDtypeStruct((), jnp.int32)
     gathered, index = _index(index_A, count)
-    return _call("read_rows", out, w.data, _scale(w), *index, jnp.asarray(seen, jnp.int32), gathered=gathered)
+    return _call_rows("read_rows", w, out, *index, jnp.asarray(seen, jnp.int32), gathered=gathered)
 
 
 def _has_product(w: Rows) -> bool:
     M, D = w.shape
-    return w.format in ("bf16", "int8") and M % 2 == 0 and D % 64 == 0 and has_products()
+    fits = w.format == "int4" or (w.format in ("bf16", "int8") and D % 64 == 0)
+    return fits and M % 2 == 0 and has_products()
 
 
 def _product(w: Rows, x: jax.Array, count: Array | None, transposed: bool) -> jax.Array:
     x_NxK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     count = jnp.asarray(len(x_NxK) if count is None else count, jnp.int32)
     out = jax.ShapeDtypeStruct((len(x_NxK), w.shape[1 if transposed else 0]), jnp.float32)
-    y = _call("rows_product", out, w.data, _scale(w), x_NxK, count, transposed=transposed)
+    y = _call_rows("rows_product", w, out, x_NxK, count, transposed=transposed)
     return y.reshape(*x.shape[:-1], out.shape[1])
 
 
 def _dot(w: Rows, x_BxD: jax.Array, index_A: jax.Array | None, count: jax.Array | None, outputs: int) -> jax.Array:
     out = jax.ShapeDtypeStruct((x_BxD.shape[0], outputs), jnp.float32)
     gathered, index = _index(index_A, count)
-    return _call("rows_dot", out, w.data, _scale(w), *index, x_BxD, gathered=gathered)
+    return _call_rows("rows_dot", w, out, *index, x_BxD, gathered=gathered)
 
 
 def _index(index_A: jax.Array | None, count: jax.Array | None) -> tuple[bool, tuple[Array, Array]]:
@@ -180,8 +181,10 @@ def _index(index_A: jax.Array | None, count: jax.Array | None) -> tuple[bool, tu
     return True, (index_A, count)
 
 
-def _scale(w: Rows) -> Array:
-    return np.zeros(0, np.float32) if w.scale is None else w.scale
+def _call_rows(name: str, w: Rows, out: jax.ShapeDtypeStruct, *args: Array, **attributes: bool) -> jax.Array:
+    scale = np.zeros(0, np.float32) if w.scale is None else w.scale
+    about = {"columns": np.int64(w.columns or 0), "group": np.int64(w.group or 0)}
+    return _call(name, out, w.data, scale, *args, **about, **attributes)
 
 
 def _call(name: str, out, *args, **attributes):  # type: ignore[no-untyped-def]

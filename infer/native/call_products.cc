@@ -18,7 +18,7 @@ void rows_times_vectors(ffi::ThreadPool& pool, const Products& p, const Matrix& 
     p.pack_panel(x, m.columns, batch, 64 * i, std::min<int64_t>(4, tokens / 16 - 4 * i), panels.data() + 32 * i * m.columns);
   });
   const int64_t by_threads = m.count / (8 * thread_count(pool)), chunk = std::max<int64_t>(48, std::min<int64_t>(480, by_threads) / 48 * 48);
-  parallel_for(pool, (m.count + chunk - 1) / chunk, m.count * m.columns * item_bytes(format), [&](int64_t i) {
+  parallel_for(pool, (m.count + chunk - 1) / chunk, m.count * m.row_bytes, [&](int64_t i) {
     p.dot(m, format, panels.data(), batch, i * chunk, std::min(m.count, (i + 1) * chunk), y, m.count,
           scratch(p.scratch_bytes(batch), Scratch::kTask));
   });
@@ -29,30 +29,47 @@ void vectors_times_rows(ffi::ThreadPool& pool, const Products& p, const Matrix& 
                         float* y) {
   std::vector<uint16_t> blocks(batch * m.count);
   parallel_for(pool, batch, 4 * batch * m.count,
-               [&](int64_t t) { p.pack_weights(x + t * m.count, m.scale, m.count, batch, t, blocks.data()); });
+               [&](int64_t t) { p.pack_weights(x + t * m.count, format == kI8 ? m.scale : nullptr, m.count, batch, t, blocks.data()); });
   constexpr int64_t columns = 256;  // of a task
-  parallel_for(pool, (m.columns + columns - 1) / columns, m.count * m.columns * item_bytes(format), [&](int64_t i) {
+  parallel_for(pool, (m.columns + columns - 1) / columns, m.count * m.row_bytes, [&](int64_t i) {
     p.sum(m, format, blocks.data(), batch, i * columns, std::min(m.columns, (i + 1) * columns), y,
           scratch(p.scratch_bytes(batch), Scratch::kTask));
   });
 }
 
 // Of the first `count` vectors; the results of the others are 0. `transposed`: vectors times rows.
-ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, FloatMatrix x, Ints count,
+ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, int64_t columns, int64_t group, FloatMatrix x, Ints count,
                         ffi::Result<FloatMatrix> y, bool transposed) {
   Matrix m;
-  if (auto wrong = check_matrix(w, scale, nullptr, nullptr, &m); !wrong.empty()) return invalid(wrong);
+  if (auto wrong = check_matrix(w, scale, nullptr, nullptr, columns, group, &m); !wrong.empty()) return invalid(wrong);
   const Products* p = products();
   const int format = format_of(w.element_type());
   if (!p) return invalid("this program multiplies in bf16, which the instruction set chosen since does not have: compile it anew");
-  if (format != kBF16 && format != kI8) return invalid("rows must be bf16 or int8");
+  if (format != kBF16 && format != kI8 && format != kI4) return invalid("rows must be bf16, int8 or int4");
   const int64_t vectors = x.dimensions()[0], inputs = transposed ? m.count : m.columns, outputs = transposed ? m.columns : m.count;
   if (x.dimensions()[1] != inputs || y->dimensions()[0] != vectors || y->dimensions()[1] != outputs || count.element_count() != 1)
     return invalid("the product has the wrong shape");
-  if (m.columns % 64 || m.count % 2) return invalid("matrix products need columns in sixty-fours and rows in twos");
+  if ((format != kI4 && m.columns % 64) || m.count % 2) return invalid("matrix products need columns in sixty-fours and rows in twos");
   const int64_t batch = std::clamp<int64_t>(count.typed_data()[0], 0, vectors);
   std::fill(y->typed_data() + batch * outputs, y->typed_data() + vectors * outputs, 0.0f);
-  if (batch) (transposed ? vectors_times_rows : rows_times_vectors)(pool, *p, m, format, x.typed_data(), batch, y->typed_data());
+  const float* from = x.typed_data();
+  float* to = y->typed_data();
+  const auto run = transposed ? vectors_times_rows : rows_times_vectors;
+  if (!batch) return ffi::Error::Success();
+  if (format != kI4) return run(pool, *p, m, format, from, batch, to), ffi::Error::Success();
+  // int4 columns are multiplied in the order of their codes: the vectors, or the results, change to and from it.
+  const int64_t width = sum_width(format, m.columns), all = m.columns;
+  std::vector<float> ordered(batch * width);
+  m.columns = width;
+  if (!transposed)
+    for (int64_t t = 0; t < batch; ++t)
+      for (int64_t i = 0; i < width; ++i)
+        if (const int64_t column = int4_column(i); column < all) ordered[t * width + i] = from[t * all + column];
+  run(pool, *p, m, format, transposed ? from : ordered.data(), batch, transposed ? ordered.data() : to);
+  if (transposed)
+    for (int64_t t = 0; t < batch; ++t)
+      for (int64_t i = 0; i < width; ++i)
+        if (const int64_t column = int4_column(i); column < all) to[t * all + column] = ordered[t * width + i];
   return ffi::Error::Success();
 }
 
@@ -64,6 +81,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(falcon_rows_product, falcon::Guarded<falcon::rows_
                                   .Ctx<falcon::ffi::ThreadPool>()
                                   .Arg<falcon::ffi::AnyBuffer>()
                                   .Arg<falcon::Floats>()
+                                  .Attr<int64_t>("columns")
+                                  .Attr<int64_t>("group")
                                   .Arg<falcon::FloatMatrix>()
                                   .Arg<falcon::Ints>()
                                   .Ret<falcon::FloatMatrix>()

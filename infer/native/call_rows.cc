@@ -20,10 +20,10 @@ int64_t chunk_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
 }
 
 // y[b, i] = <row i, x_b>; of a gathered matrix 0 past the count.
-ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints index, Ints count, FloatMatrix x,
+ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints index, Ints count, int64_t columns, int64_t group, FloatMatrix x,
                     ffi::Result<FloatMatrix> y, bool gathered) {
   Matrix m;
-  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, &m); !wrong.empty()) return invalid(wrong);
+  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, columns, group, &m); !wrong.empty()) return invalid(wrong);
   const int64_t batch = x.dimensions()[0], outputs = y->dimensions()[1];
   if (x.dimensions()[1] != m.columns) return invalid("vectors and rows differ in width");
   const int64_t expected = gathered ? static_cast<int64_t>(index.element_count()) : m.count;
@@ -33,7 +33,7 @@ ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints i
   const Packed packed =
       k.pack_x(format, x.typed_data(), m.columns, batch, scratch(k.packed_bytes(format, m.columns, batch), Scratch::kCall));
   float* out = y->typed_data();
-  const int64_t row_bytes = m.columns * item_bytes(format), chunk = chunk_rows(m.count, row_bytes, thread_count(pool));
+  const int64_t row_bytes = m.row_bytes, chunk = chunk_rows(m.count, row_bytes, thread_count(pool));
   const int64_t chunks = std::max<int64_t>((m.count + chunk - 1) / chunk, 1), unused = outputs - m.count;
   parallel_for(pool, chunks, m.count * row_bytes, [&](int64_t i) {
     k.dot[format](m, packed, std::min(m.count, i * chunk), std::min(m.count, (i + 1) * chunk), out, outputs);
@@ -99,10 +99,10 @@ class SumParts {
 };
 
 // y[b] = sum of h[b, i] * row i.
-ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints index, Ints count, FloatMatrix h,
+ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints index, Ints count, int64_t columns, int64_t group, FloatMatrix h,
                             ffi::Result<FloatMatrix> y, bool gathered, bool skip_zeros) {
   Matrix m;
-  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, &m); !wrong.empty()) return invalid(wrong);
+  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, columns, group, &m); !wrong.empty()) return invalid(wrong);
   const int64_t batch = h.dimensions()[0], rows = w.dimensions()[0];
   int64_t h_stride = h.dimensions()[1];
   if (h_stride != (gathered ? static_cast<int64_t>(index.element_count()) : m.count))
@@ -110,7 +110,7 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale
   if (y->dimensions()[0] != batch || y->dimensions()[1] != m.columns) return invalid("the result has the wrong shape");
   const Kernels& k = kernels();
   const int format = format_of(w.element_type());
-  const int64_t threads = thread_count(pool), stride = padded(m.columns), row_bytes = m.columns * item_bytes(format);
+  const int64_t threads = thread_count(pool), stride = sum_width(format, m.columns), row_bytes = m.row_bytes;
   const SumParts parts(rows, h_stride * row_bytes, threads);
   const float* weights = h.typed_data();
   NonZero compact;
@@ -127,7 +127,7 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale
     k.sum[format](m, weights, h_stride, batch, begin, end, sums + i * batch * stride, memory);
   });
   // The parts are added up in their order, a run of columns a task.
-  const int64_t run = padded((m.columns + threads - 1) / threads), runs = (m.columns + run - 1) / run;
+  const int64_t run = sum_width(format, (m.columns + threads - 1) / threads), runs = (m.columns + run - 1) / run;
   parallel_for(pool, batch * runs, parts.count() * batch * stride * sizeof(float), [&](int64_t i) {
     const int64_t b = i / runs, begin = i % runs * run;
     k.unpack[format](sums + b * stride, parts.count(), batch * stride, begin, std::min(m.columns, begin + run),
@@ -137,13 +137,13 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale
 }
 
 // Reads rows and does nothing with them: what memory delivers. The result depends on all of them and on `seen`.
-ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints index, Ints count, Ints seen,
+ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints index, Ints count, int64_t columns, int64_t group, Ints seen,
                      ffi::Result<Ints> out, bool gathered) {
   Matrix m;
-  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, &m); !wrong.empty()) return invalid(wrong);
+  if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, columns, group, &m); !wrong.empty()) return invalid(wrong);
   if (seen.element_count() != 1 || out->element_count() != 1) return invalid("what was seen must be one number");
   const Kernels& k = kernels();
-  const int64_t row_bytes = m.columns * item_bytes(format_of(w.element_type()));
+  const int64_t row_bytes = m.row_bytes;
   const int64_t chunk = chunk_rows(m.count, row_bytes, thread_count(pool));
   std::atomic<int64_t> all{seen.typed_data()[0]};
   parallel_for(pool, (m.count + chunk - 1) / chunk, m.count * row_bytes, [&](int64_t i) {
@@ -154,7 +154,8 @@ ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints 
 }
 
 auto on_rows() {  // what all of these calls begin with
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Ints>().Arg<Ints>();
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Ints>().Arg<Ints>().Attr<int64_t>(
+      "columns").Attr<int64_t>("group");
 }
 
 }  // namespace

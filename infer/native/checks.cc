@@ -13,19 +13,44 @@ int format_of(ffi::DataType type) {
     case ffi::U16: return kBF16;  // its bits
     case ffi::F16: return kF16;
     case ffi::S8: return kI8;
+    case ffi::U8: return kI4;
     default: return -1;
   }
 }
 
-std::string check_matrix(const ffi::AnyBuffer& w, const Floats& scale, const Ints* index, const Ints* count, Matrix* out) {
-  if (format_of(w.element_type()) < 0) return "rows must be f32, bf16, f16 or int8";
+namespace {
+
+std::string check_int4(const Floats& levels, int64_t columns, int64_t group, int64_t row_bytes) {
+  if (group != kInt4Run && group != 2 * kInt4Run) return "groups of int4 rows must have 32 or 64 columns";
+  if (columns < 1 || row_bytes != int4_blocks(columns) * (kInt4CodeBytes + 2 * kInt4Block / group))
+    return std::to_string(row_bytes) + " bytes are no int4 row of " + std::to_string(columns) + " columns";
+  if (levels.element_count() != 16) return "int4 rows need 16 levels";
+  for (int i = 0; i < 16; ++i) {
+    const float level = levels.typed_data()[i];
+    if (!(level >= -128.0f && level <= 127.0f) || level != static_cast<float>(static_cast<int>(level)))
+      return "levels of int4 rows must be whole numbers from -128 to 127";
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string check_matrix(const ffi::AnyBuffer& w, const Floats& scale, const Ints* index, const Ints* count, int64_t columns,
+                         int64_t group, Matrix* out) {
+  const int format = format_of(w.element_type());
+  if (format < 0) return "rows must be f32, bf16, f16, int8 or int4";
   if (w.dimensions().size() != 2) return "rows must be a matrix";
-  const int64_t rows = w.dimensions()[0], columns = w.dimensions()[1];
+  const int64_t rows = w.dimensions()[0];
+  if (format != kI4) columns = w.dimensions()[1];
   if (columns < 1 || columns > (1 << 19)) return "rows must be 1 to 524288 wide, not " + std::to_string(columns);
   const int64_t scales = scale.element_count();
-  if (scales != 0 && scales != rows) return std::to_string(scales) + " scales for " + std::to_string(rows) + " rows";
-  if (format_of(w.element_type()) == kI8 && scales != rows) return "int8 rows need scales";
-  *out = Matrix{w.untyped_data(), scales ? scale.typed_data() : nullptr, nullptr, rows, columns};
+  if (format == kI4) {
+    if (auto wrong = check_int4(scale, columns, group, w.dimensions()[1]); !wrong.empty()) return wrong;
+  } else if (scales != (format == kI8 ? rows : 0)) {
+    return std::to_string(scales) + " scales for " + std::to_string(rows) + " rows of " + (format == kI8 ? "int8" : "floats");
+  }
+  const int64_t row_bytes = format == kI4 ? static_cast<int64_t>(w.dimensions()[1]) : columns * item_bytes(format);
+  *out = Matrix{w.untyped_data(), scales ? scale.typed_data() : nullptr, nullptr, rows, columns, row_bytes, group};
   if (!index) return "";
   if (count->element_count() != 1) return "count must be one number";
   const int64_t capacity = index->element_count(), n = count->typed_data()[0];

@@ -22,8 +22,10 @@ ffi::Error invalid(const std::string& text);
 // The Format of an element type; -1 for types that rows are not stored in.
 int format_of(ffi::DataType type);
 
-// Fills in `out`; returns what is wrong, or "". `index` and `count`: of a gathered matrix, else null.
-std::string check_matrix(const ffi::AnyBuffer& w, const Floats& scale, const Ints* index, const Ints* count, Matrix* out);
+// Fills in `out`; returns what is wrong, or "". `index` and `count`: of a gathered matrix, else null. `columns` and `group`: of
+// int4 rows, whose bytes do not say them.
+std::string check_matrix(const ffi::AnyBuffer& w, const Floats& scale, const Ints* index, const Ints* count, int64_t columns,
+                         int64_t group, Matrix* out);
 
 // kCall as XLA calls it, with exceptions turned into errors.
 template <auto kCall>

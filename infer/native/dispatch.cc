@@ -38,7 +38,7 @@ const Products* products() {
 
 // Of the calls: infer/kernels/native.py, which names it too, refuses a library with another one. To be raised with every change of a
 // call's arguments or results.
-extern "C" int falcon_interface() { return 2; }
+extern "C" int falcon_interface() { return 3; }
 
 // Names of the instruction sets that this CPU has, best first, separated by commas.
 extern "C" const char* falcon_instruction_sets() {

@@ -19,9 +19,18 @@
 #include "select.h"
 #include "sum.h"
 
+#include "int4.h"
+
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
+
+int64_t used_packed_bytes(int format, int64_t columns, int64_t batch) {
+  return format == kI4 ? packed_int4_bytes(columns, batch) : packed_bytes(format, columns, batch);
+}
+Packed used_pack(int format, const float* x, int64_t columns, int64_t batch, void* scratch) {
+  return format == kI4 ? pack_int4(x, columns, batch, scratch) : pack_x(format, x, columns, batch, scratch);
+}
 
 #if defined(FALCON_BF16)
 using UsedBF16Dot = BF16Dot;
@@ -47,15 +56,15 @@ constexpr auto used_i8_unpack = unpack<place<I8Row>>;
   const Kernels NAME = {                                                                            \
       TEXT,                                                                                         \
       [] { return static_cast<bool>(SUPPORTED); },                                                  \
-      FALCON_ISA::packed_bytes,                                                                     \
-      FALCON_ISA::pack_x,                                                                           \
+      FALCON_ISA::used_packed_bytes,                                                                   \
+      FALCON_ISA::used_pack,                                                                         \
       {FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F32Row>>, FALCON_ISA::dot<FALCON_ISA::UsedBF16Dot>, \
-       FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_dot},  \
+       FALCON_ISA::dot<FALCON_ISA::WideDot<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_dot, FALCON_ISA::dot_int4}, \
       FALCON_ISA::sum_bytes,                                                                        \
       {FALCON_ISA::sum<FALCON_ISA::F32Row>, FALCON_ISA::sum<FALCON_ISA::BF16Row>,                   \
-       FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum},                               \
+       FALCON_ISA::sum<FALCON_ISA::F16Row>, FALCON_ISA::used_i8_sum, FALCON_ISA::sum_int4},         \
       {FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F32Row>>, FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::BF16Row>>, \
-       FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_unpack},      \
+       FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_unpack, FALCON_ISA::unpack_int4}, \
       FALCON_ISA::attend_bytes,                                                                     \
       {FALCON_ISA::attend<FALCON_ISA::F32Row>, FALCON_ISA::attend<FALCON_ISA::BF16Row>, FALCON_ISA::attend<FALCON_ISA::F16Row>}, \
       FALCON_ISA::rank,                                                                             \

@@ -5,20 +5,41 @@
 
 namespace falcon {
 
-enum Format { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kFormats = 4 };
+enum Format { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kI4 = 4, kFormats = 5 };
 
 constexpr int64_t kStripe = 64;  // columns handled at a time; packed inputs are padded with zeros to a multiple of it
 
 inline int64_t padded(int64_t columns) { return (columns + kStripe - 1) / kStripe * kStripe; }
+// Of the formats whose rows are nothing but numbers, all but int4.
 inline int64_t item_bytes(int format) { return format == kF32 ? 4 : format == kI8 ? 1 : 2; }
+
+// int4 rows: blocks of columns, each of 16 runs, in 4 bits a column; see int4.h.
+constexpr int64_t kInt4Block = 512, kInt4Runs = 16, kInt4Run = 32, kInt4CodeBytes = kInt4Block / 2;
+inline int64_t int4_blocks(int64_t columns) { return (columns + kInt4Block - 1) / kInt4Block; }
+
+// Sums and products of int4 rows take a block's columns in the order of the codes' bits: 64 bytes after 64 bytes, and of these the
+// lowest four bits of every 32-bit lane, then the next four. The column at a place in that order:
+inline int64_t int4_column(int64_t place) {
+  const int64_t block = place / kInt4Block, bytes = place % kInt4Block / 128, bits = place / kInt4Runs % 8, run = place % kInt4Runs;
+  return block * kInt4Block + run * kInt4Run + 8 * bytes + bits % 2 * 4 + bits / 2;
+}
+
+// Columns that `unpack` puts into their order together, and the numbers of a sum of rows before it has.
+inline int64_t unpacked_columns(int format) { return format == kI4 ? kInt4Block : kStripe; }
+inline int64_t sum_width(int format, int64_t columns) {
+  const int64_t unit = unpacked_columns(format);
+  return (columns + unit - 1) / unit * unit;
+}
 
 // A matrix of rows, or the rows of it that `index` names.
 struct Matrix {
   const void* data;
-  const float* scale;    // one a row, or null
+  const float* scale;    // int8: one a row. int4: the 16 levels. Else null
   const int32_t* index;  // null: every row in order
   int64_t count;         // rows of the matrix, or entries of `index`
   int64_t columns;
+  int64_t row_bytes;
+  int64_t group;  // int4: columns that share a scale
 
   int64_t row(int64_t position) const { return index ? index[position] : position; }
 };
@@ -28,9 +49,9 @@ struct Matrix {
 struct Packed {
   const void* high;    // plane: the vectors, or the upper half of their bits
   const void* low;     // plane: the lower half; null where `high` is all
-  const float* unit;   // int8 planes: a vector is unit * (256 * high + low); NaN if it must be multiplied in f32
+  const float* unit;   // int8 planes: a vector is unit * (256 * high + low); NaN if it must be multiplied in f32, in int4 too
   const int32_t* sum;  // int8 planes: sums of each vector's `high` and `low`
-  const float* wide;   // int8 planes: plane of the vectors in f32, filled in where unit is NaN
+  const float* wide;   // int8 planes: plane of the vectors in f32, filled in where unit is NaN. int4: the vectors as they came
   int64_t stride;
   int64_t batch;
 };
@@ -47,12 +68,12 @@ struct Kernels {
 
   // Bytes of scratch that `sum` needs for so many rows.
   int64_t (*sum_bytes)(int64_t columns, int64_t rows, int64_t batch);
-  // acc[b * padded(w.columns) + place of d] = sum of h[b * h_stride + i] * row i [d] over begin <= i < end. What comes out for one
+  // acc[b * sum_width(format, w.columns) + place of d] = sum of h[b * h_stride + i] * row i [d] over begin <= i < end. What comes out for one
   // vector is the same, bit by bit, whatever others are in the batch, and with or without rows whose h is 0.
   void (*sum[kFormats])(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end,
                         float* acc, void* scratch);
   // Adds up `parts` results of `sum`, `part_stride` apart, and puts columns [begin, end) into their order: one vector of the
-  // batch, begin a multiple of kStripe.
+  // batch, begin a multiple of unpacked_columns(format).
   void (*unpack[kFormats])(const float* acc, int64_t parts, int64_t part_stride, int64_t begin, int64_t end, float* y);
 
   // Bytes of scratch that `attend` needs.

@@ -54,11 +54,33 @@ void products(int64_t vectors, const uint16_t* a, int64_t a_stride, int64_t rows
   }
 }
 
-// 16 numbers as bf16; int8 is exact in it.
-FALCON_INLINE __m256i to_bf16(const uint16_t* in) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)); }
-FALCON_INLINE __m256i to_bf16(const int8_t* in) {
-  const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
-  return (__m256i)_mm512_cvtneps_pbh(v);
+FALCON_INLINE void store_bf16(uint16_t* out, __m512 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+// `count` columns of a row from `first` on as bf16: in the row itself, or converted into `room`. int8 is exact in bf16; a level of
+// an int4 row times its scale is rounded. int4 columns are in the order of int4_column, first and count multiples of 128.
+const uint16_t* as_bf16(const Matrix& w, int format, int64_t row, int64_t first, int64_t count, uint16_t* room) {
+  const uint8_t* data = static_cast<const uint8_t*>(w.data) + row * w.row_bytes;
+  if (format == kBF16) return reinterpret_cast<const uint16_t*>(data) + first;
+  if (format == kI8) {
+    for (int64_t c = 0; c < count; c += 16)
+      store_bf16(room + c, (__m512)I8Row::load1(reinterpret_cast<const int8_t*>(data) + first + c));
+    return room;
+  }
+  const __m512 levels = _mm512_loadu_ps(w.scale);
+  const uint8_t* scales = data + int4_blocks(w.columns) * kInt4CodeBytes;
+  for (int64_t c = 0; c < count; c += 128) {
+    const int64_t block = (first + c) / kInt4Block;
+    const __m512 scale = w.group == kInt4Run ? int4_scale_lanes<kInt4Run>(scales, block) : int4_scale_lanes<2 * kInt4Run>(scales, block);
+    const __m512i codes = _mm512_loadu_si512(data + (first + c) / 2);
+    FALCON_UNROLL
+    for (int bits = 0; bits < 8; ++bits) {
+      const __m512 level = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * bits), levels);
+      store_bf16(room + c + 16 * bits, _mm512_mul_ps(level, scale));
+    }
+  }
+  return room;
 }
 
 void round_bf16(const float* in, const float* scale, int64_t n, uint16_t* out) {
@@ -102,8 +124,7 @@ void store_transposed(const float* acc, int64_t stride, int64_t rows, int64_t ba
 // y[t * y_stride + i] = <row i, vector t> for begin <= i < end: panels [first of kPanel columns each] as packed above.
 void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t batch, int64_t begin, int64_t end, float* y,
                   int64_t y_stride, void* scratch) {
-  const int64_t tokens = (batch + 15) / 16 * 16, item = item_bytes(format);
-  const char* data = static_cast<const char*>(w.data);
+  const int64_t tokens = (batch + 15) / 16 * 16;
   float* acc = static_cast<float*>(scratch);                               // [rows, tokens]
   uint16_t* wide = reinterpret_cast<uint16_t*>(acc + kBlockRows * tokens);  // [rows, kDepth]
   for (int64_t i = begin; i < end; i += kBlockRows) {
@@ -111,22 +132,16 @@ void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t b
     std::memset(acc, 0, rows * tokens * sizeof(float));
     for (int64_t k = 0; k < w.columns; k += kDepth) {
       const int64_t depth = w.columns - k < kDepth ? w.columns - k : kDepth;
-      const char* at = data + (i * w.columns + k) * item;
-      const uint16_t* a = reinterpret_cast<const uint16_t*>(at);
-      if (format == kI8) {
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t c = 0; c < depth; c += 16)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide + r * kDepth + c),
-                                to_bf16(reinterpret_cast<const int8_t*>(at) + r * w.columns + c));
-        a = wide;
-      }
+      const bool stored = format == kBF16;
+      for (int64_t r = 0; r < rows && !stored; ++r) as_bf16(w, format, i + r, k, depth, wide + r * kDepth);
+      const uint16_t* a = stored ? as_bf16(w, format, i, k, depth, nullptr) : wide;
       for (int64_t t = 0; t < tokens; t += kPanel) {
         const int64_t width = tokens - t < kPanel ? tokens - t : kPanel;
-        products(width / 16, a, format == kI8 ? kDepth : w.columns, rows, panels + t * w.columns / 2 + k / 2 * width, depth / 2,
+        products(width / 16, a, stored ? w.columns : kDepth, rows, panels + t * w.columns / 2 + k / 2 * width, depth / 2,
                  acc + t, tokens);
       }
     }
-    store_transposed(acc, tokens, rows, batch, w.scale ? w.scale + i : nullptr, y + i, y_stride);
+    store_transposed(acc, tokens, rows, batch, format == kI8 ? w.scale + i : nullptr, y + i, y_stride);
   }
 }
 
@@ -138,39 +153,34 @@ void pack_weights(const float* h, const float* scale, int64_t count, int64_t bat
   }
 }
 
-// Columns [d, d + width) of two rows, interleaved so that a lane holds a pair, written to that pair's line of each panel.
-template <class T>
-void pack_pair(const T* even, const T* odd, int64_t width, uint32_t* panels) {
+// `width` columns of two rows, interleaved so that a lane holds a pair, written to that pair's line of each panel.
+void pack_pair(const uint16_t* even, const uint16_t* odd, int64_t width, uint32_t* panels) {
+  const auto wide = [](const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); };
   for (int64_t c = 0; c < width; c += kPanel, panels += kPanel * (kSumDepth / 2))
-    for (int64_t u = 0; u < kPanel; u += 16) {
-      const __m512i low = _mm512_cvtepu16_epi32(to_bf16(even + c + u)), high = _mm512_cvtepu16_epi32(to_bf16(odd + c + u));
-      _mm512_storeu_si512(panels + u, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
+    for (int64_t u = 0; u < kPanel; u += 16)
+      _mm512_storeu_si512(panels + u, _mm512_or_si512(wide(even + c + u), _mm512_slli_epi32(wide(odd + c + u), 16)));
 }
 
-// y[t * w.columns + d] = sum over all rows m of weight [t, m] * row m [d] for begin <= d < end, begin and end multiples of kPanel.
-template <class T>
-void rows_sum(const Matrix& w, const uint16_t* weights, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch) {
+// y[t * w.columns + d] = sum over all rows m of weight [t, m] * row m [d] for begin <= d < end, begin and end multiples of kPanel, of
+// 128 for int4.
+void rows_sum(const Matrix& w, int format, const uint16_t* weights, int64_t batch, int64_t begin, int64_t end, float* y,
+              void* scratch) {
   uint32_t* panels = static_cast<uint32_t*>(scratch);                    // [panels, pairs, kPanel]
   float* acc = reinterpret_cast<float*>(panels + kRun * kSumDepth / 2);  // [batch, kRun]
+  uint16_t even[kRun], odd[kRun];
   for (int64_t d = begin; d < end; d += kRun) {
     const int64_t width = end - d < kRun ? end - d : kRun;
     std::memset(acc, 0, batch * kRun * sizeof(float));
     for (int64_t m = 0; m < w.count; m += kSumDepth) {
       const int64_t depth = w.count - m < kSumDepth ? w.count - m : kSumDepth;
-      const T* at = static_cast<const T*>(w.data) + m * w.columns + d;
       for (int64_t k = 0; k < depth; k += 2)
-        pack_pair(at + k * w.columns, at + (k + 1) * w.columns, width, panels + k / 2 * kPanel);
+        pack_pair(as_bf16(w, format, m + k, d, width, even), as_bf16(w, format, m + k + 1, d, width, odd), width,
+                  panels + k / 2 * kPanel);
       for (int64_t c = 0; c < width; c += kPanel)
         products<4>(weights + m * batch, depth, batch, panels + c * (kSumDepth / 2), depth / 2, acc + c, kRun);
     }
     for (int64_t t = 0; t < batch; ++t) std::memcpy(y + t * w.columns + d, acc + t * kRun, width * sizeof(float));
   }
-}
-
-void rows_sum_product(const Matrix& w, int format, const uint16_t* weights, int64_t batch, int64_t begin, int64_t end, float* y,
-                      void* scratch) {
-  return (format == kI8 ? rows_sum<int8_t> : rows_sum<uint16_t>)(w, weights, batch, begin, end, y, scratch);
 }
 
 int64_t product_bytes(int64_t batch) {
@@ -181,7 +191,7 @@ int64_t product_bytes(int64_t batch) {
 
 }  // namespace
 
-const Products kProducts = {pack_panel, rows_product, pack_weights, rows_sum_product, product_bytes};
+const Products kProducts = {pack_panel, rows_product, pack_weights, rows_sum, product_bytes};
 
 }  // namespace FALCON_ISA
 }  // namespace falcon

@@ -5,7 +5,7 @@ namespace {
 
 template <int kRows>
 FALCON_INLINE U32 read_rows(const Matrix& w, int64_t row_bytes, int64_t i, int64_t end) {
-  const Matrix bytes{w.data, nullptr, w.index, w.count, row_bytes};
+  const Matrix bytes{w.data, nullptr, w.index, w.count, row_bytes, row_bytes, 0};
   const uint8_t *rows[kRows], *next[kRows];
   row_pointers<uint8_t, kRows>(bytes, i, end, rows, next);
   U32 acc[kRows] = {};

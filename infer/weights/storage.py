@@ -37,7 +37,8 @@ _HEADER_BYTES = 100_000_000  # the most that safetensors allows
 _CHUNK = 64 << 20  # bytes a thread reads, then checks while they are in the cache
 _READERS = 8
 _DTYPES = {
-    name: np.dtype(dtype) for name, dtype in {"F32": "f4", "F16": "f2", "U16": "u2", "I8": "i1", "I32": "i4"}.items()
+    name: np.dtype(dtype)
+    for name, dtype in {"F32": "f4", "F16": "f2", "U16": "u2", "U8": "u1", "I8": "i1", "I32": "i4"}.items()
 }
 
 

@@ -92,14 +92,14 @@ def test_dense_gelu_equals_the_flax_model_and_has_nothing_to_skip():
         check_mode(weights, "exact")
 
 
-@pytest.mark.parametrize("format", ["bf16", "f16", "int8"])
+@pytest.mark.parametrize("format", ["bf16", "f16", "int8", "int4"])
 def test_number_formats_stay_near_the_f32_model(format):
     config, params = relu_model("tiny-40b")
     ids = tokens(config, 2, 6)
     expected = np.asarray(flax_logits(config, params, ids))
     logits, _ = decode(weights_from_params(params, config, Formats.all(format)), ids, backend=BACKENDS[-1])
     error = np.sqrt(np.mean((logits - expected) ** 2)) / np.std(expected)
-    assert error < {"bf16": 0.02, "f16": 0.002, "int8": 0.05}[format]
+    assert error < {"bf16": 0.02, "f16": 0.002, "int8": 0.05, "int4": 0.5}[format]
 
 
 def test_sparse_reads_what_the_predictor_chooses_and_no_more():

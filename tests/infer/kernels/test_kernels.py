@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from falcon_relu.errors import FalconError
 from infer import kernels
 from infer.kernels import native, xla
-from infer.weights.formats import DTYPES, Rows, dequantise, quantise
+from infer.weights.formats import DTYPES, EVEN_LEVELS, Rows, pack_int4, quantise, widen
 
 INSTRUCTION_SETS = native.instruction_sets() if native.missing() is None else ()
 BACKENDS = ("xla", *INSTRUCTION_SETS)
@@ -51,12 +53,19 @@ def draw_case(seed: int, format: str, M: int, D: int, B: int, share: float):
     index[:count] = np.sort(rng.choice(M, count, replace=False))
     x = rng.normal(size=(B, D)).astype(np.float32)
     h = rng.normal(size=(B, M)).astype(np.float32)
-    return w, np.asarray(dequantise(w), np.float64), index, np.int32(count), x, h
+    return w, np.asarray(widen(w), np.float64), index, np.int32(count), x, h
 
 
 def half_step(vectors: np.ndarray) -> np.ndarray:
     """The most that rounding to 16 bits, as kernels of int8 rows do, may change an entry of each vector: [B, 1]."""
     return 1.01 * np.abs(vectors).max(axis=1, initial=0, keepdims=True) / 2 / 32639
+
+
+def half_int8_steps(vectors: np.ndarray) -> np.ndarray:
+    """The most that rounding runs of 32 numbers to 8 bits, as kernels of int4 rows do, may change an entry: [B, D]."""
+    B, D = vectors.shape
+    runs = np.pad(np.abs(vectors), ((0, 0), (0, -D % 32))).reshape(B, -1, 32).max(axis=-1)
+    return 1.01 * np.repeat(runs, 32, axis=1)[:, :D] / 2 / 127
 
 
 def close(actual: jax.Array, expected: np.ndarray, magnitude: np.ndarray, rounding: np.ndarray) -> None:
@@ -81,10 +90,12 @@ def test_wide_rows_and_sums_in_several_parts_match_plain_arithmetic(format):
 def compare_with_plain_arithmetic(format, w, dense, index, count, x, h):
     (B, D), M = x.shape, len(dense)
     chosen = index[:count]
-    scale = np.ones(M) if w.scale is None else np.asarray(w.scale, np.float64)
+    scale = np.asarray(w.scale, np.float64) if format == "int8" else np.ones(M)
 
     def dot() -> tuple[np.ndarray, ...]:
         rounding = half_step(x) * np.abs(dense).sum(axis=1) if format == "int8" else np.zeros((B, M))
+        if format == "int4":
+            rounding = half_int8_steps(x) @ np.abs(dense).T
         return x @ dense.T, np.abs(x) @ np.abs(dense).T, rounding
 
     def row_sum(h: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -141,8 +152,9 @@ def test_products_with_many_vectors_match_plain_arithmetic(format, M, D, T):
     w, dense, _, _, x, h = draw_case(0, format, M, D, T, 1.0)
     for k in (xla, native)[: len(BACKENDS)]:
         for product, a, b in ((k.rows_matmul, x, dense.T), (k.weighted_rows_matmul, h, dense)):
-            rounding = 2**-9 if format in ("bf16", "int8") else 4e-5  # of the vectors to bf16
-            for count in (None, 0, T // 2) if k is native and format in ("bf16", "int8") else (None,):
+            # of vectors, and of int4 rows, to bf16
+            rounding = {"bf16": 2**-9, "int8": 2**-9, "int4": 2**-7}.get(format, 4e-5)
+            for count in (None, 0, T // 2) if k is native and format in ("bf16", "int8", "int4") else (None,):
                 y = product(w, a, count)
                 assert np.isfinite(y).all()
                 wanted = a[:count]
@@ -215,14 +227,38 @@ def test_attention_reads_the_valid_part_only(dtype, S, H, G, biased):
 def test_quantisation_error_is_bounded(format):
     x = np.random.default_rng(0).normal(size=(50, 33)).astype(np.float32)
     x[7] = 0
-    error = np.abs(np.asarray(dequantise(quantise(x, format))) - x)
+    error = np.abs(np.asarray(widen(quantise(x, format))) - x)
     step = {
         "f32": 0,
         "bf16": np.abs(x) * 2**-8,
         "f16": np.abs(x) * 2**-11 + 2**-25,
         "int8": np.abs(x).max(1, keepdims=True) / 254,
+        "int4": np.abs(x).max(1, keepdims=True) / 8,
     }
     assert (error <= step[format] * 1.001).all()
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_rows_hold_what_other_quantisers_gave(group):
+    """Evenly spaced levels, such as those of Q4_0, and groups of 64 columns, which have no quantiser here."""
+    rng = np.random.default_rng(group)
+    M, D, B = 40, 1090, 3
+    codes = rng.integers(0, 16, (M, D)).astype(np.uint8)
+    scales = rng.uniform(-0.1, 0.1, (M, -(-D // group))).astype(np.float16)
+    w = Rows(pack_int4(codes, scales, group), np.array(EVEN_LEVELS, np.float32), D, group)
+    dense = (codes.astype(np.float32) - 8) * np.repeat(scales.astype(np.float32), group, axis=1)[:, :D]
+    np.testing.assert_array_equal(widen(w), dense)
+    index = np.sort(rng.choice(M, M // 2, replace=False)).astype(np.int32)
+    x, h = (rng.normal(size=(B, n)).astype(np.float32) for n in (D, M))
+    index = np.concatenate([index, np.full(M - len(index), M, np.int32)])
+    compare_with_plain_arithmetic("int4", w, dense.astype(np.float64), index, np.int32(M // 2), x, h)
+
+
+def test_int4_scales_follow_what_columns_count():
+    rng = np.random.default_rng(0)
+    x, importance = rng.normal(size=(64, 512)).astype(np.float32), rng.exponential(size=512).astype(np.float32) ** 3
+    plain, weighted = (np.asarray(widen(quantise(x, "int4", weight))) - x for weight in (None, importance))
+    assert (np.square(weighted) @ importance).sum() < 0.9 * (np.square(plain) @ importance).sum()
 
 
 def test_what_does_not_fit_a_format_is_refused():
@@ -284,8 +320,13 @@ def test_bad_buffers_are_refused_and_nothing_crashes():
         native.gathered_rows_dot(w, index, np.int32(41), x).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError, match="differ in width"):
         native.rows_dot(w, x[:, :-1]).block_until_ready()
-    with pytest.raises(jax.errors.JaxRuntimeError, match="need scales"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="0 scales for 4 rows of int8"):
         native.rows_dot(Rows(np.zeros((4, 64), np.int8)), x).block_until_ready()
+    int4 = quantise(np.ones((4, 64), np.float32), "int4")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no int4 row of 600 columns"):
+        native.rows_dot(dataclasses.replace(int4, columns=600), np.zeros((1, 600), np.float32)).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="whole numbers from -128 to 127"):
+        native.rows_dot(dataclasses.replace(int4, scale=int4.scale + 0.5), x).block_until_ready()
     q, cache = np.zeros((1, 1, 1, 1, 4), np.float32), np.zeros((1, 8, 1, 4), np.float32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="length 9 in a cache of 8"):
         native.attend(q, cache, cache, np.array([[9]], np.int32)).block_until_ready()
