@@ -1,4 +1,4 @@
-"""The demo with everything small: what the tests run. Its figures say nothing of quality."""
+"""The demo with everything small: what the tests run. Its results say nothing about quality."""
 
 import dataclasses
 

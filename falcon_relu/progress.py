@@ -1,4 +1,4 @@
-"""Progress on standard error: steps done, rate, time left. A bar on a terminal, plain lines elsewhere."""
+"""What commands show: values as text, and progress (steps done, rate, time left) as a bar on a terminal or as lines."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ class Console(rich.console.Console):
 
 
 console = Console(stderr=True)
+
+NOT_MEASURED = "not measured"  # shown in reports and cards for a value that is missing
+
+
+def format_value(value: Any) -> str:
+    """A value as text: numbers with four significant digits and thousands separators; None is "-"."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
 
 _SECONDS_BETWEEN_LINES = 30
 

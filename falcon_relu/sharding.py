@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -140,6 +141,11 @@ def _axes_at_rest(axes: PartitionSpec) -> PartitionSpec:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a [B, T] batch: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array on the devices of a mesh; a process transfers only the shards that its own devices hold."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def batch_shards() -> int:

@@ -27,7 +27,7 @@ from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json
 from falcon_relu.progress import progress
-from falcon_relu.sharding import Leaf, param_shapes, param_shardings
+from falcon_relu.sharding import Leaf, param_shapes, param_shardings, place
 
 _BLOCK = 1 << 18  # numbers checked at a time, so that they stay in the cache
 _EXPONENTS: dict[np.dtype, Any] = {
@@ -211,11 +211,11 @@ def stored_dtypes(config: FalconConfig, headers: Mapping[str, Header]) -> dict[L
 
 
 def _place(array: np.ndarray, sharding: NamedSharding | None, is_layer: bool) -> jax.Array:
-    """A parameter, or a layer of one, on the parameter's devices; a process transfers only the shards that it holds."""
+    """A parameter, or a layer of one, on the parameter's devices; on the default device without a sharding."""
     if sharding is None:
         return jnp.asarray(array)
     own = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if is_layer else sharding
-    return jax.make_array_from_callback(array.shape, own, lambda index: array[index])
+    return place(array, own)
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from falcon_relu.config import FAMILY, family
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.progress import console, progress
 from infer import bench, kernels
-from infer.kernels import native
 from infer.weights.formats import Format
 from infer.weights.layout import Formats
 
@@ -33,12 +32,12 @@ class Args(Output):
     format: Format = "bf16"
     """Number format of all matrices."""
     active: tuple[float, ...] = (0.05, 0.1, 0.2)
-    """Shares of the neurons that the predictor chooses."""
+    """Fractions of the neurons that the predictor chooses."""
     rank: int = 1024
     """Rank of the predictor."""
     modes: tuple[Literal["dense", "exact", "sparse"], ...] = ("dense", "exact", "sparse")
     backends: tuple[Literal["native", "xla"], ...] | None = None
-    """Kernels to measure; both if not given, where both are there."""
+    """Kernels to measure; all that can be used here if not given."""
     prompt: int = 200
     """Tokens of the prompt whose prefill is measured; 0 for none."""
     context: int = 512
@@ -100,14 +99,14 @@ def _tokens(args: Args) -> dict[str, object]:
 
 
 def _backends(args: Args) -> tuple[kernels.Backend, ...]:
-    return args.backends or (("native", "xla") if native.missing() is None else ("xla",))
+    return args.backends or kernels.available()
 
 
 def _check(args: Args) -> None:
     if args.model not in FAMILY:
         raise FalconError(f"--model {args.model} is unknown; there are: {', '.join(FAMILY)}")
     if not all(0 < share <= 1 for share in args.active):
-        raise FalconError(f"--active takes shares above 0 and up to 1, got {args.active}")
+        raise FalconError(f"--active takes fractions above 0 and up to 1, got {args.active}")
     for name in ("layers", "rank", "steps", "batch"):
         check_number(f"--{name}", getattr(args, name), low=1)
     for name, least in (("prompt", 0), ("context", 2)):

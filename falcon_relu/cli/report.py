@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from falcon_relu.cli.outputs import Output
 from falcon_relu.files import write_json
-from falcon_relu.progress import Console
+from falcon_relu.progress import Console, format_value
 
 _PIPED_WIDTH = 240  # columns where the output is not a terminal, so that no number is cut
 
@@ -46,17 +46,6 @@ def _print(results: Mapping[str, Any]) -> None:
                 table.add_row(*(format_value(cell) for cell in row.values()))
             out.print(table)
     sys.stdout.flush()
-
-
-def format_value(value: Any) -> str:
-    """A value as text: four significant digits, thousands separated."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(value)
 
 
 def _is_table(value: Any) -> bool:

@@ -21,8 +21,9 @@ from falcon_relu.evaluation.card_facts import (
     Training,
     markdown_text,
 )
+from falcon_relu.progress import NOT_MEASURED, format_value
 
-MISSING = "*not measured*"
+MISSING = f"*{NOT_MEASURED}*"
 
 
 class Licence(NamedTuple):
@@ -263,9 +264,7 @@ def _bars_escaped(cell: str) -> str:
 def _cell(value: str | int | float | None) -> str:
     if value is None:
         return MISSING
-    return (
-        markdown_text(value) if isinstance(value, str) else f"{value:,.4g}" if isinstance(value, float) else str(value)
-    )
+    return markdown_text(value) if isinstance(value, str) else format_value(value)
 
 
 def _number(value: float | None, spec: str, unit: str = "") -> str:

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from falcon_relu.attention import SHARED
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.generation import Sampling, generate, padded_length
 from falcon_relu.model import Falcon, Params
-from falcon_relu.sharding import batch_sharding, use_mesh
+from falcon_relu.sharding import batch_sharding, place, use_mesh
 
 _LEAST_SHARED = 16  # tokens; sharing a shorter prefix does not pay for the longer row
 _LEAST_LENGTH = 64  # tokens; shorter rows are padded to it
@@ -222,7 +222,7 @@ class FlaxEngine:
             logprob_BxM, greedy_BxM = jax.device_get(_score(model, self._params, *arrays, count))
         else:
             with use_mesh(self._mesh):
-                placed = (_place(array, batch_sharding(self._mesh)) for array in arrays)
+                placed = (place(array, batch_sharding(self._mesh)) for array in arrays)
                 found = _score(model, self._params, *placed, count)
                 logprob_BxM, greedy_BxM = multihost_utils.process_allgather(found, tiled=True)
         scores = {}
@@ -269,10 +269,6 @@ def _lay_out(rows: Sequence[Row], B: int, T: int) -> tuple[np.ndarray, ...]:
                 at += len(wanted)
             start += n
     return tokens, positions, segments, slots, targets
-
-
-def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,9 +4,9 @@
     gathered_rows_dot(w, index_A, count, x_BxD) -> h_BxA  the rows that index_A[:count] names; 0 past them
     weighted_row_sum(w, h_BxA, index_A, count) -> y_BxD   sum of the rows (those named, if there is an index) times h
     rows_matmul(w, x, count) -> y, weighted_rows_matmul(w, h, count) -> y   both products for many vectors, in bf16
-    select(score_BxF, threshold, budget) -> index_F, count, chosen_BxF   the neurons that are read, and for whom
+    select(score_BxF, threshold, budget) -> index_F, count, chosen_BxF   the neurons to read: all, and by sequence
     attend(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, length_BxT) attention over the valid part of a cache
-    read_rows(w, index_A, count, seen)                    reads and forgets: what the memory delivers
+    read_rows(w, index_A, count, seen)                    reads only, to measure the memory bandwidth
 
 A batch is a few sequences that share one read of each row. Everything is computed in f32, whatever the rows' format.
 `xla` is pure JAX and runs everywhere; `native` is C++ and runs at the speed of memory.
@@ -21,6 +21,11 @@ from falcon_relu.errors import FalconError
 from infer.kernels import native, xla
 
 Backend = Literal["auto", "native", "xla"]
+
+
+def available() -> tuple[Backend, ...]:
+    """The backends that can be used here, the fastest first."""
+    return ("xla",) if native.missing() else ("native", "xla")
 
 
 def backend(name: Backend = "auto") -> ModuleType:

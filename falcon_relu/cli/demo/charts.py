@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-MISSING = Markup('<span class="missing">not measured</span>')
+from falcon_relu.progress import NOT_MEASURED
+
+MISSING = Markup(f'<span class="missing">{NOT_MEASURED}</span>')
 
 Rows = Sequence[Mapping[str, Any]]
 Line = tuple[np.ndarray, dict[str, Any]]  # points [n, 2] and how they are drawn
@@ -49,19 +51,19 @@ _STYLE: dict[Any, Any] = {
 
 
 def at(value: Any, path: str) -> Any:
-    """What lies at a dotted path in nested mappings, None where any part is missing."""
+    """The value at a dotted path in nested mappings; None where any part of the path is missing."""
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
 def line(rows: Rows, x: str, y: str, label: str, color: str, **look: Any) -> Line:
-    """The points of the rows that have both figures."""
+    """A line through the rows in which both `x` and `y` are numbers; `look` is passed to matplotlib."""
     values = [[at(row, x), at(row, y)] for row in rows]
     values = [[v if isinstance(v, int | float) else np.nan for v in pair] for pair in values]
     points = np.array(values, float).reshape(-1, 2)
     known = points[np.isfinite(points).all(axis=1)]
-    label = label if len(known) else f"{label}: not measured"
+    label = label if len(known) else f"{label}: {NOT_MEASURED}"
     return known, {"label": label, "color": color, "lw": 1.8, "ms": 4, **look}
 
 
@@ -75,7 +77,7 @@ def lines(
     upright: Mapping[str, float | None] | None = None,
     percent: str = "",
 ) -> Markup:
-    """A plot of lines, with dashed levels (horizontal) and uprights (vertical), and shares on the `percent` axes."""
+    """A plot of lines, with dashed horizontal (`level`) and vertical (`upright`) ones; `percent`: axes in percent."""
 
     def draw(axes: Axes) -> None:
         for points, look in drawn:
@@ -85,7 +87,7 @@ def lines(
                 if value is not None:
                     add(value, color=TEACHER, ls="--", label=label)
                 else:
-                    axes.plot([], color=TEACHER, ls="--", label=f"{label}: not measured")
+                    axes.plot([], color=TEACHER, ls="--", label=f"{label}: {NOT_MEASURED}")
         axes.set(xlabel=x, ylabel=y)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer="x" not in percent, steps=[1, 2, 5, 10]))
         for axis in percent:
@@ -96,12 +98,12 @@ def lines(
 
 
 def bars(title: str, x: str, rows: Rows, key: str, spec: str) -> Markup:
-    """A bar for each row's `key`, named by its `label`."""
+    """A plot with a bar for each row: its `label`, the value under `key` in the format `spec`, and its `color`."""
 
     def draw(axes: Axes) -> None:
         places, values = np.arange(len(rows)), [row.get(key) for row in rows]
         drawn = axes.barh(places, [value or 0 for value in values], color=[row["color"] for row in rows], height=0.65)
-        axes.bar_label(drawn, ["not measured" if v is None else format(v, spec) for v in values], padding=4)
+        axes.bar_label(drawn, [NOT_MEASURED if v is None else format(v, spec) for v in values], padding=4)
         axes.set(xlabel=x)
         axes.set_yticks(places, [row["label"] for row in rows])
         axes.invert_yaxis()
@@ -113,7 +115,7 @@ def bars(title: str, x: str, rows: Rows, key: str, spec: str) -> Markup:
 
 
 def _svg(title: str, draw: Callable[[Axes], None] | None, height: float = 3.6) -> Markup:
-    """A plot as a figure with inline SVG; without `draw`, that there is nothing to show."""
+    """A plot as an HTML figure with inline SVG; without `draw`, a figure that says "not measured"."""
     if draw is None:
         return Markup(f"<figure><h3>{title}</h3><p>{MISSING}</p></figure>")
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):  # ids that are unique here and equal in every run

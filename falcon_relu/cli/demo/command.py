@@ -18,14 +18,14 @@ from train.machine import keep_freed_memory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Output):
-    """The whole idea on real text: train a small GELU Falcon, swap in ReLU, win the quality back, decode sparsely.
+    """The whole method on real text: train a small GELU Falcon, swap in ReLU, distil, fit predictors, decode sparsely.
 
     Takes about 18 minutes of processor time: ten minutes on two fast cores, longer on slower ones. Run it again to go
     on after an interruption; finished stages are kept.
     """
 
     config: str = "demo"
-    """Recipe: a name in configs/ or a .py file with a Recipe named CONFIG."""
+    """Settings: a name in configs/, or a .py file that sets CONFIG to a Recipe."""
     out: Path = Path("runs/demo")
     """Folder of the run; the report is report.html in it."""
 
@@ -35,7 +35,7 @@ class Args(Output):
 
 
 def run(args: Args) -> None:
-    """Runs what is not finished, prints the figures and writes the report."""
+    """Runs what is not finished, prints the results and writes the report."""
     keep_freed_memory()
     recipe = load_config(args.config, Recipe)
     results = Demo(recipe, args.out).run()

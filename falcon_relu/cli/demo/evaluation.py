@@ -1,4 +1,4 @@
-"""The demo's benchmarks: the published suite, cut short, on its own small models."""
+"""The demo's benchmarks: a few questions of the published suite, on its own small models."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def benchmarks(root: Path, data: Path, questions: int) -> dict[str, Any]:
 
     Args:
       root: folder of the run.
-      data: folder of datasets, completed here.
-      questions: of each task, at most; of MMLU one of each subject of the social sciences.
+      data: folder of the datasets; those that are missing are built.
+      questions: maximum number for each task; of MMLU, one question of each subject of the social sciences.
 
     Returns:
       rows: a mapping for each benchmark: benchmark, shots, questions, original, relu, sparse (scores), chance, error
         (standard error of the original's).
-      missing: why all or some of it was not measured; empty if nothing is missing.
+      missing: why some or all benchmarks were not measured; empty if all were.
     """
     if not questions:
         return {"rows": [], "missing": "the recipe asks for no benchmark questions"}

@@ -1,4 +1,4 @@
-"""The shape of a whole relufication, from text to sparse decoding, as `falcon-relu demo` runs it."""
+"""The settings of `falcon-relu demo`: every stage from text to sparse decoding."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from train.config import TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every setting of every stage. Paths in it are relative to the folder of the run.
+    """The settings of all stages. Paths are relative to the folder of the run.
 
     Attributes:
       corpora: names in `falcon_relu.corpora.CORPORA`.
-      documents: of each corpus, at most; all if None.
-      section_chars: texts are cut at blank lines into documents of about this length, so that the held-out ones are
-        of every kind.
-      vocab_size: of the tokenizer, which is trained on the text.
-      validation_fraction: share of documents held out.
-      teacher: trains the GELU model from nothing.
-      lm_only: ReLU student, next-token loss alone.
-      lm_kl: ReLU student, next-token loss and distillation from the teacher.
-      recorded_tokens: tokens on which the predictors are fitted.
+      documents: maximum number of documents of each corpus; all if None.
+      section_chars: length in characters at which texts are split, at blank lines, into documents; short documents
+        make sure that the held-out ones come from every kind of text.
+      vocab_size: V of the tokenizer, which is trained on the text.
+      validation_fraction: fraction of the documents held out.
+      teacher: the training run of the GELU model, from random weights.
+      lm_only: the training run of a ReLU student with the next-token loss alone.
+      lm_kl: the training run of a ReLU student with the next-token loss and distillation from the teacher.
+      recorded_tokens: tokens whose activations are recorded to fit the predictors.
       rank: R of every predictor.
-      fit: how they are fitted.
-      reads: neurons to read over neurons that fire, ascending: the points of the curve of quality against reads.
-      read: the one of them that decoding uses.
-      quality_batches: validation batches that a point of that curve is measured on.
-      prompts: held-out texts to continue.
+      fit: settings of the fit.
+      reads: the operating points to measure, ascending, each the ratio of neurons read to neurons that fire.
+      read: the one of `reads` that decoding uses.
+      quality_batches: validation batches that each operating point is measured on.
+      prompts: number of held-out texts to continue.
       prompt_tokens: tokens of each prompt.
-      sampling: how each is continued.
+      sampling: sampling settings of the continuations.
       widths: member of the family at whose widths decoding is timed, with random weights.
-      widths_layers: layers of it.
-      widths_active: share of the neurons that its predictor chooses.
-      widths_steps: tokens that are timed.
-      questions: of each benchmark of the published suite, at most; 0 leaves them out.
+      widths_layers: number of its layers to time.
+      widths_active: fraction of the neurons that the predictors choose there.
+      widths_steps: decode steps to time.
+      questions: maximum number of questions of each benchmark of the published suite; 0 for no benchmarks.
     """
 
     corpora: tuple[str, ...]

@@ -1,6 +1,6 @@
 """The demo's report: one HTML file that needs nothing beside it, with every number taken from the run's results.
 
-What it says is in `report.html.jinja`. A number that the results lack is shown as "not measured".
+The text is in `report.html.jinja`. A number that is missing from the results is shown as "not measured".
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _show(value: Any, spec: str = "") -> Any:
-    """A figure as Python formats it; None, which becomes "not measured", where there is none."""
+    """A number in a Python format; None, which the template shows as "not measured", where it is missing."""
     if value is None or isinstance(value, jinja2.Undefined):
         return None
     if isinstance(value, bool):
@@ -64,7 +64,7 @@ def _show(value: Any, spec: str = "") -> Any:
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A prompt and its continuations, each in two parts: what dense decoding gives too, and what differs from it."""
+    """A prompt and its continuations, each split at the first difference from the text of dense decoding."""
 
     def parts(name: str) -> tuple[str | None, str]:
         text, dense = sample.get(name), sample.get("dense")
@@ -83,7 +83,7 @@ def _rows(results: Results, path: str) -> Rows:
 
 
 def derived(results: Results) -> dict[str, Any]:
-    """Figures that follow from others in the results, None where one of these is missing."""
+    """Numbers computed from the results; None where a result that they need is missing."""
     quality = {name: _first(_rows(results, "quality"), "model", name) for name in ("teacher", "swapped", "LM + KL")}
     sparse_rows = [row for row in _rows(results, "decode") if row.get("mode") == "sparse"]
     sparse = max(sparse_rows, key=lambda row: row.get("tokens_per_second") or 0, default={})
@@ -209,7 +209,7 @@ def _plots(results: Results) -> dict[str, str]:
 
 
 def _curves(results: Results, run: str, label: str, color: str, key: str) -> list[Line]:
-    """A figure along a run's log: training pale, held out marked."""
+    """A metric over a run's log: a pale line for training, markers for held-out text."""
     log = _rows(results, f"curves.{run}")
     return [
         charts.line(log, "step", key, f"{label}, training", color, lw=1, alpha=0.55),

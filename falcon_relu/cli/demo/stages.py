@@ -29,10 +29,10 @@ from falcon_relu.generation import generate
 from falcon_relu.model import Falcon
 from falcon_relu.progress import console, progress
 from falcon_relu.tokenizer import Tokenizer, train_bpe
+from infer import kernels
 from infer.bench import measure_widths
 from infer.generation import DecodeStats
 from infer.generation import generate as decode
-from infer.kernels import Backend, native
 from infer.predictor.fitting import fit_predictor
 from infer.predictor.predictor import Predictor, load_predictor, save_predictor
 from infer.predictor.quality import reading_curve, sensitivity
@@ -49,11 +49,11 @@ from train.validation import validate
 
 PUBLISHED_RETENTION = 0.973  # average score of ReluFalcon-40B over that of Falcon-40B, six benchmarks
 
-_WEIGHING_BATCHES = 2
+_SENSITIVITY_BATCHES = 2
 
 
 class Demo:
-    """One run of a recipe in a folder. Every stage leaves its figures in `figures/`, which marks it finished."""
+    """One run of a recipe in a folder. A finished stage leaves a file in `results/`, and is not run again."""
 
     def __init__(self, recipe: Recipe, root: Path):
         self.recipe, self.root = recipe, root
@@ -65,8 +65,8 @@ class Demo:
         write_json(root / "recipe.json", described)
 
     def run(self) -> dict[str, Any]:
-        """Runs every stage that is not finished; returns all figures, as `report.render` wants them."""
-        figures: dict[str, Any] = {}
+        """Runs every stage that is not finished; returns all results, as `report.render` takes them."""
+        results: dict[str, Any] = {}
         seconds: dict[str, float] = {}
         processor: dict[str, float] = {}
         stages: list[tuple[str, Callable[[], Any]]] = [
@@ -75,24 +75,24 @@ class Demo:
             ("teacher", lambda: loop.run(self._placed(self.recipe.teacher))),
             ("lm_only", lambda: loop.run(self._placed(self.recipe.lm_only))),
             ("lm_kl", lambda: loop.run(self._placed(self.recipe.lm_kl))),
-            ("quality", lambda: self._quality(figures)),
+            ("quality", lambda: self._quality(results)),
             ("predictor", self._predictor),
             ("decode", self._decode),
             ("widths", self._widths),
             ("benchmarks", lambda: benchmarks(self.root, self.root / "questions", self.recipe.questions)),
         ]
         for number, (name, stage) in enumerate(stages, 1):
-            done = self.root / "figures" / f"{name}.json"
+            done = self.root / "results" / f"{name}.json"
             if not os.path.lexists(done):
                 console.print(f"[{number}/{len(stages)}] {name}", style="bold")
                 start, busy = time.perf_counter(), _processor_seconds()
                 value = stage()
                 took = {"seconds": time.perf_counter() - start, "processor_seconds": _processor_seconds() - busy}
-                write_sealed(done, took | {"figures": value})
+                write_sealed(done, took | {"results": value})
             stored = read_sealed(done, "remove it, and the same command measures it again")
-            figures[name], seconds[name] = stored["figures"], stored["seconds"]
+            results[name], seconds[name] = stored["results"], stored["seconds"]
             processor[name] = stored["processor_seconds"]
-        return self._results(figures, seconds, processor)
+        return self._results(results, seconds, processor)
 
     # ---- stages
 
@@ -127,14 +127,14 @@ class Demo:
             counts[name] = sum(split.tokens for split in read_manifest(folder).splits.values())
         return counts
 
-    def _quality(self, figures: dict[str, Any]) -> list[dict[str, Any]]:
-        """All models on the held-out rows; those that were trained have been validated at the end of it."""
+    def _quality(self, results: dict[str, Any]) -> list[dict[str, Any]]:
+        """All models on the held-out rows; for trained ones, the validation at the end of their training."""
         teacher = self.root / "teacher" / "weights"
         measured = [
-            ("teacher (GELU)", figures["teacher"]),
+            ("teacher (GELU)", results["teacher"]),
             ("swapped, not tuned", validate(teacher, self._data, activation="relu", teacher=teacher)),
-            ("tuned on text alone (LM)", figures["lm_only"]),
-            ("tuned with LM + KL", figures["lm_kl"]),
+            ("tuned on text alone (LM)", results["lm_only"]),
+            ("tuned with LM + KL", results["lm_kl"]),
         ]
         return [
             {
@@ -160,8 +160,8 @@ class Demo:
                 config, params, train_batches(self._data), folder, tokens=recipe.recorded_tokens, input="mlp_input"
             )
         fitted = fit_predictor(recording, config, params, [recipe.rank] * config.n_layers, recipe.fit)
-        weighing = list(itertools.islice(train_batches(self._data), _WEIGHING_BATCHES))
-        weights = sensitivity(config, params, fitted, weighing)
+        batches = list(itertools.islice(train_batches(self._data), _SENSITIVITY_BATCHES))
+        weights = sensitivity(config, params, fitted, batches)
         rows = list(itertools.islice(validation_batches(self._data), recipe.quality_batches))
         points, best = [], None
         with progress("quality against neurons read", len(recipe.reads), "points") as advance:
@@ -186,9 +186,9 @@ class Demo:
         )
         texts: dict[str, list[list[int]]] = {}
         rows = []
-        ways = [(mode, backend) for backend in _backends() for mode in MODES]
-        with progress("decode", len(ways) * len(prompts), "prompts") as advance:
-            for mode, backend in ways:
+        settings = [(mode, backend) for backend in kernels.available() for mode in MODES]
+        with progress("decode", len(settings) * len(prompts), "prompts") as advance:
+            for mode, backend in settings:
                 runs, new = [], []
                 for prompt in prompts:
                     runs.append(DecodeStats())
@@ -202,7 +202,7 @@ class Demo:
                         "tokens_per_second": statistics.median(run.steps_per_second for run in runs),
                         "kilobytes_per_token": statistics.fmean(run.step_bytes for run in runs) / 1e3,
                         "mlp_share_read": statistics.fmean(run.mlp_read for run in runs),
-                        "same_text_as_dense": new == texts["dense"] or same_share(new, texts["dense"]),
+                        "same_text_as_dense": new == texts["dense"] or same_fraction(new, texts["dense"]),
                     }
                 )
         teacher_config, teacher_params = load_model(self.root / "teacher" / "weights")
@@ -214,7 +214,7 @@ class Demo:
         return {"rows": rows, "samples": samples}
 
     def _widths(self) -> list[dict[str, Any]]:
-        recipe, backends = self.recipe, _backends()
+        recipe, backends = self.recipe, kernels.available()
         rows = []
         with progress(f"decode at the widths of {recipe.widths}", len(backends), "backends") as advance:
             for backend in backends:
@@ -241,10 +241,10 @@ class Demo:
                 advance(note=backend)
         return rows
 
-    # ---- the rest
+    # ---- prompts, results and paths
 
     def _held_out_prompts(self) -> Iterator[list[int]]:
-        """Starts of held-out rows that are of one document, from one corpus after the other in turn."""
+        """Prompts: the first tokens of held-out rows, each within one document, alternating between the corpora."""
         wanted = self.recipe.prompt_tokens
         by_source = [
             (
@@ -260,15 +260,15 @@ class Demo:
                 yield next(prompts)
 
     def _results(
-        self, figures: dict[str, Any], seconds: dict[str, float], processor: dict[str, float]
+        self, results: dict[str, Any], seconds: dict[str, float], processor: dict[str, float]
     ) -> dict[str, Any]:
-        recipe, quality, predictor = self.recipe, figures["quality"], figures["predictor"]
+        recipe, quality, predictor = self.recipe, results["quality"], results["predictor"]
         architecture = read_config(self.root / "lm_kl" / "weights")
         accuracy = [row["accuracy"] for row in quality]
         retained = accuracy[3] / accuracy[0]
         return {
             "machine": machine()
-            | {"read_bandwidth_gb_s": statistics.median(row["memory_gb_s"] for row in figures["widths"])},
+            | {"read_bandwidth_gb_s": statistics.median(row["memory_gb_s"] for row in results["widths"])},
             "seconds": seconds,
             "processor_seconds": processor,
             "model": {
@@ -282,7 +282,7 @@ class Demo:
                 "train_tokens_teacher": _trained_tokens(recipe.teacher),
                 "train_tokens_student": _trained_tokens(recipe.lm_kl),
             },
-            "corpora": [row | {"tokens": figures["tokens"][row["name"]]} for row in figures["text"]],
+            "corpora": [row | {"tokens": results["tokens"][row["name"]]} for row in results["text"]],
             "curves": {name: read_log(self.root / name / LOG) for name in ("teacher", "lm_only", "lm_kl")},
             "quality": quality,
             "retained": {
@@ -298,17 +298,17 @@ class Demo:
             "predictor": predictor["layers"],
             "tradeoff": predictor["tradeoff"],
             "operating_point": predictor["operating_point"],
-            "decode": figures["decode"]["rows"],
-            "widths": figures["widths"],
+            "decode": results["decode"]["rows"],
+            "widths": results["widths"],
             "widths_of": {
                 "model": recipe.widths,
                 "layers": recipe.widths_layers,
                 "of_layers": family(recipe.widths).n_layers,
                 "rank": family(recipe.widths).d_model // 8,
             },
-            "samples": figures["decode"]["samples"],
-            "benchmarks": figures["benchmarks"]["rows"],
-            "benchmarks_missing": figures["benchmarks"]["missing"],
+            "samples": results["decode"]["samples"],
+            "benchmarks": results["benchmarks"]["rows"],
+            "benchmarks_missing": results["benchmarks"]["missing"],
         }
 
     @property
@@ -316,7 +316,7 @@ class Demo:
         return self._placed(self.recipe.teacher).data
 
     def _placed(self, config: TrainConfig) -> TrainConfig:
-        """A run of the recipe with its paths inside this folder."""
+        """The config of a training run with its paths moved into this folder."""
         sources = tuple(dataclasses.replace(source, path=self.root / source.path) for source in config.data.sources)
         return dataclasses.replace(
             config,
@@ -333,7 +333,7 @@ class Demo:
 
 
 def sections(text: str, size: int) -> Iterator[str]:
-    """A text cut at blank lines into pieces of at least `size` characters, but for the last; nothing is lost."""
+    """Splits a text at blank lines into pieces of at least `size` characters (the last may be shorter)."""
     piece: list[str] = []
     for paragraph in text.split("\n\n"):
         piece.append(paragraph)
@@ -344,8 +344,8 @@ def sections(text: str, size: int) -> Iterator[str]:
         yield "\n\n".join(piece)
 
 
-def same_share(texts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
-    """Share of tokens before the first difference, over all texts."""
+def same_fraction(texts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
+    """Fraction of the tokens that come before the first difference, over all texts."""
     same = sum(
         len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
         for a, b in zip(texts, expected, strict=True)
@@ -358,7 +358,7 @@ def _trained_tokens(config: TrainConfig) -> int:
 
 
 def _processor_seconds() -> float:
-    """Time that all cores spent on this process and on those that it started and saw end."""
+    """CPU time of this process and of its finished child processes, in seconds, all cores added up."""
     return sum(os.times()[:4])
 
 
@@ -384,7 +384,3 @@ def _predictor_rows(predictor: Predictor, n_neurons: int) -> list[dict[str, Any]
         }
         for i, (rank, found) in enumerate(zip(predictor.ranks, predictor.measured, strict=True))
     ]
-
-
-def _backends() -> tuple[Backend, ...]:
-    return ("xla",) if native.missing() else ("native", "xla")

@@ -206,7 +206,7 @@ def test_the_figures_are_those_given():
         "83.0% of its MLP activations",  # the mean of 81 % and 85 %
         "decodes 2.69 times as fast when it reads only",  # 84.5 / 31.45, the backend that is fastest sparse
         "31.4 ms a token for 1 of 60 layers, against 84.5 ms",
-        "caches, which deliver them faster than the predictor saves them",
+        "caches, so that reading fewer of them saves little time",
         "1.25 times the speed",  # 500 / 400, the faster backend
         "500.0 tokens a second against 400.0",
         "processor time7.5 minutes",
@@ -363,13 +363,13 @@ def test_the_same_results_give_the_same_file(tmp_path):
 
 STATE = {  # a file of a run, and what it holds
     "recipe.json": ["", "[]", "3", "null", '{"rank":', "\xff", '{"rank": 7}', "[" * 90_000],
-    "figures/text.json": [
+    "results/text.json": [
         "",
         "[]",
         "null",
         "{}",
         '{"seconds": 1}',
-        '{"seconds": 1, "figures": [], "checksum": 3}',
+        '{"seconds": 1, "results": [], "checksum": 3}',
         "{\xff",
     ],
 }
@@ -377,7 +377,7 @@ STATE = {  # a file of a run, and what it holds
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in STATE.items() for text in texts])
 def test_a_damaged_state_of_a_run_is_told_in_a_line(tmp_path, capsys, name, text):
-    (tmp_path / "run" / "figures").mkdir(parents=True)
+    (tmp_path / "run" / "results").mkdir(parents=True)
     (tmp_path / "run" / name).write_bytes(text.encode("latin-1"))
     assert main(["demo", "--config", "demo_tiny", "--out", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
