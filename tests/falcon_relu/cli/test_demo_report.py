@@ -210,7 +210,7 @@ def test_the_figures_are_those_given():
         "1.25 times the speed",  # 500 / 400, the faster backend
         "500.0 tokens a second against 400.0",
         "processor time7.5 minutes",
-        "No benchmark was run. The share kept",
+        "No benchmark was run. The fraction kept",
         "88.4% of the bytes",  # 35,177 / 39,813
         "keeps 98.16% and tuning on text alone 95.57%",
         "ReluFalcon-40B keeps 97.30%",
