@@ -51,7 +51,7 @@ def write_aside(
             yield Path(room) / "content"
             _write_through(Path(room) / "content", target)
         return
-    target = _real(target)  # a link stays a link, to what is written now
+    target = real_path(target)  # a link stays a link, to what is written now
     with lock(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = aside_path(target)
@@ -105,8 +105,8 @@ def check_output(target: Path, *, folder: bool = False, replace: bool = False, m
                 "another path, or remove it yourself"
             )
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(_beside(_real(target), "partial"))  # the longer name must be possible, too
-        parent = next(p for p in _real(target).parents if os.path.lexists(p))
+            os.lstat(_beside(real_path(target), "partial"))  # the longer name must be possible, too
+        parent = next(p for p in real_path(target).parents if os.path.lexists(p))
         if not parent.is_dir():
             raise FalconError(f"{target} cannot be made: {parent} is not a folder")
         going_on = kind == "folder" and marker is None
@@ -131,7 +131,7 @@ def lock(target: Path, *, shared: bool = False) -> Iterator[None]:
     Raises:
       FalconError: another one holds it.
     """
-    target = _real(target)
+    target = real_path(target)
     if not _HELD.get().isdisjoint((target, *target.parents)):
         yield
         return
@@ -174,12 +174,12 @@ def lock_part(folder: Path, index: int, count: int) -> Iterator[None]:
 
 def inherit_lock(target: Path) -> None:
     """Says that the process that started this one holds `lock(target)` for both, as long as this one lives."""
-    _HELD.set(_HELD.get() | {_real(target)})
+    _HELD.set(_HELD.get() | {real_path(target)})
 
 
 def aside_path(target: Path) -> Path:
     """Where `write_aside(target)` lets its caller write."""
-    return _beside(_real(target), "partial")
+    return _beside(real_path(target), "partial")
 
 
 def write_text(target: Path, text: str, *, replace: bool = True) -> None:
@@ -269,8 +269,9 @@ def _beside(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.falcon-relu-{what}")
 
 
-def _real(target: Path) -> Path:
-    return Path(os.path.realpath(target))
+def real_path(path: str | Path) -> Path:
+    """The absolute path without links; a loop of links stays, for whoever opens it to refuse."""
+    return Path(os.path.realpath(path))
 
 
 def _existing_kind(target: Path) -> str:
@@ -292,7 +293,7 @@ def _open_file(target: Path) -> Path | None:
     """/proc/PROCESS/fd/NUMBER that a path such as /dev/stdout or /dev/fd/3 leads to, if any."""
     path = target.absolute()
     for _ in range(40):  # links in a row, at most, as in the kernel
-        path = _real(path.parent) / path.name
+        path = real_path(path.parent) / path.name
         if path.parent.name == "fd" and path.is_relative_to("/proc"):
             return path
         if not path.is_symlink():

@@ -27,7 +27,7 @@ from falcon_relu.checkpoints.digests import Digests, bytes_digest, check_digest,
 from falcon_relu.checkpoints.schema import parse, read_sealed, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.files import aside_path, write_aside
+from falcon_relu.files import aside_path, real_path, write_aside
 from falcon_relu.sharding import Leaf, param_shapes
 
 Read = Callable[[Leaf, int | None], np.ndarray]
@@ -82,7 +82,7 @@ def save_params(path: Path, config: FalconConfig, params: Any, *, replace: bool 
       FalconError: `path` exists and may not be replaced.
       ValueError: the parameters are not those of the config, or of another dtype.
     """
-    path = Path(path).resolve()
+    path = real_path(path)
     leaves = flatten_dict(params)
     _check_leaves(leaves, config)
     first = jax.process_index() == 0
@@ -111,7 +111,7 @@ def params_writer(
     Raises:
       FalconError: `path` exists and may not be replaced.
     """
-    path = Path(path).resolve()
+    path = real_path(path)
     shapes = param_shapes(config)
     nbytes = sum(math.prod(shape) * np.dtype(dtypes[leaf]).itemsize for leaf, shape in shapes.items())
     with write_aside(path, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes) as aside:
@@ -154,7 +154,7 @@ def params_reader(path: Path) -> tuple[FalconConfig, Read, dict[Leaf, np.dtype]]
     Raises:
       FalconError: the folder is not whole or not of the config's shapes; or, on reading, it is damaged.
     """
-    path = Path(path).resolve()
+    path = real_path(path)
     manifest = _read_manifest(path)
     shapes = param_shapes(manifest.config)
     if wrong := sorted(manifest.arrays.keys() ^ {_name(leaf) for leaf in shapes}):

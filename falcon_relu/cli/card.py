@@ -14,7 +14,7 @@ from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.evaluation.card import LICENCES, MISSING, render
 from falcon_relu.evaluation.card_facts import HeldOut, Manifest, Results, Sparsity, Speeds, Training
-from falcon_relu.files import read_json, write_text
+from falcon_relu.files import read_json, real_path, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def run(args: Args) -> None:
         raise FalconError(f"the licence of {args.base} is not known here; known: {', '.join(LICENCES)}")
     facts: dict[str, Any] = {"name": args.name, "base": args.base}
     facts["training"] = _read(Training, args.run and args.run / "config.json")
-    names = [folder.resolve().name for folder in args.data]
+    names = [real_path(folder).name for folder in args.data]
     facts["data"] = {
         name if names.count(name) == 1 else str(folder): _read(Manifest, folder / "manifest.json")
         for name, folder in zip(names, args.data, strict=True)

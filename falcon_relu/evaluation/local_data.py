@@ -20,7 +20,7 @@ from pydantic import StringConstraints
 
 from falcon_relu.checkpoints.schema import parse, read_as
 from falcon_relu.errors import FalconError
-from falcon_relu.files import read_text, regular_file
+from falcon_relu.files import read_text, real_path, regular_file
 
 TASK_FILE = "task.json"
 _CARD, _BARE_CARD = "README.md", ".huggingface.yaml"  # where the datasets library looks for the layout
@@ -95,7 +95,7 @@ def local_task(data: Path, dataset: str) -> dict[str, Any] | None:
     # The library's own cache goes by the card alone: it would give the questions that a folder of this name once held.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "falcon-relu" / digest
     settings = _task_file(folder).settings
-    return {"dataset_path": str(folder.resolve()), "dataset_kwargs": {"cache_dir": str(cache)}} | settings
+    return {"dataset_path": str(real_path(folder)), "dataset_kwargs": {"cache_dir": str(cache)}} | settings
 
 
 def local_note(data: Path, dataset: str) -> str:
@@ -118,7 +118,7 @@ def _task_file(folder: Path) -> TaskFile:
 
 def _digest(folder: Path) -> str:
     """Of all files in a dataset, made sure to be regular ones inside of its folder."""
-    root, digest = folder.resolve(), hashlib.blake2b(digest_size=16)
+    root, digest = real_path(folder), hashlib.blake2b(digest_size=16)
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not os.path.realpath(path).startswith(f"{root}{os.sep}"):
             raise FalconError(f"{path} leads out of the folder of its dataset; copy what it leads to (cp -rL)")

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from falcon_relu.checkpoints.schema import seal, unseal
 from falcon_relu.errors import FalconError
+from falcon_relu.files import real_path
 from train.distributed import all_agree, wait_for_all
 from train.state import TrainState
 
@@ -40,7 +41,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0):
-        self._folder = folder.resolve()
+        self._folder = real_path(folder)
         _report_failures_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, create=True)
         _remove_unfinished(self._folder)

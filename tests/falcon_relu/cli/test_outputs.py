@@ -39,6 +39,8 @@ REFUSED = [
     ["card", "d", "--name", "x", "--overwrite"],
     ["card", "new", "--name", "x", "--json", "new"],
     ["card", "new", "--name", "x", "--relu", "f"],
+    ["card", "new", "--name", "x", "--data", "loop"],
+    *([*command, "loop", "new"] for command in (["export"], ["convert"], ["pack"])),
     *(["generate", "model", "x", *TOKENIZER, "--json", out] for out in ("d", "f", "f/x")),
     *(["decode", "model", "x", *TOKENIZER, "--backend", "xla", "--json", out] for out in ("d", "f", "f/x", "new")),
     *(["eval", "model", *TOKENIZER, "--tasks", "x", "--out", out] for out in ("f", "f/x")),
