@@ -18,7 +18,7 @@ from infer.weights.layout import Formats
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Output):
-    """Measure decoding with random weights at a model's real widths: whole tokens, or single kernels with --micro.
+    """Measure decoding with random weights at a model's real widths: whole decode steps, or single kernels (--micro).
 
     Memory bandwidth is measured with the same threads in the same run, between the steps.
     """
@@ -28,7 +28,7 @@ class Args(Output):
     layers: int = 4
     """Number of layers to measure; the whole model's speed is projected from them."""
     vocab_size: int | None = None
-    """Rows of the vocabulary head; the model's own if not given."""
+    """Vocabulary size; the model's own if not given."""
     format: Format = "bf16"
     """Number format of all matrices."""
     active: tuple[float, ...] = (0.05, 0.1, 0.2)
@@ -47,9 +47,9 @@ class Args(Output):
     steps: int = 12
     """Measured steps, or calls of each kernel."""
     bandwidth: float = 67.2
-    """Memory bandwidth in GB/s of the machine to project to; that of the published results by default."""
+    """Memory bandwidth in GB/s of the machine to project the speed to; by default, that of the published results."""
     micro: bool = False
-    """Measure single kernels instead of whole tokens."""
+    """Measure single kernels instead of whole decode steps."""
 
 
 def run(args: Args) -> None:

@@ -35,7 +35,8 @@ from infer.weights.storage import is_decode_weights, load_weights, outline
 class Args(Output):
     """Continue prompts on this computer's CPU, reading only the neurons that fire.
 
-    Without prompts, a chat loop: every line typed is continued in the text so far; an empty line starts anew.
+    Without prompts it is a chat: each line typed is appended to the text so far and continued; an empty line starts a
+    new text.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -45,28 +46,29 @@ class Args(Output):
     tokenizer: Path
     """A tokenizer.json, or a folder with one."""
     file: Path | None = None
-    """Read further prompts from this UTF-8 file, one a line; blank lines do not count."""
+    """Read further prompts from this UTF-8 file, one a line; blank lines are skipped."""
     mode: Mode | None = None
-    """dense reads everything; exact skips rows of the down-projection that count for nothing (same output as dense);
-    sparse reads the neurons that the predictor chooses. The sparsest that the model can serve, if not given."""
+    """dense reads everything; exact skips the rows of the down-projection whose neuron is zero (same output as dense);
+    sparse reads only the neurons that the predictor chooses. If not given: sparse with a predictor, else exact, or
+    dense for a GELU model."""
     predictor: Path | None = None
     """Predictor file, for sparse; see falcon-relu predictor. Packed weights may hold one already."""
     format: str | None = None
     """Number format of the weights in memory: f32, bf16, f16, int8 or int4 (with an int8 head), also with exceptions:
-    "int8,head=bf16" (kinds: attention, mlp, predictor, head). That of packed weights, else bf16, if not given."""
+    "int8,head=bf16" (kinds: attention, mlp, predictor, head). If not given: bf16; packed weights keep theirs."""
     batch: int = 1
-    """Continue so many prompts at a time, sharing every read; they are printed when they are complete."""
+    """Number of prompts decoded together, for which each weight is read once; printed when complete."""
     backend: kernels.Backend = "auto"
-    """Kernels: native (C++), xla, or native where it was built."""
+    """Kernels: native (C++), xla, or auto: native where it was built."""
     threads: int | None = None
-    """Threads that compute; all cores if not given."""
+    """Threads that compute; one for each core if not given."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
 
 
 def run(args: Args) -> None:
-    """Refuses what cannot be done, loads, continues the prompts as they stream, then says in one line what it took."""
+    """Checks the arguments, loads the weights, prints each continuation, then speed and memory traffic in one line."""
     if args.threads is not None:
         limit_threads(args.threads)
     if args.batch < 1:
@@ -90,7 +92,7 @@ def run(args: Args) -> None:
         batch, longest = min(args.batch, len(encoded)), prompt + sampling.max_new_tokens
     else:
         prompt, batch, longest = c.max_positions, 1, c.max_positions
-    # A predictor file is gone before the first prompt is read.
+    # The predictor file as read is freed before the first prompt is processed: the two are not in memory together.
     more = max(working_bytes(c, batch, prompt, longest), args.predictor.stat().st_size if args.predictor else 0)
     need_memory(outline.nbytes + more, f"the weights of {args.model} and the cache of {batch} x {longest} tokens")
 
@@ -101,7 +103,7 @@ def run(args: Args) -> None:
         turns: list[dict[str, object]] = []
         try:
             _chat(args, weights, tokenizer, mode, sampling, turns)
-        finally:  # Ctrl-C, too, ends a chat
+        finally:  # also when Ctrl-C ends the chat
             if args.json is not None:
                 write_json(args.json, about | {"turns": turns}, replace=args.overwrite)
         return
@@ -112,7 +114,7 @@ def run(args: Args) -> None:
         texts += _show(tokenizer, prompts[group], steps)
     about |= {"prompts": prompts, "texts": texts}
     written = args.json is not None and not is_special(args.json)
-    if args.json is not None and written:  # before memory is measured, which takes memory
+    if args.json is not None and written:  # before the bandwidth is measured, which takes up to 1 GiB of memory
         write_json(args.json, about | _row(stats, None), replace=args.overwrite)
     bandwidth = memory_bandwidth()
     console.print(_line(stats, bandwidth), soft_wrap=True)
@@ -121,7 +123,7 @@ def run(args: Args) -> None:
 
 
 def _outline(args: Args) -> DecodeWeights:
-    """Shapes of the weights that will be read; checks the predictor file against them."""
+    """Shapes and dtypes of the weights that will be read, with no memory behind them; checks the predictor file."""
     if is_decode_weights(Path(args.model)):
         if args.format is not None or args.activation is not None:
             raise FalconError(f"{args.model} is packed already: its format and activation cannot be chosen any more")
@@ -141,7 +143,7 @@ def _predictor(args: Args, config: FalconConfig) -> Predictor | None:
 
 
 def _weights(args: Args) -> DecodeWeights:
-    """The weights. The predictor file is read again, after them: both its forms are in memory for a moment only."""
+    """The weights. The predictor file is read again, last, so that its original is in memory only briefly."""
     if is_decode_weights(Path(args.model)):
         weights = load_weights(Path(args.model))
         format = weights.formats.predictor
@@ -163,7 +165,7 @@ def _sparsest(weights: DecodeWeights) -> Mode:
 
 
 def _show(tokenizer: Tokenizer, prompts: Sequence[str], steps: Iterable[Sequence[int | None]]) -> list[str]:
-    """Prints each prompt and what follows: a single one as it comes, several when they are complete."""
+    """Prints each prompt and its continuation: a single one token by token, several when complete."""
     live = len(prompts) == 1
     streams = [tokenizer.stream() for _ in prompts]
     texts = ["" for _ in prompts]
@@ -190,9 +192,9 @@ def _chat(
     sampling: Sampling,
     turns: list[dict[str, object]],
 ) -> None:
-    """Continues what is typed, line after line, until the input ends; errors end a turn, not the loop.
+    """Continues each line typed until the input ends; an error ends a turn of the conversation, not the chat.
 
-    `turns` gets what was typed, what came, the figures, and whether the text started anew there.
+    Appends to `turns` each turn's prompt, text, measurements, and whether it began a new text.
     """
     begin = functools.partial(Conversation, weights, mode=mode, backend=args.backend)
     conversation, bandwidth, anew = begin(), memory_bandwidth(), True

@@ -43,8 +43,8 @@ EngineName = Literal["flax", "dense", "exact", "sparse"]
 class Args(Output):
     """Run benchmarks with EleutherAI's lm-eval: pip install "falcon-relu[eval]".
 
-    Answers are kept in the --out folder as they come. Run the same command again after an interruption and it goes on;
-    run it with other tasks and it asks only what is new.
+    Each answer is written to the --out folder at once. After an interruption, the same command continues; with other
+    tasks, only requests that are not answered yet are run.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -56,27 +56,27 @@ class Args(Output):
     suite: Literal["open-llm-v1"] | None = None
     """ARC-Challenge (25 examples shown), HellaSwag (10), MMLU (5), TruthfulQA mc2 (0), Winogrande (5) and GSM8K (5)."""
     tasks: tuple[str, ...] = ()
-    """Any tasks or groups of lm-eval; those of the suite as they are in it."""
+    """Any tasks or groups of lm-eval; a task of the suite has the suite's settings."""
     shots: int | None = None
-    """Examples to show; the suite's or task's own number if not given."""
+    """Number of few-shot examples; that of the suite or task if not given."""
     data: Path | None = None
-    """Folder of local datasets, see falcon-relu eval-data; the hub is asked for others."""
+    """Folder of local datasets, see falcon-relu eval-data; others are downloaded from the hub."""
     offline: bool = False
-    """Ask the hub for nothing."""
+    """Do not contact the hub."""
     limit: int | None = None
-    """Questions of each task, at most (of each subject of MMLU)."""
+    """Maximum number of questions of each task (of MMLU, of each subject)."""
     seed: int = 1234
-    """Of the examples shown, and of sampled generation."""
+    """Seed of the choice of few-shot examples and of sampled generation."""
     engine: EngineName = "flax"
     """flax: the dense model on any devices; dense, exact or sparse: decoding on this CPU."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of weights and products, for flax."""
     mesh: tuple[int, int, int] = (1, -1, 1)
-    """Devices along (data, fsdp, tensor), for flax; one -1 takes what is left."""
+    """Devices along (data, fsdp, tensor), for flax; one of them may be -1: all remaining devices."""
     predictor: Path | None = None
     """Predictor file, for sparse; packed weights may hold one already."""
     format: Format | None = None
-    """Number format of the weights, for the CPU modes; that of packed weights, else bf16, if not given."""
+    """Number format of the weights, for the CPU modes. If not given: bf16; packed weights keep theirs."""
     backend: kernels.Backend = "auto"
     """Kernels, for the CPU modes."""
     activation: Activation | None = None
@@ -88,17 +88,17 @@ class Args(Output):
 
 
 def run(args: Args) -> None:
-    """Makes sure of folder and questions, loads the model, asks, reports."""
+    """Checks the folder and the arguments, loads the questions, then the model, runs it, and reports."""
     if importlib.util.find_spec("lm_eval") is None:
         raise FalconError('evaluation needs lm-eval: pip install "falcon-relu[eval]"')
     if (args.suite is None) == (not args.tasks):
-        raise FalconError("say what to run: --suite open-llm-v1, or --tasks with names of lm-eval")
+        raise FalconError("choose what to run: --suite open-llm-v1, or --tasks with names of lm-eval")
     if args.limit is not None:
         check_number("--limit", args.limit, low=1)
     if args.shots is not None:
         check_number("--shots", args.shots, low=0)
     check_seed("--seed", args.seed)
-    # All of these are read when the libraries are imported.
+    # The libraries read these variables when they are imported.
     os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     if args.offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -132,7 +132,7 @@ def run(args: Args) -> None:
 
 
 def engine(args: Args) -> Engine:
-    """What the arguments say to run.
+    """The model with the engine that the arguments choose.
 
     Raises:
       FalconError: the model cannot be loaded or cannot serve the mode.
@@ -155,10 +155,10 @@ def engine(args: Args) -> Engine:
 
 
 def _claim(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the answers of this run are of, made sure to be what those in the folder are of.
+    """The settings that determine the answers, equal to those of the answers that the folder already holds.
 
     Raises:
-      FalconError: there are answers of another model in it, or what they are of cannot be read.
+      FalconError: the folder holds answers with other settings, or the file with their settings cannot be read.
     """
     names = ("dtype",) if args.engine == "flax" else ("format", "backend")
     settings: dict[str, Any] = {"model": str(args.model), "engine": args.engine, "tokenizer": tokenizer.sha256}
@@ -171,7 +171,8 @@ def _claim(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
     found = parse(dict[str, str | None], read_json(path), path)
     if changed := [name for name in settings | found if found.get(name, "") != settings.get(name, "")]:
         raise FalconError(
-            f"{args.out} holds answers of another model or way ({', '.join(changed)}); choose another --out"
+            f"{args.out} holds answers of another model or with other settings ({', '.join(changed)}); choose another "
+            "--out"
         )
     return settings
 

@@ -19,15 +19,15 @@ from infer.weights.storage import save_weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Output):
-    """Lay a checkpoint out for decoding on a CPU: neuron-major rows in a small format, with its predictor.
+    """Convert a checkpoint to decode weights: one row a neuron, in a chosen number format, with the predictor.
 
-    `falcon-relu decode` loads the result at the speed of the disk. One tensor of the source is in memory at a time.
+    `falcon-relu decode` loads the result as fast as the disk reads. The source is read one tensor at a time.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Native weights, Hugging Face folder or hub id."""
     out: Annotated[Path, tyro.conf.Positional]
-    """Folder to make."""
+    """Folder to write."""
     format: str = "bf16"
     """Number format of the matrices: f32, bf16, f16, int8 or int4 (with an int8 head), also with exceptions:
     "int8,head=bf16" (kinds: attention, mlp, predictor, head)."""

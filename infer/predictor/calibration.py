@@ -1,9 +1,9 @@
 """Calibration: a threshold and a budget for every layer, chosen together for the whole model.
 
-What a layer loses by not reading neurons that fire is measured as energy, the sum of their squared contributions. The
-outputs of skipped neurons add up nearly at random, so this is the squared error of the MLP's output, and to second
-order KL(dense || sparse) is a weighted sum of the layers' squared errors. Thresholds are therefore chosen so that the
-last neuron read lowers the (weighted) lost energy by the same amount in every layer.
+The error that a layer makes by not reading neurons that fire is measured as energy, the sum of their squared
+contributions. The outputs of skipped neurons are nearly uncorrelated, so that this is about the squared error of the
+MLP's output, and to second order KL(dense || sparse) is a weighted sum of the layers' squared errors. Thresholds are
+therefore chosen so that reading one more neuron lowers the (weighted) lost energy by the same amount in every layer.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from infer.predictor.recording import Recording
 
 _POINTS = 512  # thresholds on a curve
 _CHUNK_BYTES = 64 << 20  # of logits at a time
-_WITHIN_BUDGET = 0.999  # share of tokens whose selection the budget leaves whole
+_WITHIN_BUDGET = 0.999  # fraction of the tokens that select no more neurons than the budget
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What a layer's predictor does at each of P thresholds, over held-out tokens; thresholds fall, reads rise.
+    """A layer's predictor at P thresholds, measured on held-out tokens; in order of falling thresholds.
 
     Attributes:
       threshold_P: the thresholds.
       read_P: neurons selected for a token, mean.
-      recall_P: share selected of the neurons that fire.
-      mass_P: share selected of the contributions.
-      energy_P: share selected of the squared contributions.
+      recall_P: fraction of the neurons that fire that are selected.
+      mass_P: the same, neurons weighted by their contributions.
+      energy_P: the same, neurons weighted by their squared contributions.
       fired: neurons that fire for a token, mean.
     """
 
@@ -46,15 +46,15 @@ class Curve:
     fired: float
 
     def covering(self, energy: float) -> int:
-        """The first point that covers a share of the energy."""
+        """The first point whose `energy_P` is at least `energy`."""
         return min(int(np.searchsorted(self.energy_P, energy)), len(self.energy_P) - 1)
 
     def reading(self, neurons: float) -> int:
-        """The last point that reads at most so many neurons a token; the first if none does."""
+        """The last point that reads at most `neurons` neurons a token; the first if none does."""
         return max(int(np.searchsorted(self.read_P, neurons, side="right")) - 1, 0)
 
-    def figures(self, p: int) -> dict[str, float]:
-        """What a predictor stores of its point `p`: read, fired (neurons a token), recall, precision, mass, energy."""
+    def row(self, p: int) -> dict[str, float]:
+        """Results at point `p`, as a predictor stores them: read, fired (neurons a token), recall, precision, ..."""
         read, recall = float(self.read_P[p]), float(self.recall_P[p])
         return {
             "read": read,
@@ -67,7 +67,7 @@ class Curve:
 
 
 def measure(layer: LayerPredictor, recording: Recording, i: int) -> Curve:
-    """The curve of a predictor of layer `i` on the recording's held-out tokens; one pass, bounded memory."""
+    """The curve of layer `i`'s predictor on the recording's held-out tokens; read once, in chunks."""
     threshold_P = np.empty(0)
     sums_4xQ = np.zeros((4, _POINTS + 1))
     for z_nxF, c_nxF in _scored(layer, recording, i):
@@ -93,17 +93,17 @@ def calibrate_predictor(
     sensitivity: Sequence[float] | None = None,
     curves: Sequence[Curve] | None = None,
 ) -> Predictor:
-    """Sets thresholds, budgets and measured figures, from held-out tokens.
+    """Sets thresholds, budgets and measured results, from the recording's held-out tokens, for one target.
 
     Args:
       predictor: as fitted.
-      recording: of its model and of its input.
-      energy: the share of the energy to cover, a mean over layers; with the fewest neurons read. Or:
-      recall: the share of the neurons that fire in all layers together to cover; with the fewest neurons read. Or:
-      neurons: the neurons to read for a token in all layers together; with the most energy covered. Or:
-      kl: KL(dense || sparse) to expect, nats a token; with the fewest neurons read; needs the sensitivity.
-      sensitivity: weight of each layer's share of lost energy, nats (see `quality.sensitivity`); equal if None.
-      curves: what `measure` says of every layer, if that is known already.
+      recording: recorded activations of its model, at its input.
+      energy: target: fraction of the energy to cover, averaged over layers, with the fewest neurons read.
+      recall: target: fraction to cover of the neurons that fire, over all layers, with the fewest neurons read.
+      neurons: target: neurons to read a token, summed over layers, with the most energy covered.
+      kl: target: expected KL(dense || sparse), nats a token, with the fewest neurons read; needs `sensitivity`.
+      sensitivity: weight of each layer's fraction of lost energy, nats (see `quality.sensitivity`); equal if None.
+      curves: results of `measure` for every layer, if they were computed already.
 
     Raises:
       FalconError: the recording is of another input or model, or as `check_target`.
@@ -129,12 +129,12 @@ def calibrate_predictor(
         _budget(layer, recording, i, threshold)
         for i, (layer, threshold) in enumerate(zip(predictor.layers, thresholds, strict=True))
     )
-    measured = tuple(curve.figures(p) for curve, p in zip(curves, points, strict=True))
+    measured = tuple(curve.row(p) for curve, p in zip(curves, points, strict=True))
     return predictor.replace(thresholds=thresholds, budgets=budgets, measured=measured)
 
 
 def check_target(**targets: float | None) -> None:
-    """Makes sure that one target of `calibrate_predictor`, or megabytes a token, is given and can be met.
+    """Makes sure that exactly one target of `calibrate_predictor`, or megabytes a token, is given, and is in range.
 
     Raises:
       FalconError: none or several are given, or it is out of range.
@@ -147,7 +147,7 @@ def check_target(**targets: float | None) -> None:
 
 
 def neurons_for_bytes(predictor: Predictor, bytes_per_token: float, weight_bytes: float) -> float:
-    """The neurons a token may read in all layers together if MLPs and predictors are to read at most these bytes.
+    """Neurons a token may read, summed over layers, so that MLPs and predictors together read at most these bytes.
 
     Raises:
       FalconError: the predictors alone read more, or a number is not above 0.
@@ -169,9 +169,9 @@ def allocate(
 ) -> list[int]:
     """Chooses a point on every layer's curve of loss against cost.
 
-    Steps along the curves' lower convex hulls, the steepest first over all layers: at `max_cost` as far as the total
-    cost allows, at `max_loss` until the total loss is low enough (or no step is left). No other choice of points has
-    less loss at the total cost that comes out (Everett's theorem on Lagrange multipliers, 1963).
+    Goes along the lower convex hulls of all curves, always taking the steepest remaining segment: with `max_cost` while
+    the total cost stays within it, with `max_loss` until the total loss is low enough or no segment is left. No other
+    choice of points with the same total cost has less loss (Everett's theorem on Lagrange multipliers, 1963).
 
     Args:
       costs: of each layer's points.
@@ -220,13 +220,13 @@ def _slope(cost_P: np.ndarray, loss_P: np.ndarray, a: int, b: int) -> float:
 
 
 def _budget(layer: LayerPredictor, recording: Recording, i: int, threshold: float) -> int:
-    """The neurons that all but a thousandth of the held-out tokens stay within at a threshold."""
+    """The number of neurons that all but a thousandth of the held-out tokens do not exceed at a threshold."""
     count_n = np.concatenate([(z_nxF >= threshold).sum(1) for z_nxF, _ in _scored(layer, recording, i)])
     return int(np.quantile(count_n, _WITHIN_BUDGET, method="higher"))
 
 
 def _scored(layer: LayerPredictor, recording: Recording, i: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Logits and contributions [n, F] in float32 of the held-out tokens, some at a time."""
+    """Logits and contributions [n, F], float32, of the held-out tokens, a chunk of tokens at a time."""
     x_NxD, c_NxF = recording.layer(i)
     tokens = max(_CHUNK_BYTES // (4 * recording.d_ff), 1)
     for start in range(recording.held_out.start, recording.held_out.stop, tokens):
@@ -235,7 +235,7 @@ def _scored(layer: LayerPredictor, recording: Recording, i: int) -> Iterator[tup
 
 
 def _grid(z_nxF: np.ndarray) -> np.ndarray:
-    """Falling thresholds that select shares from a ten-thousandth to all, finest where few are selected."""
+    """Falling thresholds that select from a ten-thousandth of the neurons to all, geometrically spaced."""
     threshold_P = np.quantile(z_nxF, 1 - np.geomspace(1e-4, 1, _POINTS))
     threshold_P[-1] = EVERY
     return threshold_P

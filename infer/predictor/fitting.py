@@ -1,9 +1,9 @@
 """Fitting predictors to a recording, a layer at a time.
 
-The loss weighs neurons by what they contribute. With e the contribution of a neuron (over the mean of those that fire,
-to a power) and z its logit, it is e * softplus(-z) + price * softplus(z), least where z = log(E[e | x] / price): the
-logit reaches 0 exactly where the contribution to be expected is worth the price of a read. With power 0 it is a
-class-weighted cross-entropy as in Deja Vu (arXiv:2310.17157).
+The loss weights neurons by their contributions. With e the contribution of a neuron (divided by the mean of those that
+fire, to a power) and z its logit, it is e * softplus(-z) + price * softplus(z), whose minimum is at
+z = log(E[e | x] / price): the logit is above 0 exactly where the expected contribution exceeds the price of reading the
+neuron. With power 0 it is a class-weighted cross-entropy as in Deja Vu (arXiv:2310.17157).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from infer.predictor.calibration import measure
 from infer.predictor.predictor import LayerPredictor, Predictor, PredictorInput, score, uncalibrated
 from infer.predictor.recording import Recording
 
-_ROUND_BYTES = 256 << 20  # of minibatches handed to the device at a time
+_ROUND_BYTES = 256 << 20  # of minibatches passed to one compiled call
 _SAMPLE = 16_384  # tokens from which a layer's statistics are taken
-_START_LOGIT = 4.0  # spread of the logits before the first step
+_START_LOGIT = 4.0  # root mean square of the logits before the first step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,13 @@ class FitConfig:
 
     Attributes:
       power: exponent of the contributions in the loss; 0 treats all neurons that fire alike.
-      price: cost of reading a neuron, over the mean contribution of the layer's neurons.
-      epochs: passes over the recording at most; at 0 the start itself is the result.
-      patience: epochs without a gain on held-out tokens after which to stop.
+      price: cost of reading a neuron, in units of the mean contribution of the layer's neurons.
+      epochs: maximum number of passes over the recording; with 0 the result is `linear_start`.
+      patience: epochs without a lower loss on held-out tokens after which to stop.
       batch: tokens a step.
-      learning_rate: first step of AdamW, falling to 0 along a cosine; times 1 / sqrt(D).
-      weight_decay: of AdamW.
-      seed: of the order of the tokens.
+      learning_rate: AdamW's initial learning rate, divided by sqrt(D); a cosine decays it to 0.
+      weight_decay: AdamW's weight decay.
+      seed: seed of the order of the tokens.
     """
 
     power: float = 1.0
@@ -66,14 +66,15 @@ class FitConfig:
 def fit_predictor(
     recording: Recording, config: FalconConfig, params: Params, ranks: Sequence[int], how: FitConfig | None = None
 ) -> Predictor:
-    """Fits all layers, in bfloat16, with the thresholds at which as many neurons are read as fire.
+    """Fits the predictors of all layers, in bfloat16, with thresholds at which as many neurons are read as fire.
 
-    `measured` are the held-out figures there, and `start_recall` and `start_energy` of `linear_start` at as many reads.
+    `measured` has each layer's results on held-out tokens at that threshold, and `start_recall` and `start_energy` of
+    `linear_start` at the same number of reads.
 
     Args:
-      recording: of the model.
+      recording: recorded activations of the model.
       config: the model.
-      params: its parameters; the start is made from them.
+      params: its parameters; `linear_start` is computed from them.
       ranks: R of each layer, even.
       how: settings.
 
@@ -95,7 +96,7 @@ def fit_predictor(
             p, q = curve.reading(curve.fired), start.reading(curve.fired)
             thresholds.append(float(curve.threshold_P[p]))
             baseline = {"start_recall": float(start.recall_P[q]), "start_energy": float(start.energy_P[q])}
-            measured.append(curve.figures(p) | baseline)
+            measured.append(curve.row(p) | baseline)
     return uncalibrated(layers, recording.input).replace(thresholds=tuple(thresholds), measured=tuple(measured))
 
 
@@ -107,7 +108,7 @@ def fit_layer(
     how: FitConfig,
     advance: Callable[[int], None] = lambda _: None,
 ) -> LayerPredictor:
-    """Fits layer `i` from `linear_start`; returns the weights that did best on held-out tokens, float32."""
+    """Fits layer `i`, starting from `linear_start`; returns the weights with the lowest held-out loss, float32."""
     (x_NxD, c_NxF), held_out = recording.layer(i), recording.held_out
     if len(held_out) < how.batch:
         raise FalconError(
@@ -128,7 +129,7 @@ def fit_layer(
         steps=how.epochs * (held_out.start // how.batch),
     )
     start = linear_start(sample_nxD, up_FxD, R)
-    # Inputs of unit size suit one learning rate whatever the residual stream; the size goes back into fc1 at the end.
+    # Inputs are scaled to a root mean square of 1, so that one learning rate suits all layers; fc1 takes the scale.
     best = layer = LayerPredictor(start.fc1_RxD * size, start.fc2_FxR)
     moments = _adam(goal).init(layer)
     rng = np.random.default_rng(how.seed)
@@ -162,15 +163,15 @@ def up_rows(config: FalconConfig, params: Params, i: int, input: PredictorInput)
 
 
 def linear_start(x_nxD: np.ndarray, up_FxD: jax.Array, R: int) -> LayerPredictor:
-    """The predictor that needs no training: W_up cut to rank R / 2 where the inputs lie.
+    """A predictor without training: the best approximation of W_up of rank R / 2 on the inputs.
 
-    Of all matrices of that rank it is the closest to W_up in the mean square over the inputs: the truncated SVD of
-    W_up S, S the root of the inputs' second moment. Each direction is used with both signs, as relu(a) - relu(-a) = a.
+    It minimises the mean squared error of W_up x over the inputs x: the truncated SVD of W_up S, with S the square root
+    of the inputs' second moment. Each direction is used with both signs, as relu(a) - relu(-a) = a.
     """
     check_rank(R, up_FxD.shape[1])
     moment_DxD = x_nxD.T @ x_nxD / len(x_nxD)
     eigen_D, basis_DxD = jnp.linalg.eigh(moment_DxD)
-    root_D = jnp.sqrt(jnp.maximum(eigen_D, 1e-5 * eigen_D.mean()))  # directions never seen must not blow up
+    root_D = jnp.sqrt(jnp.maximum(eigen_D, 1e-5 * eigen_D.mean()))  # directions without inputs must not divide by 0
     up_root_FxD = up_FxD @ (basis_DxD * root_D[None])
     directions_DxR = jnp.linalg.eigh(up_root_FxD.T @ up_root_FxD)[1][:, -(R // 2) :]
     fc1 = (basis_DxD / root_D[None] @ directions_DxR).T
@@ -180,7 +181,7 @@ def linear_start(x_nxD: np.ndarray, up_FxD: jax.Array, R: int) -> LayerPredictor
 
 
 def check_rank(R: int, D: int) -> None:
-    """Refuses what is no rank of a predictor that starts from `linear_start`.
+    """Makes sure that `linear_start` can make a predictor of rank R.
 
     Raises:
       FalconError: it is odd, or outside 2 to 2 D.
@@ -198,9 +199,10 @@ def choose_rank(
     energy: float,
     how: FitConfig | None = None,
 ) -> tuple[int, list[dict[str, float]]]:
-    """The rank of layer `i` at which a token reads least: both maps, and 2 D weights for each neuron selected.
+    """The rank of layer `i` with the fewest weights read a token: those of both maps, and 2 D for each selected neuron.
 
-    Every candidate is fitted for one epoch and measured where it covers a share `energy` of the held-out energy.
+    Every candidate is fitted for one epoch and compared at the threshold that covers the fraction `energy` of the
+    held-out energy.
 
     Returns:
       The rank and, for each candidate, rank, neurons read a token and weights read a token.
@@ -223,7 +225,7 @@ def _sample(recording: Recording, i: int) -> tuple[np.ndarray, ...]:
 
 @struct.dataclass
 class _Goal:
-    """What the compiled step needs to know of a layer, as data, so that all layers share it."""
+    """Settings of a layer's loss and optimizer; arrays of the compiled step, so that all layers use one program."""
 
     size: float  # root mean square of the inputs
     unit: float  # mean contribution of a neuron that fires
@@ -269,7 +271,7 @@ def _evaluate(goal: _Goal, layer: LayerPredictor, x_SxnxD: jax.Array, c_SxnxF: j
 
 
 def _rounds(rows: Sequence[int] | np.ndarray, batch: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Whole minibatches of the chosen rows, [S, n, ...] of each array, as many at a time as fit the round's bytes."""
+    """Full minibatches of the given rows, [S, n, ...] of each array, as many at a time as fit into _ROUND_BYTES."""
     row_bytes = sum(a[:1].nbytes for a in arrays)
     at_once = max(_ROUND_BYTES // (batch * row_bytes), 1)
     minibatches = np.reshape(rows[: len(rows) // batch * batch], (-1, batch))

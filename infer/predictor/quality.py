@@ -1,4 +1,4 @@
-"""Quality against neurons read: the Flax model with each MLP cut down to the neurons that a predictor selects."""
+"""Quality against neurons read: the Flax model with all neurons set to zero that a predictor does not select."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def masked_forward(
     *,
     dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
-    """The model's final hidden states [B, T, D] when only selected neurons count, and how many were, [L, B, T].
+    """Final hidden states [B, T, D] with only the selected neurons, and how many were selected, [L, B, T].
 
     A neuron that is selected but does not fire stays zero. Traceable; thresholds and budgets are data.
     """
@@ -71,15 +71,15 @@ def masked_forward(
 def compare_sparse(
     config: FalconConfig, params: Params, predictor: Predictor, batches: Iterable[Batch], *, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
-    """Dense against sparse on text.
+    """Compares the dense with the sparse model on text.
 
     Returns:
-      Figures by name.
+      Results by name.
 
       - kl: KL(dense || sparse), nats a token.
-      - agreement: share of tokens with the same most likely next token.
-      - dense_loss, sparse_loss: nats a next token.
-      - read, fired: share of the MLPs' neurons that were selected, that fire in the dense model.
+      - agreement: fraction of the tokens with the same most likely next token.
+      - dense_loss, sparse_loss: cross-entropy, nats a predicted token.
+      - read, fired: fraction of the MLPs' neurons that were selected; that fire in the dense model.
       - read_per_layer, fired_per_layer: the same for each layer.
     """
     chosen = selector(predictor)
@@ -106,17 +106,17 @@ def compare_sparse(
 def sensitivity(
     config: FalconConfig, params: Params, predictor: Predictor, batches: Sequence[Batch], *, dtype: Any = jnp.float32
 ) -> list[float]:
-    """KL(dense || sparse) for each unit of a layer's share of lost energy, when that layer alone is sparse.
+    """KL(dense || sparse) with one layer sparse, divided by the fraction of that layer's energy that is lost.
 
     Args:
       config: the model.
       params: its parameters.
       predictor: calibrated once, so that every layer loses a little.
-      batches: text; a few thousand tokens are enough, and are run once for every layer.
+      batches: text, a few thousand tokens; the model runs over it once for every layer.
       dtype: compute dtype.
 
     Returns:
-      L weights for `calibrate_predictor`.
+      L numbers, nats, the weights that `calibrate_predictor` takes.
     """
     others = predictor.replace(thresholds=(EVERY,) * config.n_layers, budgets=(config.d_ff,) * config.n_layers)
 
@@ -126,8 +126,8 @@ def sensitivity(
         return others.replace(thresholds=tuple(thresholds))
 
     return [
-        compare_sparse(config, params, alone(i), batches, dtype=dtype)["kl"] / max(1 - figures["energy"], 1e-6)
-        for i, figures in enumerate(predictor.measured)
+        compare_sparse(config, params, alone(i), batches, dtype=dtype)["kl"] / max(1 - measured["energy"], 1e-6)
+        for i, measured in enumerate(predictor.measured)
     ]
 
 
@@ -142,15 +142,15 @@ def reading_curve(
     sensitivity: Sequence[float] | None = None,
     dtype: Any = jnp.float32,
 ) -> Iterator[tuple[Predictor, dict[str, Any]]]:
-    """The curve of quality against neurons read: for each of `reads`, calibrated to it, and what `compare_sparse` says.
+    """Quality against neurons read: for each of `reads`, the predictor calibrated to it, and `compare_sparse` of it.
 
     Args:
       config: the model.
       params: its parameters.
       predictor: as fitted.
-      recording: of the model and of the predictor's input; its held-out tokens calibrate.
+      recording: of the model and of the predictor's input; calibration uses its held-out tokens.
       batches: text to compare on.
-      reads: neurons to read in all layers together, over the neurons that fire.
+      reads: numbers of neurons to read in all layers together, each divided by the number that fire.
       sensitivity: see `calibrate_predictor`.
       dtype: compute dtype.
     """
@@ -199,7 +199,7 @@ def _sums(
             "targets": jnp.sum(target_T),
         }
 
-    # One sequence's logits at a time: a batch's would be the largest arrays of all.
+    # One sequence's logits at a time: those of a whole batch would need the most memory of all arrays.
     sums = jax.lax.map(of_sequence, (dense_BxTxD, sparse_BxTxD, tokens_BxT, segments_BxT))
     fired_LxBxT = updates["statistics"]["layers"]["mlp"]["active"]
     return jax.tree.map(lambda x: x.sum(0), sums) | {
@@ -208,7 +208,7 @@ def _sums(
     }
 
 
-@functools.cache  # the model is a static value: the same function for the same input keeps compiled programs
+@functools.cache  # the function is part of a static argument: the same object keeps `_sums` from compiling again
 def _reading(input: PredictorInput) -> Select:
     def keep(variables: Any, block_input: jax.Array, mlp_input: jax.Array) -> jax.Array:
         layer = variables["layer"]

@@ -1,4 +1,4 @@
-"""Recordings: what entered a model's MLPs on real text and what each neuron contributed, on disk, a layer at a time."""
+"""Recordings: the inputs of a model's MLPs on real text and each neuron's contribution, two files a layer on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from falcon_relu.model import Falcon, KVCache, Params
 from falcon_relu.progress import progress
 from infer.predictor.predictor import PredictorInput
 
-Batch = Mapping[str, Any]  # as of train.data.batches: the three below, int32 [B, T]; segment 0 is padding
+Batch = Mapping[str, Any]  # as train.data.batches gives them: the three arrays below, int32 [B, T]; segment 0: padding
 BATCH_KEYS = ("tokens_BxT", "positions_BxT", "segment_ids_BxT")  # in the order in which the model takes them
 
 INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
@@ -33,7 +33,7 @@ CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
 _VERSION = 2
 _MANIFEST = "recording.json"
 _ADVICE = "record it again"
-_PIECE_BYTES = 512 << 20  # of all layers' neurons that are in memory at a time
+_PIECE_BYTES = 512 << 20  # memory for the activations of all layers at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,13 @@ class Recording:
     """A folder of recorded activations; D * 2 + F bytes for each token and layer.
 
     Attributes:
-      folder: where it is.
+      folder: where its files are.
       input: which input of the layers was recorded.
-      tokens: N, tokens recorded, in the order of the batches.
+      tokens: N, number of tokens recorded, in the order of the batches.
       n_layers: L.
       d_model: D.
       d_ff: F.
-      files: bytes and CRC-32 of every file by name, held against it when it is first read.
+      files: size in bytes and CRC-32 of every file by name, checked when it is first read.
 
     Raises:
       FalconError: the numbers are out of range, or the files are not those of so many layers.
@@ -74,7 +74,7 @@ class Recording:
 
     @property
     def held_out(self) -> range:
-        """The tokens kept for measuring, which are the last tenth."""
+        """The tokens not used to fit but to measure: the last tenth."""
         return range(self.tokens - self.tokens // 10, self.tokens)
 
     def check(self, config: FalconConfig) -> None:
@@ -84,10 +84,10 @@ class Recording:
             raise FalconError(f"{self.folder} is of a model with L, D, F = {sizes}; this one has {needed}")
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs [N, D] in bfloat16 and contributions [N, F] in float8 of layer `i`, mapped from disk.
+        """Inputs [N, D] in bfloat16 and contributions [N, F] in float8_e5m2 of layer `i`, memory-mapped.
 
-        A neuron's contribution is |h| * ||its row of W_down||: the length of what it adds to the residual stream. It is
-        zero exactly where the neuron does not fire.
+        A neuron's contribution is |h| * ||its row of W_down||, the norm of the vector that it adds to the residual
+        stream. It is zero exactly where the neuron does not fire.
 
         Raises:
           FalconError: a file is missing or damaged.
@@ -104,7 +104,7 @@ class Recording:
 
 @functools.cache
 def _check_once(path: Path, wanted: Digest, changed_ns: int) -> None:
-    """Holds a file against its checksum, but not again while it is the same file: a layer is read several times."""
+    """Checks a file's checksum, once while the file does not change: a layer is read several times."""
     check_digest(path, wanted, _ADVICE)
 
 
@@ -119,15 +119,15 @@ def record_activations(
     dtype: Any = jnp.float32,
     replace: bool = False,
 ) -> Recording:
-    """Runs the model over `batches` and writes what its layers saw, padding left out.
+    """Runs the model over `batches` and writes inputs and contributions of its layers, without padding.
 
     Args:
       config: the model; its activation must leave zeros.
       params: its parameters.
-      batches: text; as many are taken as needed.
-      folder: the recording to make; appears when complete.
-      tokens: how many tokens to record.
-      input: which input of the layers.
+      batches: text; only as many are read as needed.
+      folder: the recording to write; exists only once it is complete.
+      tokens: number of tokens to record.
+      input: which input of the layers to record.
       dtype: compute dtype.
       replace: whether an existing recording may be replaced.
 
@@ -197,10 +197,10 @@ def open_recording(folder: Path) -> Recording:
 def _observed(
     config: FalconConfig, params: Params, batches: Iterable[Batch], input: PredictorInput, dtype: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs [L, N, D] and contributions [L, N, F] for the real tokens of each batch, some positions at a time.
+    """Inputs [L, N, D] and contributions [L, N, F] of the tokens that are not padding, a chunk of positions at a time.
 
-    What all layers' neurons do at all positions does not fit into memory at 40B; a cache carries the context from one
-    piece of a batch to the next.
+    At 40B, the activations of all layers at all positions do not fit into memory; a KV cache carries the context from
+    one chunk of a batch to the next.
     """
     observe = jax.jit(functools.partial(_observe, Falcon(config, dtype), input), donate_argnums=2)
     lengths_LxF = jax.jit(_row_lengths)(params["layers"]["mlp"]["down"])
@@ -216,7 +216,7 @@ def _observed(
 
 
 def _padded(a_BxN: np.ndarray, C: int) -> np.ndarray:
-    """Filled up with zeros, which are padding, to C positions."""
+    """[B, C]: padded with zeros, which mark padding in all arrays of a batch."""
     return np.pad(a_BxN, ((0, 0), (0, C - a_BxN.shape[1])))
 
 

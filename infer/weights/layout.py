@@ -1,4 +1,4 @@
-"""Decode weights: a Falcon's parameters laid out for reading whole rows, layer by layer."""
+"""Decode weights: a Falcon's parameters as matrices of which decoding reads whole rows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Formats:
 
     @classmethod
     def parse(cls, text: str) -> Formats:
-        """Reads "int8" (everything) or "int8,head=bf16,predictor=bf16" (all but some).
+        """Parses "int8" (all kinds) or "int8,head=bf16,predictor=bf16" (all kinds but those named).
 
         The head of "int4" is int8 unless it is named: in 4 bits it costs several percent of perplexity.
 
@@ -70,15 +70,16 @@ class Formats:
                     f"number format {text!r} is not valid: give one of {', '.join(get_args(Format))}, then exceptions "
                     f"such as head=bf16 after commas; kinds: {', '.join(KINDS)}"
                 )
-        return dataclasses.replace(cls._beginning(first), **dict(named))  # type: ignore[arg-type]
+        return dataclasses.replace(cls._defaults(first), **dict(named))  # type: ignore[arg-type]
 
     @classmethod
-    def _beginning(cls, format: Format) -> Formats:
+    def _defaults(cls, format: Format) -> Formats:
+        """The formats before exceptions."""
         return dataclasses.replace(cls.all(format), head="int8" if format == "int4" else format)
 
     def __str__(self) -> str:
         """As `parse` reads it."""
-        default = self._beginning(self.mlp)
+        default = self._defaults(self.mlp)
         exceptions = (
             f"{kind}={getattr(self, kind)}" for kind in KINDS if getattr(self, kind) != getattr(default, kind)
         )
@@ -97,7 +98,7 @@ class Norm:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PredictorWeights:
-    """A layer's predictor: fc1 [R, D], fc2 [F, R], and as data the lowest logit and the most neurons to read."""
+    """A layer's predictor: fc1 [R, D], fc2 [F, R], lowest logit f32 and maximum number of neurons int32 to read."""
 
     fc1: Rows
     fc2: Rows
@@ -108,17 +109,17 @@ class PredictorWeights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One block.
+    """The weights of one block.
 
     Attributes:
-      attention_norm: the norm before the attention; before the MLP too in "parallel" blocks.
+      attention_norm: the norm before the attention; in "parallel" blocks before the MLP too.
       mlp_norm: the norm before the MLP; None in "parallel" blocks.
-      qkv: [K * (G + 2) * H, D]; of each KV head its queries, its key, its value.
+      qkv: [K * (G + 2) * H, D]; for each KV head, the rows of its queries, its key and its value.
       out: [D, K * G * H].
       up: [F, D].
       down: [F, D].
-      qkv_bias, out_bias, up_bias, down_bias: f32, one a row (down_bias: [D]); None without biases.
-      predictor: None where only `dense` and `exact` decoding is wanted.
+      qkv_bias, out_bias, up_bias, down_bias: f32, a number for each row (down_bias: [D]); None without biases.
+      predictor: None without sparse decoding.
     """
 
     attention_norm: Norm
@@ -137,15 +138,15 @@ class LayerWeights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class DecodeWeights:
-    """A whole model, one entry a layer.
+    """The decode weights of a whole model.
 
     Attributes:
       config: the architecture.
       predictor_input: what the predictors read; None without predictors.
       embedding: [V, D].
-      layers: L blocks.
-      final_norm: before the head.
-      head: [V, D]; None where the embedding is the head.
+      layers: the L blocks.
+      final_norm: the norm before the head.
+      head: [V, D]; None where the embedding is also the head.
     """
 
     config: FalconConfig = dataclasses.field(metadata=dict(static=True))
@@ -230,13 +231,13 @@ def weights_from_checkpoint(
     *,
     activation: Activation | None = None,
 ) -> DecodeWeights:
-    """Decode weights straight from a checkpoint, one tensor at a time: the model is never held a second time.
+    """Decode weights from a checkpoint, one tensor at a time: no second copy of the model is in memory.
 
     Args:
       source: native weights, a folder in the Hugging Face layout, or a hub id.
       formats: number formats; bf16 if None.
       predictor: its predictor, for sparse decoding.
-      activation: the user's word where a Hugging Face config does not state it.
+      activation: the MLP activation, where a Hugging Face config does not name it.
 
     Raises:
       FalconError: as `load_model` and `weights_from_params`, or there is too little memory.
@@ -252,7 +253,7 @@ def from_pieces(
     formats: Formats | None = None,
     predictor: Predictor | None = None,
 ) -> DecodeWeights:
-    """Decode weights from every parameter of a model, layer by layer, in any order; see `weights_from_params`."""
+    """Decode weights from all parameters of a model, split by layer, in any order; see `weights_from_params`."""
     shapes = skeleton(config, formats or Formats())
     found: dict[tuple[Leaf, int | None], Any] = {}
     places = {_OURS[name]: name for name in _OURS}
@@ -287,7 +288,7 @@ def skeleton(
     ranks: Sequence[int] = (),
     predictor_input: PredictorInput | None = None,
 ) -> DecodeWeights:
-    """Shape and dtype of everything that the decode weights of a config hold, without memory behind it.
+    """The decode weights of a config as shapes and dtypes only, without memory.
 
     Args:
       config: the architecture.
@@ -351,7 +352,7 @@ def _get(part: Any, name: str) -> Any:
 
 
 def check_predictor(predictor: Predictor, config: FalconConfig) -> None:
-    """Refuses a predictor made for another model.
+    """Makes sure that a predictor fits the model.
 
     Raises:
       FalconError: layers or widths differ.
@@ -368,7 +369,7 @@ def check_predictor(predictor: Predictor, config: FalconConfig) -> None:
 
 
 def _rows(name: str, matrix: Array, format: Format) -> Rows:
-    """A matrix in `format` on the CPU device, which takes aligned memory over without a copy.
+    """A matrix in `format` as arrays of the CPU device, which uses aligned memory without a copy.
 
     Raises:
       FalconError: a number is not finite or does not fit the format; the message has the matrix's name.

@@ -1,4 +1,4 @@
-"""Memory for weights: huge pages, aligned so that JAX takes them over without a copy."""
+"""Memory for weights: huge pages, aligned so that JAX uses them without a copy; and how much memory is free."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _MEMINFO, _CGROUPS, _CGROUP_ROOT = Path("/proc/meminfo"), Path("/proc/self/cgrou
 def huge_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """A zeroed array in private memory aligned to 2 MiB, in huge pages where the system has them.
 
-    With pages of 4 KiB every other row costs a walk of the page table; with huge pages, rows in any order are read as
-    fast as a stream. `jax.device_put` of such an array on a CPU takes it over without a copy. The last view frees it.
+    With pages of 4 KiB, rows in any other order than theirs cost page table walks; with huge pages they are read as
+    fast as consecutive ones. `jax.device_put` of such an array on a CPU uses its memory without a copy. The memory is
+    freed with the last array that uses it.
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -29,16 +30,16 @@ def huge_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         return _aligned_empty(shape, dtype, size)
     memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones are slower, nothing else
+        with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary pages work too, only slower
             memory.madvise(mmap.MADV_HUGEPAGE)
     return _view(np.frombuffer(memory, np.uint8), _HUGE, shape, dtype, size)
 
 
 def need_memory(size: int, what: str) -> None:
-    """Refuses what cannot fit before anything is read, where the system tells how much memory is free.
+    """Makes sure that `size` bytes are free, where the system reports free memory.
 
     Raises:
-      FalconError: `what` needs more than is available.
+      FalconError: `what` needs more memory than is free.
     """
     free = free_memory()
     if size > free:
@@ -49,7 +50,7 @@ def need_memory(size: int, what: str) -> None:
 
 
 def free_memory() -> float:
-    """Bytes that this process may still take, as far as the system tells; infinite where it does not."""
+    """Bytes of memory that this process can still allocate; infinite where the system does not report it."""
     return max(min(_system_free(), *_container_free(), _limit_free()), 0.0)
 
 
@@ -61,9 +62,9 @@ def _system_free() -> float:
 
 
 def _container_free() -> list[float]:
-    """What the memory limits of the control groups that this process is in leave, one for each limit.
+    """Bytes left below the memory limit of each of this process's control groups (containers).
 
-    Pages of files do not count: they make room when memory is asked for.
+    Cached pages of files do not count as used: the kernel frees them when memory is needed.
     """
     try:
         groups = [line.split(":", 2) for line in _CGROUPS.read_text().splitlines()]
@@ -88,7 +89,7 @@ def _container_free() -> list[float]:
 
 
 def _limit_free() -> float:
-    """What the limit on this process's address space (ulimit -v) leaves."""
+    """Bytes left below the limit on this process's address space (ulimit -v)."""
     try:
         import resource
 
@@ -100,7 +101,7 @@ def _limit_free() -> float:
 
 
 def _number(file: Path, name: str) -> int:
-    """The number after `name` in a file of a name and a number a line."""
+    """The number after `name` in a file whose lines are a name and a number."""
     return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name])
 
 

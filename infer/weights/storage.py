@@ -1,8 +1,8 @@
-"""Decode weights on disk: a folder of safetensors files, one a layer, and a manifest.
+"""Decode weights on disk: a folder with a safetensors file for each layer, one for the rest, and a manifest.
 
 The manifest holds the format's version, the model's config, the number formats, and a CRC-32 of every tensor and of
-itself. Loading reads all tensors in parallel, straight into the huge pages that decoding then reads. bf16 rows are
-stored as uint16.
+itself. Loading reads tensors in parallel into the huge pages from which decoding uses them. bf16 rows are stored as
+uint16.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from infer.weights.memory import huge_empty, need_memory
 _VERSION = 2
 _MANIFEST = "decode.json"
 _ADVICE = "pack the model again"
-_HEADER_BYTES = 100_000_000  # the most that safetensors allows
-_CHUNK = 64 << 20  # bytes a thread reads, then checks while they are in the cache
+_HEADER_BYTES = 100_000_000  # limit of the safetensors format
+_CHUNK = 64 << 20  # bytes that a thread reads before it adds them to the checksum
 _READERS = 8
 _DTYPES = {
     name: np.dtype(dtype)
@@ -44,15 +44,15 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Manifest:
-    """What decode.json holds.
+    """The fields of decode.json.
 
     Attributes:
-      version: of the format.
-      config: the model's.
+      version: version of the format.
+      config: the model's config.
       formats: number formats.
       ranks: R of each layer's predictor; empty without predictors.
       predictor_input: what the predictors read; None without predictors.
-      crc32: of every tensor's bytes.
+      crc32: checksum of every tensor's bytes, by the tensor's name.
     """
 
     version: Literal[2]
@@ -84,7 +84,7 @@ def is_decode_weights(path: Path) -> bool:
 
 
 def save_weights(weights: DecodeWeights, path: Path, *, replace: bool = False) -> None:
-    """Writes decode weights, whole or not at all.
+    """Writes decode weights; `path` exists only once they are complete.
 
     Raises:
       FalconError: `path` exists and may not be replaced.
@@ -117,7 +117,7 @@ def outline(path: Path) -> DecodeWeights:
     """Shapes and dtypes of stored decode weights, from their manifest.
 
     Raises:
-      FalconError: `path` is no such folder, or of another version.
+      FalconError: `path` is not a folder of decode weights, or of another version.
     """
     return _manifest(path)[0]
 
@@ -126,7 +126,8 @@ def load_weights(path: Path) -> DecodeWeights:
     """Reads decode weights.
 
     Raises:
-      FalconError: `path` is no such folder, of another version, not whole or damaged, or there is too little memory.
+      FalconError: `path` is not a folder of decode weights, of another version, incomplete or damaged, or there is too
+        little memory.
     """
     wanted, checksums = _manifest(path)
     leaves = dict(_named(wanted))
@@ -160,7 +161,7 @@ def _manifest(path: Path) -> tuple[DecodeWeights, dict[str, int]]:
 
 
 def _named(weights: DecodeWeights) -> Iterator[tuple[str, Any]]:
-    """Every array under its path, such as `layers.0.qkv.data`, in the order of the tree."""
+    """All arrays with their names, such as `layers.0.qkv.data`, in the order of the pytree."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
@@ -175,7 +176,7 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def _check(folder: Path, leaves: dict[str, Any]) -> dict[str, tuple[Path, int]]:
-    """File and offset of every tensor, their names, shapes and dtypes held against those wanted."""
+    """File and byte offset of every tensor; names, shapes, dtypes and sizes in the files must be those of `leaves`."""
     places: dict[str, tuple[Path, int]] = {}
     files = {folder / _file(name) for name in leaves}
     if unknown := sorted(set(folder.glob("*.safetensors")) - files):
@@ -198,7 +199,7 @@ def _check(folder: Path, leaves: dict[str, Any]) -> dict[str, tuple[Path, int]]:
 
 
 def _header(file: Path) -> tuple[int, dict[str, _Entry]]:
-    """Where a safetensors file's data begin, and its entries."""
+    """Byte offset of a safetensors file's data, and the tensors in its header."""
     if not os.path.lexists(file):
         raise FalconError(f"{file} is missing; {_ADVICE}")
     size = regular_file(file).stat().st_size
@@ -216,7 +217,7 @@ def _header(file: Path) -> tuple[int, dict[str, _Entry]]:
 
 
 def _read(file: Path, offset: int, out: memoryview) -> int:
-    """Fills `out` from the file and returns its CRC-32; less than all was read where the file ends early."""
+    """Reads `out` from the file; returns the CRC-32 of the bytes read, fewer than asked for if the file ends early."""
     checksum = 0
     with file.open("rb", buffering=0) as stream:
         os.lseek(stream.fileno(), offset, os.SEEK_SET)

@@ -149,7 +149,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_table(small_data, small_
 
     other = subprocess.run([*command, "--activation", "relu"], capture_output=True, text=True, timeout=300, check=False)
     assert other.returncode == 1
-    assert "another model or way (activation)" in other.stderr
+    assert "another model or with other settings (activation)" in other.stderr
 
 
 def test_windows_of_long_texts_are_those_of_transformers(small_model):
