@@ -1,4 +1,4 @@
-"""Several processes as one run: joining them, agreeing among them, whose rows of a batch are whose."""
+"""Several processes as one run: how they find each other, decide together, and divide the rows of a batch."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class DistributedConfig:
     """How this process finds the others of its run; alone by default.
 
     Attributes:
-      auto: let JAX find them by the environment: SLURM, GKE, Cloud TPU, Open MPI.
-      coordinator: host:port of process 0, where the environment does not tell.
-      num_processes: how many there are, with `coordinator`.
-      process_id: which one this is, from 0, with `coordinator`.
-      heartbeat_seconds: after so long without a sign of life from one process, the others end.
-      start_seconds: how long the processes wait for each other at the start: machines of a pod come up one by one.
+      auto: JAX finds the processes by environment variables: SLURM, GKE, Cloud TPU, Open MPI.
+      coordinator: host:port of process 0, where the environment does not give it.
+      num_processes: number of processes, with `coordinator`.
+      process_id: number of this process, from 0, with `coordinator`.
+      heartbeat_seconds: time without a heartbeat from a process after which the others end.
+      start_seconds: time that the processes wait for each other at the start; machines may start one after the other.
 
-    The coordinator's port takes part in the run whoever connects to it: it must not be reachable from outside. It is
-    bound to the host of `coordinator` alone.
+    The coordinator's port accepts any connection, without authentication: it must not be reachable from outside. It
+    listens on the address of `coordinator` only.
 
     Raises:
       FalconError: a field is out of range or the fields contradict each other; the message names them.
@@ -75,10 +75,10 @@ class DistributedConfig:
 
 @contextlib.contextmanager
 def joined(config: DistributedConfig) -> Iterator[None]:
-    """Within, this process is one of those of the run; process 0 alone speaks on the console.
+    """A context in which this process belongs to the run; only process 0 prints to the console.
 
-    Must begin before JAX touches a device. When a block fails in one of several processes, that process says why and
-    exits with status 1 at once: leaving in good order would wait for the others, which wait for this one.
+    Must be entered before JAX uses a device. When its block fails in one of several processes, that process prints the
+    error and exits with status 1 at once: an orderly shutdown would wait for the others, which wait for this one.
 
     Raises:
       FalconError: the others could not be found or reached.
@@ -101,7 +101,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
 
 
 def _initialize(config: DistributedConfig) -> None:
-    # JAX would take SIGTERM for itself; see StopVote.
+    # Otherwise JAX handles SIGTERM; here StopVote does.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -127,10 +127,10 @@ def _initialize(config: DistributedConfig) -> None:
 
 
 def _bind_address(config: DistributedConfig) -> str | None:
-    """Where process 0 listens: at the coordinator's own address, where JAX by itself would listen on all of them.
+    """The address on which process 0 listens: that of `coordinator`; JAX's default is all addresses of the machine.
 
-    A host name that this machine does not have as an address of its own (a load balancer's, a service's) leaves it to
-    JAX, as does a cluster that JAX finds by itself.
+    None, which means JAX's default, where `coordinator` is not an address of this machine (but that of a load balancer
+    or service, say), and with `auto`.
     """
     if config.coordinator is None or config.process_id != 0 or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
         return None
@@ -146,7 +146,7 @@ def _bind_address(config: DistributedConfig) -> str | None:
 
 
 def _check_alone() -> None:
-    """Stops what would be many runs in one folder: tasks of a cluster that nobody told of each other."""
+    """Makes sure that this is not one of several tasks of a cluster that would each run alone, in the same folder."""
     env = os.environ
     tasks = int(env.get("SLURM_NTASKS", "1")) if "SLURM_STEP_NODELIST" in env else 1
     workers = len(env.get("TPU_WORKER_HOSTNAMES", "").split(","))
@@ -171,16 +171,16 @@ def _say(error: BaseException) -> None:
     print(f"process {jax.process_index()} of {jax.process_count()}: {text}", file=sys.stderr, flush=True)
 
 
-# --- agreeing ---
+# --- decisions of all processes ---
 
 
 def all_agree(ok: bool) -> bool:
-    """Whether `ok` is true in every process; every process must ask."""
+    """Whether `ok` is true in every process; every process must call it."""
     return bool(np.all(multihost_utils.process_allgather(np.array([ok]))))
 
 
 def check_same(value: bytes, what: str) -> None:
-    """Makes sure that every process has the same 4 bytes or more, by their first 4; every process must ask.
+    """Makes sure that the first 4 bytes of `value` are the same in every process; every process must call it.
 
     Raises:
       FalconError: they differ.
@@ -191,13 +191,13 @@ def check_same(value: bytes, what: str) -> None:
 
 
 def wait_for_all(where: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has called this with the same `where`."""
     multihost_utils.sync_global_devices(where)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM or Ctrl-C came; a second Ctrl-C stops at once."""
+    """Yields a function: whether SIGTERM or Ctrl-C was received; a second Ctrl-C interrupts at once."""
     came: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
@@ -214,10 +214,10 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 class StopVote:
-    """Whether any process was asked to stop, as all of them see it after the same step.
+    """Whether any process was asked to stop; all processes get the same answer after the same step.
 
-    The votes of a step are a tiny reduction on the devices that is read one step later, so no process waits for it. A
-    single process needs no vote: it stops after the step under way.
+    The answers of the processes are combined by a small reduction on the devices whose result is read one step later,
+    so that no process waits for it. A single process stops after the current step.
     """
 
     def __init__(self, asked: Callable[[], bool], mesh: Mesh):
@@ -237,7 +237,7 @@ class StopVote:
         return before is not None and bool(jax.device_get(before))
 
     def at_once(self) -> bool:
-        """The same, waiting for all processes."""
+        """Whether to stop now, as of this step; waits for all processes."""
         return not all_agree(not self._asked())
 
 
@@ -248,20 +248,20 @@ class Rows:
     """Which rows of every global batch the devices of this process hold, and how they become global arrays.
 
     Attributes:
-      own: the rows, ascending; processes that share a slice of a model have the same ones.
-      parts: how many pieces the devices cut a batch into.
+      own: the rows, ascending; the same in processes whose devices hold different parts of the same model replica.
+      parts: number of parts into which the devices divide a batch.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int):
-        """Looks up the rows.
+        """Determines the rows.
 
         Raises:
-          FalconError: the batch cannot be shared evenly.
+          FalconError: the batch cannot be divided evenly.
         """
         self.parts = mesh.shape["data"] * mesh.shape["fsdp"]
         if batch_size % self.parts:
             raise FalconError(
-                f"batch_size {batch_size} cannot be shared evenly by the {self.parts} devices along data and fsdp: "
+                f"batch_size {batch_size} cannot be divided evenly among the {self.parts} devices along data and fsdp: "
                 "change --data.batch-size or --mesh"
             )
         self._sharding = batch_sharding(mesh)
@@ -270,7 +270,7 @@ class Rows:
         self.own = np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
     def to_global(self, batch: Batch) -> Batch:
-        """Global arrays [B, ...] over the mesh from this process's rows."""
+        """Global arrays [B, ...], sharded over the mesh, from this process's rows of each."""
 
         def place(rows: np.ndarray) -> jax.Array:
             def block(index: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Between `config.json` of the Hugging Face layout and FalconConfig; pure."""
+"""Conversion between a Hugging Face `config.json` and FalconConfig; pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from falcon_relu.checkpoints.schema import parse
 from falcon_relu.config import Activation, Block, FalconConfig
 from falcon_relu.errors import FalconError
 
-# Keys of the configs that came with Falcon's own code (model types RefinedWeb and RefinedWebModel).
+# Keys of configs older than transformers' Falcon (model types RefinedWeb and RefinedWebModel), and their new names.
 _OLD_KEYS = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -18,7 +18,7 @@ _OLD_KEYS = {
     "n_embed": "hidden_size",
 }
 
-_ACTIVATIONS = ("gelu", "relu", "relu2")  # transformers' names of those that are ours too
+_ACTIVATIONS = ("gelu", "relu", "relu2")  # those with the same name in transformers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class _Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _HfConfig:
-    """The fields of config.json that say what the model is, with transformers' defaults; null counts as left out."""
+    """The fields of config.json that define the model, with transformers' defaults, which null means too."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -65,13 +65,13 @@ def config_from_hf(
 ) -> FalconConfig:
     """The config of a Falcon checkpoint, from its `config.json`.
 
-    Of several token ids that end a text, the first is taken.
+    If there are several end-of-text token ids, the first is used.
 
     Args:
-      hf: the parsed file, of any age.
-      activation: the user's word on the MLP activation. Required where the file has no `activation` field, as with all
-        of the original checkpoints (GELU) and with ReLU ones made from them: nothing else tells those apart.
-      where: the file, for the errors.
+      hf: the parsed file, written by any version of transformers or by Falcon's original code.
+      activation: the MLP activation. Required where the file has no `activation` field, as in all original checkpoints
+        (GELU) and ReLU checkpoints made from them: nothing else distinguishes these.
+      where: the file, for error messages.
 
     Raises:
       FalconError: a field is missing, of the wrong type, or asks for something that a Falcon does not have; or the
@@ -118,11 +118,11 @@ def config_from_hf(
 
 
 def config_to_hf(config: FalconConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` with which transformers loads a model of this config, its activation written out.
+    """The `config.json` with which transformers loads a model of this config; it names the activation.
 
     Args:
       config: the model.
-      dtype: name of the weights' dtype, "float32" say.
+      dtype: dtype of the weights, such as "float32".
 
     Raises:
       FalconError: transformers has no such Falcon.
@@ -164,15 +164,15 @@ def config_to_hf(config: FalconConfig, dtype: str) -> dict[str, Any]:
 def _activation(found: str | None, stated: Activation | None) -> Activation:
     if found is None and stated is None:
         raise FalconError(
-            "no `activation` field, and a GELU and a ReLU Falcon look alike: "
-            "say which it is with --activation gelu or --activation relu"
+            "no `activation` field, and nothing else distinguishes a GELU from a ReLU Falcon: "
+            "give it with --activation gelu or --activation relu"
         )
     for name in (found, stated):
         if name is not None and name not in _ACTIVATIONS:
             raise FalconError(f"a checkpoint of activation {name!r} cannot be read; known: {', '.join(_ACTIVATIONS)}")
     if None not in (found, stated) and found != stated:
         raise FalconError(
-            f"the file says activation {found!r} and you say {stated!r}: leave yours out, or correct the file if it "
+            f"the file has activation {found!r} and {stated!r} was given: leave it out, or correct the file if it "
             "is wrong. (To swap a model's activation, load it as it is and use FalconConfig.with_activation.)"
         )
     return found or stated  # type: ignore[return-value]
@@ -184,7 +184,7 @@ def _block(fields: _HfConfig, new_decoder: bool) -> Block:
     if not new_decoder:
         return "parallel" if fields.parallel_attn else "sequential"
     if not fields.parallel_attn:
-        raise FalconError("it says new_decoder_architecture but not parallel_attn; no Falcon is so")
+        raise FalconError("it has new_decoder_architecture without parallel_attn, which no Falcon has")
     return "parallel_two_norms" if fields.num_ln_in_parallel_attn == 2 else "parallel"
 
 

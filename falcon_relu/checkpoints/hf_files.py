@@ -1,6 +1,6 @@
-"""Files of the Hugging Face layout: from a folder or hub id to named tensors one at a time, and back to shards.
+"""Hugging Face checkpoints: reading named tensors one at a time from a folder or hub id, and writing shards.
 
-Nothing read here is trusted: no code of a checkpoint runs, and no path in it leads out of its folder.
+Checkpoints are not trusted: no code in them runs, and no path in them is followed out of their folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What is known of a stored tensor without reading it."""
+    """A stored tensor as its file describes it, before it is read."""
 
     file: Path
     shape: tuple[int, ...]
@@ -41,19 +41,19 @@ class Header:
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint, weights not yet in it where it is on the hub.
+    """The folder of a checkpoint; of one on the hub, only the JSON files are downloaded.
 
     Args:
       source: a folder, or the hub id `owner/name` or `owner/name@revision`. The hub's cache is used when offline.
 
     Raises:
-      FalconError: `source` is neither, or the hub does not give it.
+      FalconError: `source` is neither, or cannot be downloaded.
     """
     return Path(source) if Path(source).is_dir() else _download(str(source))
 
 
 def fetch_weights(source: str | Path) -> Path:
-    """As `locate`, weights included: one safetensors file, else its shards, else the same of `.bin`; nothing else.
+    """As `locate`, and downloads the weights: model.safetensors, else its shards, else the same of `.bin`.
 
     Raises:
       FalconError: as `locate`.
@@ -80,18 +80,20 @@ def _download(source: str, *files: str) -> Path:
     name, _, revision = source.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json", *files]))
-    except Exception as error:  # whatever the hub client raises: offline, no such model, no access, disk full
-        raise FalconError(f"{source} is no folder here, and the hub does not give it: {first_line(error)}") from error
+    except Exception as error:  # the hub client raises many types: offline, no such model, no access, disk full
+        raise FalconError(
+            f"{source} is not a folder, and cannot be downloaded from the hub: {first_line(error)}"
+        ) from error
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Every tensor of a checkpoint, file by file; opens each file but reads no tensor.
+    """The headers of all tensors of a checkpoint, file by file; no tensor is read.
 
-    The files are those that transformers takes: model.safetensors, else the shards of its index, else the same of .bin.
-    A head that the index lists and no shard has is left out: transformers writes such indices of tied models.
+    The files are those that transformers reads: model.safetensors, else the shards of its index, else the same of .bin.
+    A head that the index lists but no shard has is left out: transformers writes such an index for tied models.
 
     Raises:
-      FalconError: there are no weights, a file is missing or damaged, a tensor is doubled or of a dtype other than
+      FalconError: there are no weights, a file is missing or damaged, a tensor is stored twice or of a dtype other than
         float32, float16 and bfloat16, or the index and the files contradict each other.
     """
     weights = next((w for w in (_SAFETENSORS, _BIN) if any(map(os.path.lexists, _places(folder, w)))), None)
@@ -100,7 +102,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     index = None
     if os.path.lexists(folder / weights):
         files = [folder / weights]
-        _tell_of_unused_shards(folder, weights)
+        _report_unused_shards(folder, weights)
     else:
         index = _index(folder, weights) or {}
         files = [folder / name for name in sorted(set(index.values()))]
@@ -109,7 +111,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
         with _open(file) as tensors:
             for name, (shape, dtype, _) in tensors.items():
                 if name in headers:
-                    raise FalconError(f"{name} is doubled: in {headers[name].file.name} and in {file.name}")
+                    raise FalconError(f"{name} is stored twice: in {headers[name].file.name} and in {file.name}")
                 headers[name] = Header(file, shape, dtype, name)
     if index is not None:
         placed = {name: header.file.name for name, header in headers.items()}
@@ -125,7 +127,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 
 def read_tensors(headers: Mapping[str, Header]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors one at a time, file by file; only one file is open at a time, and each array is valid until the next.
+    """The tensors one at a time, file by file, with one file open; an array is valid until the next one is read.
 
     Raises:
       FalconError: a file is damaged.
@@ -147,10 +149,10 @@ def write_shards(
     """Writes safetensors shards and their index, one shard in memory at a time.
 
     Args:
-      folder: where to.
-      sizes: the tensors in order, and the bytes of each.
-      read: gives a tensor by name.
-      max_shard_bytes: size that no shard exceeds unless a single tensor does.
+      folder: the folder to write to.
+      sizes: the tensors' sizes in bytes, by name, in the order in which they are written.
+      read: returns the tensor of a name.
+      max_shard_bytes: maximum size of a shard, which only a shard of a single tensor exceeds.
     """
     shards: list[list[str]] = [[]]
     held = 0
@@ -176,7 +178,7 @@ _Tensors = dict[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]
 
 
 def _places(folder: Path, weights: str) -> tuple[Path, Path]:
-    """Where weights are if they are one file, and their index if they are several."""
+    """The path of weights in a single file, and that of the index of several files."""
     return folder / weights, folder / f"{weights}.index.json"
 
 
@@ -191,7 +193,7 @@ def _index(folder: Path, weights: str) -> dict[str, str] | None:
     """Tensor name -> file name, from the index of `weights`; None where there is none.
 
     Raises:
-      FalconError: it is not valid, or names a file that does not lie beside it.
+      FalconError: it is not valid, or names a file outside its folder.
     """
     path = _places(folder, weights)[1]
     if not os.path.lexists(path):
@@ -206,12 +208,12 @@ def _index(folder: Path, weights: str) -> dict[str, str] | None:
     return files
 
 
-def _tell_of_unused_shards(folder: Path, weights: str) -> None:
-    """Says which weights are used where a folder has both one file and an index of others."""
+def _report_unused_shards(folder: Path, weights: str) -> None:
+    """Prints which weights are used where a folder has both a single file and an index of other files."""
     single, path = _places(folder, weights)
     if os.path.lexists(path) and set((_index(folder, weights) or {}).values()) - {single.name}:
         text = f"{single} is used, as transformers does; the shards that {path.name} lists beside it are not"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Which Hugging Face tensor is which part of our parameter tree; pure.
+"""Which Hugging Face tensor is which part of our parameter tree; pure functions.
 
-Every tensor is a reshape of one layer of one of our parameters, and `dense_4h_to_h` the transpose of one:
-`query_key_value` of all members is (KV heads, query heads of each + key + value, head width) in its rows, with one KV
+Every tensor is one layer of one of our parameters, reshaped, or for `dense_4h_to_h` transposed. The
+rows of `query_key_value` are, in all members, [KV heads, query heads of each + key + value, head width], with one KV
 head in 7B and as many as query heads in RW.
 """
 
@@ -25,21 +25,21 @@ _NORMS = {
     "parallel_two_norms": {"ln_attn": "attention_norm", "ln_mlp": "mlp_norm"},
     "sequential": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
 }
-# Rotary frequencies that old code stored as buffers; they follow from the config.
+# Rotary frequencies, which old code stored as buffers; they are computed from the config.
 _LEFTOVER = re.compile(r"transformer\.(h\.\d+\.self_attention\.)?(maybe_)?rotary(_emb)?\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
 class HfTensor:
-    """One tensor of a checkpoint.
+    """A tensor of a checkpoint and the part of our parameters that it holds.
 
     Attributes:
-      name: its name there.
-      shape: its shape there.
+      name: its name in the checkpoint.
+      shape: its shape in the checkpoint.
       leaf: our parameter.
-      layer: which layer of it; None for a parameter without layers.
-      our_shape: shape of that layer, or of the parameter.
-      transposed: whether ours is the transpose.
+      layer: the layer of the parameter; None for a parameter that is not stacked by layer.
+      our_shape: shape of that layer of the parameter, or of the parameter.
+      transposed: whether ours is the transpose of the checkpoint's.
     """
 
     name: str
@@ -59,7 +59,7 @@ class HfTensor:
 
 
 def hf_tensors(config: FalconConfig) -> dict[str, HfTensor]:
-    """Every tensor of a checkpoint of this config by name, in the order of the model; a tied head is not among them."""
+    """All tensors of a checkpoint of this config by name, in the order of the model, without a tied head."""
     ours = param_shapes(config)
     table: dict[str, HfTensor] = {}
 
@@ -93,9 +93,9 @@ def hf_tensors(config: FalconConfig) -> dict[str, HfTensor]:
 
 
 def check_tensors(config: FalconConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Holds the names and shapes that a checkpoint has against those that its config asks for.
+    """Makes sure that a checkpoint has the tensors, with the shapes, that its config needs.
 
-    The head of a tied model and leftovers of old code may be there too.
+    It may also have the head of a tied model, and buffers that old code stored.
 
     Raises:
       FalconError: tensors are missing, unknown or of the wrong shape; the message names them.
@@ -113,7 +113,7 @@ def check_tensors(config: FalconConfig, found: Mapping[str, tuple[int, ...]]) ->
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a tensor of this name carries nothing that the config does not say."""
+    """Whether a tensor is a buffer that old code stored and that is computed from the config."""
     return _LEFTOVER.fullmatch(name) is not None
 
 

@@ -1,8 +1,9 @@
-"""Text to token shards: many processes, restartable, the same result however the work was split.
+"""Text to token shards, by several processes, resumable; the result does not depend on how the work was divided.
 
-The records of the inputs, in order, are grouped into units of about `unit_mb` of text. A unit is tokenised and packed
-by one process into one shard a split, and is finished once its file in `units/` is there. Running again keeps finished
-units; `shard` (i, n) does every n-th unit, for job arrays. Whoever finds all units finished writes the manifest.
+The records of the inputs, in order, are grouped into units of about `unit_mb` of text. One process tokenises and packs
+a unit into one shard for each split; the unit is finished once its file in `units/` exists. Finished units are not done
+again. With `shard` (i, n), for job arrays, only every n-th unit is done. The run that finds all units finished writes
+the manifest.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class PrepareConfig:
       out: the folder to fill.
       seq_len: T, tokens in a row.
       text_field: the JSON key or column that holds the text.
-      validation_fraction: share of the documents kept for validation, drawn by a hash of their text.
-      seed: of that draw.
-      unit_mb: MB of text that make one shard.
-      processes: that tokenise; 0 for one a CPU.
-      shard: (i, n): do every n-th unit from the i-th, from 0.
-      zst_window_mb: MiB of memory that a `.zst` input may ask for as its window.
+      validation_fraction: fraction of the documents kept for validation, chosen by a hash of their text.
+      seed: seed of that hash.
+      unit_mb: MB of text in a unit, which becomes one shard for each split.
+      processes: number of processes that tokenise; 0 for one a CPU.
+      shard: (i, n): do only every n-th unit, beginning with the i-th, counted from 0.
+      zst_window_mb: maximum window of a `.zst` input, in MiB of memory.
 
     Raises:
       FalconError: a value is out of range.
@@ -83,13 +84,13 @@ class PrepareConfig:
 
 
 class Prepared(NamedTuple):
-    """What one run did.
+    """The result of one run of `prepare`.
 
     Attributes:
-      manifest: of the whole folder; None while other shards of a job array are still to come.
-      units: this run's, those that were finished before included.
-      new_tokens: tokenised in this run.
-      seconds: that it took.
+      manifest: manifest of the whole folder; None while other jobs of an array are unfinished.
+      units: number of this run's units, including those that were finished before.
+      new_tokens: number of tokens that this run added.
+      seconds: duration of the run.
     """
 
     manifest: Manifest | None
@@ -99,11 +100,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: PrepareConfig) -> Prepared:
-    """Tokenises and packs `config.inputs` into `config.out`, going on where an earlier run stopped.
+    """Tokenises and packs `config.inputs` into `config.out`; continues where an earlier run stopped.
 
     Raises:
-      FalconError: an input or the tokenizer is wrong, the folder was begun with other settings or inputs, or another
-        process does the same part of it.
+      FalconError: an input or the tokenizer is invalid, the folder was begun with other settings or inputs, or another
+        run with the same `shard` is writing to it.
     """
     tokenizer = Tokenizer(config.tokenizer)
     reader = TextReader(config.inputs, config.text_field, config.zst_window_mb)
@@ -131,13 +132,13 @@ def prepare(config: PrepareConfig) -> Prepared:
 
 
 def _settings(config: PrepareConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a unit's content depends on, besides its records."""
+    """The settings that determine a unit's content, together with its records."""
     names = ("seq_len", "text_field", "validation_fraction", "seed", "unit_mb")
     return {"format": FORMAT, "tokenizer_sha256": tokenizer.sha256} | {name: getattr(config, name) for name in names}
 
 
 def _units(reader: TextReader, unit_mb: float) -> Iterator[tuple[list[Record], float]]:
-    """Groups of records, and the MB on disk that each took."""
+    """The records of each unit, and their size in MB in the input files."""
     unit: list[Record] = []
     size = begun_at = 0
     for record in reader:
@@ -151,10 +152,10 @@ def _units(reader: TextReader, unit_mb: float) -> Iterator[tuple[list[Record], f
 
 
 class _Workers:
-    """Processes that prepare units, with a bounded number of units in their hands.
+    """Processes that prepare units; the number of units queued for them is bounded.
 
     Attributes:
-      tokens: of the units that they have finished.
+      tokens: number of tokens in the units finished so far.
     """
 
     def __init__(self, config: PrepareConfig, settings: dict[str, Any], advance: Callable[..., None]):
@@ -176,7 +177,7 @@ class _Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, number: int, records: list[Record], megabytes: float) -> None:
-        """Hands out a unit, once there is a free hand."""
+        """Queues a unit, once fewer are queued than the bound."""
         while len(self._pending) > self._processes:
             self._collect()
         try:
@@ -211,7 +212,7 @@ def _killed() -> FalconError:
 
 
 def _cpus() -> int:
-    """CPUs that this process may use, where the system can tell."""
+    """Number of CPUs that this process may use; all CPUs where the system does not report it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -221,7 +222,7 @@ _worker_tokenizer: Tokenizer
 def _start_worker(tokenizer: Path, out: Path) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a script in the background ignores Ctrl-C: so do workers
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker_tokenizer = Tokenizer(tokenizer)
@@ -229,7 +230,7 @@ def _start_worker(tokenizer: Path, out: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    # A killed parent leaves pool workers waiting for ever otherwise.
+    # Otherwise workers wait forever when the parent is killed.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Text from outside: JSON lines, plain text, Parquet, Hugging Face datasets, as one stream of numbered records."""
+"""Input text: JSON lines, plain text, Parquet and Hugging Face datasets as one sequence of numbered records."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from falcon_relu.files import regular_file
 
 HUB_PREFIX = "hf:"
 _KINDS = (".jsonl", ".txt", ".parquet")
-_PACKINGS = (".gz", ".zst")
-_RECORD_LIMIT = 256 << 20  # bytes of one document
+_COMPRESSED = (".gz", ".zst")
+_RECORD_LIMIT = 256 << 20  # maximum size of a document in bytes
 _PARQUET_ROWS = 256  # read at a time
 ZST_WINDOW_LIMIT = 2048  # MiB: the longest window that zstd writes, with --long=31
 
 
 class Record(NamedTuple):
-    """One line or row of an input, not yet looked into.
+    """One line or row of an input, not parsed yet.
 
     Attributes:
-      source: the file or dataset it is from.
-      number: of the line or row, from 1.
-      data: a JSON object, or the UTF-8 text itself.
-      is_json: which of them.
+      source: the file or dataset that it is from.
+      number: number of the line or row, from 1.
+      data: a JSON object, or the text itself in UTF-8.
+      is_json: whether `data` is a JSON object.
     """
 
     source: str
@@ -48,18 +48,18 @@ class TextReader:
     Attributes:
       sources: the files (folders and globs expanded, sorted) and datasets.
       total_bytes: size of the files on disk; None where a dataset's size is not known.
-      position: how many of those bytes have been read.
+      position: number of those bytes read so far.
     """
 
     def __init__(self, inputs: Sequence[str], text_field: str, zst_window_mb: int = ZST_WINDOW_LIMIT):
-        """Finds the inputs; reads nothing yet.
+        """Finds the input files, without reading them.
 
         Args:
           inputs: files, folders, globs; `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging Face dataset. Files are `.jsonl` (one
             JSON object a line), `.txt` (one document a file) or `.parquet`; the first two also `.gz` or `.zst`.
           text_field: the JSON key or column that holds the text.
-          zst_window_mb: MiB of memory that a `.zst` file may ask for as its window. Dumps packed with `zstd --long=31`
-            ask for 2,048.
+          zst_window_mb: maximum window of a `.zst` file, in MiB of memory. Files compressed with `zstd --long=31` need
+            2,048.
 
         Raises:
           FalconError: an input is missing, of an unknown kind, or no regular file.
@@ -96,7 +96,7 @@ def text_of(record: Record, text_field: str) -> str:
     """The text of a record.
 
     Raises:
-      ValueError: there is none; the message says why.
+      ValueError: the record has no usable text; the message gives the reason.
     """
     if record.is_json:
         try:
@@ -134,15 +134,15 @@ def _expand(given: str) -> list[str]:
     for path in found:
         if _suffix(path) not in _KINDS:
             raise FalconError(
-                f"{path} is none of {', '.join(_KINDS)} (the first two also {' or '.join(_PACKINGS)}); name the files "
-                "that you want with a glob, such as 'folder/*.jsonl'"
+                f"{path} is none of {', '.join(_KINDS)} (the first two also {' or '.join(_COMPRESSED)}); name the "
+                "files that you want with a glob, such as 'folder/*.jsonl'"
             )
         regular_file(Path(path))
     return found
 
 
 def _files_below(folder: str) -> list[str]:
-    """All files but hidden ones; linked folders are gone into, each folder once, so that no loop is endless."""
+    """All files but hidden ones, below linked folders too; each folder is visited once, so that loops end."""
 
     def refuse(error: OSError) -> None:
         raise FalconError(f"{error.filename} cannot be read: {error.strerror}")
@@ -161,7 +161,7 @@ def _files_below(folder: str) -> list[str]:
 
 
 def _suffix(path: str) -> str:
-    unpacked = Path(path).with_suffix("") if Path(path).suffix in _PACKINGS else Path(path)
+    unpacked = Path(path).with_suffix("") if Path(path).suffix in _COMPRESSED else Path(path)
     return unpacked.suffix
 
 
@@ -187,7 +187,7 @@ def _limited(data: bytes, source: str, number: int) -> bytes:
 
 
 def _unpack(source: str, raw: IO[bytes], zst_window_mb: int) -> io.BufferedIOBase:
-    if source.endswith(_PACKINGS) and not os.fstat(raw.fileno()).st_size:
+    if source.endswith(_COMPRESSED) and not os.fstat(raw.fileno()).st_size:
         raise EOFError("it is empty")
     if source.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
@@ -197,9 +197,9 @@ def _unpack(source: str, raw: IO[bytes], zst_window_mb: int) -> io.BufferedIOBas
 
 
 class _ZstFile(io.RawIOBase):
-    """The unpacked bytes of a .zst file, which may hold several frames.
+    """The decompressed bytes of a .zst file, which may have several frames.
 
-    The package's own stream reader takes a file that was cut short for a whole one; here that raises EOFError.
+    A truncated file raises EOFError; the stream reader of the zstandard package does not detect it.
     """
 
     def __init__(self, source: str, raw: IO[bytes], window_mb: int):
@@ -233,11 +233,12 @@ class _ZstFile(io.RawIOBase):
         except MemoryError:
             raise OSError("there is not enough memory for its window") from None
         except self._zstandard.ZstdError as error:
-            if "memory" not in str(error):  # of a window beyond the limit, or that the system refuses
+            if "memory" not in str(error):  # which errors about the window contain
                 raise OSError(str(error)) from None
             raise FalconError(
-                f"{self._source} was packed with a window larger than the {self._window_mb} MiB of memory allowed for "
-                f"it or than what is free: raise --zst-window-mb, to {ZST_WINDOW_LIMIT} at most, or free memory"
+                f"{self._source} was compressed with a window larger than the {self._window_mb} MiB of memory "
+                f"allowed for it or than what is free: raise --zst-window-mb, to {ZST_WINDOW_LIMIT} at most, or free "
+                "memory"
             ) from None
         self._packed = self._frame.unused_data if self._frame.eof else b""
         if self._frame.eof:
@@ -256,7 +257,7 @@ def _read_parquet(source: str, text_field: str) -> Iterator[Record]:
             kind = file.schema_arrow.field(text_field).type
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-                try:  # bytes: a value that is not UTF-8 must not end all others
+                try:  # as bytes: a value that is not UTF-8 must not make the whole batch fail
                     values = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
                 except pyarrow.ArrowNotImplementedError:
                     raise FalconError(f"{source}: the column {text_field!r} holds {kind}, not text") from None
@@ -264,7 +265,7 @@ def _read_parquet(source: str, text_field: str) -> Iterator[Record]:
                     number += 1
                     yield Record(source, number, _limited(data or b"", source, number), False)
             if number != file.metadata.num_rows:
-                raise FalconError(f"{source} says that it has {file.metadata.num_rows} rows, and has {number}")
+                raise FalconError(f"{source} has {number} rows and not the {file.metadata.num_rows} of its metadata")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise FalconError(f"cannot read {source}: {_one_line(error)}") from None
 
@@ -283,7 +284,7 @@ def _read_hub(source: str, text_field: str) -> Iterator[Record]:
             yield Record(source, number, (text or "").encode("utf-8", "surrogatepass"), False)
     except FalconError:
         raise
-    except Exception as error:  # the library's loaders raise whatever the libraries below them do
+    except Exception as error:  # the loaders pass on exceptions of many libraries
         raise FalconError(f"cannot read the dataset {source} (is this machine offline?): {_one_line(error)}") from None
 
 

@@ -1,4 +1,4 @@
-"""A unit of text, some documents that lie side by side in the inputs, to one shard a split."""
+"""A unit, some consecutive documents of the inputs, to one shard for each split."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from falcon_relu.tokenizer import Tokenizer
 from train.data.shards import PREPARE, SPLITS, Shard, check_shard, pack, token_dtype, write_shard
 from train.data.text import Record, text_of
 
-BAD_EXAMPLES = 100  # lines without text that a unit and the manifest list; the others are counted
-_BATCH_BYTES = 1 << 19  # of text for one call of the tokenizer: its results take many times that
+BAD_EXAMPLES = 100  # unusable lines that a unit and the manifest list; all are counted
+_BATCH_BYTES = 1 << 19  # of text a call of the tokenizer, whose results take many times as much memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitSplit:
-    """What a unit gave to a split; `tokens` counts the end-of-text tokens and not the padding."""
+    """A unit's documents of one split; `tokens` includes the end-of-text tokens but not the padding."""
 
     tokens: int
     documents: int
@@ -33,13 +33,13 @@ class UnitSplit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What a unit gave: the content of the file that says that it is finished.
+    """The file that marks a unit as finished.
 
     Attributes:
-      settings: that it was made with.
-      crc32: of its records.
-      splits: those that it has documents of.
-      bad_lines: how many of its lines or rows could not be used.
+      settings: settings that it was made with.
+      crc32: CRC-32 of its records.
+      splits: the splits of its documents, by name.
+      bad_lines: number of its lines or rows that could not be used.
       bad_examples: `file:line: reason` for the first of them.
     """
 
@@ -53,7 +53,7 @@ class Unit:
 def prepare_unit(
     number: int, records: Sequence[Record], settings: dict[str, Any], tokenizer: Tokenizer, out: Path
 ) -> int:
-    """Tokenises and packs one unit: its shards first, then the file that says it is finished. Returns its tokens."""
+    """Tokenises and packs a unit: its shards, then the file that marks it as finished. Returns its number of tokens."""
     documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     bad: list[str] = []
     dtype = token_dtype(tokenizer.vocab_size)
@@ -109,7 +109,7 @@ def _crc32(records: Sequence[Record]) -> int:
 
 
 def unit_path(out: Path, number: int) -> Path:
-    """The file that says that a unit is finished."""
+    """The file that marks a unit as finished."""
     return out / "units" / f"{number:06d}.json"
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run on Orbax: state and data position, with checksums that show whether they came back whole."""
+"""Checkpoints of a run, written with Orbax: state and data position, with checksums that are verified on reading."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _MOST_LISTED = 1024
 class Checkpoints:
     """The checkpoints in a folder, numbered by step, written in the background by all processes of a run.
 
-    Every process calls every method at the same step. Leaving the block waits for what is being written.
+    Every process must call every method at the same step. Leaving the context waits for writes in the background.
 
     Args:
-      folder: where they lie, on a disk that all processes share.
-      keep: how many of the newest stay.
-      keep_every: steps whose checkpoint stays for good; 0 for none.
+      folder: their folder, on a disk that all processes share.
+      keep: number of the newest checkpoints to keep.
+      keep_every: checkpoints of steps divisible by this number are kept forever; 0 for none.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0):
@@ -58,14 +58,14 @@ class Checkpoints:
             with writing(f"a checkpoint to {self._folder}"):
                 self._manager.close()
         else:
-            with contextlib.suppress(Exception):  # the error on its way out says more
+            with contextlib.suppress(Exception):  # the error that ended the run is raised instead
                 self._manager.close()
 
     def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
-        """Saves the state after `step` updates and facts that JSON can hold; once a step.
+        """Saves the state after `step` updates, and facts as JSON; does nothing if that step is saved already.
 
         Raises:
-          FalconError: this checkpoint or the one before it could not be written; older ones are as they were.
+          FalconError: this checkpoint or the one before it could not be written; older ones are unchanged.
         """
         if self._manager.latest_step() == step:
             return
@@ -75,14 +75,14 @@ class Checkpoints:
             self._manager.save(step, args=items)
 
     def check(self) -> None:
-        """Raises what has gone wrong in the background, as `save` does."""
+        """Raises errors of writes in the background, as `save` does."""
         with writing(f"a checkpoint to {self._folder}"):
             self._manager.check_for_errors()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """State and facts of the newest whole checkpoint, the state placed as `abstract` says.
+        """State and facts of the newest undamaged checkpoint; the state has the shardings of `abstract`.
 
-        Damaged ones are named, and set aside (renamed to `STEP.damaged`) once an older one has been read.
+        Damaged checkpoints are reported, and renamed to `STEP.damaged` once an older one has been read.
 
         Raises:
           FalconError: there is no checkpoint, or none that can be read.
@@ -104,12 +104,12 @@ class Checkpoints:
 
     @staticmethod
     def exist(folder: Path) -> bool:
-        """Whether process 0 sees a finished checkpoint in a folder; every process must ask."""
+        """Whether process 0 sees a finished checkpoint in a folder; every process must call it."""
         here = folder.is_dir() and any(path.name.isdigit() and path.is_dir() for path in folder.iterdir())
         return bool(multihost_utils.broadcast_one_to_all(np.array(here)))
 
     def steps(self) -> list[int]:
-        """The checkpoints that were written to their end, newest first, as process 0 sees them."""
+        """The steps of the finished checkpoints that process 0 sees, newest first."""
         steps = np.full(_MOST_LISTED, -1)
         if jax.process_index() == 0:
             found = sorted(self._manager.all_steps(), reverse=True)[:_MOST_LISTED]
@@ -117,10 +117,10 @@ class Checkpoints:
         return [int(step) for step in multihost_utils.broadcast_one_to_all(steps) if step >= 0]
 
     def _read(self, step: int, abstract: TrainState) -> tuple[Any, dict[str, Any], str | None]:
-        """State, facts, and what is wrong with them as all processes agree.
+        """State, facts, and why they cannot be used, None if they can, the same in all processes.
 
-        The handlers are called directly: the manager would wait for all processes after reading, also for one in which
-        reading has failed.
+        Orbax's handlers are called directly: its manager waits for all processes after reading, and would wait forever
+        for a process in which reading has failed.
         """
         folder = self._folder / str(step)
         state: Any = None
@@ -130,7 +130,7 @@ class Checkpoints:
             state = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract))
             facts = ocp.JsonCheckpointHandler().restore(folder / "facts", args=ocp.args.JsonRestore())
             jax.block_until_ready(state)
-        except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
             problem = _first_line(error)
         if not all_agree(problem is None):
             return None, {}, problem or "another process could not read its part"
@@ -160,10 +160,10 @@ class Checkpoints:
 
 @functools.cache
 def _report_failures_once() -> None:
-    """Leaves it to `writing` to report a failed save.
+    """Hides Orbax's and TensorStore's own messages about a failed save, which `writing` reports.
 
-    Orbax logs the same failure with a traceback in each of its threads, and TensorStore prints one for every file that
-    was still under way, from threads that live longer than the run.
+    Orbax logs the failure with a traceback in each of its threads, and TensorStore prints one for every unfinished
+    file, from threads that outlive the run.
     """
     logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
     before = sys.unraisablehook
@@ -176,41 +176,41 @@ def _report_failures_once() -> None:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Removes what killed or failed runs left half-written.
+    """Removes checkpoints that a killed or failed run did not finish.
 
-    Orbax's own option does this in a thread that `close` does not wait for: two runs in a row would race.
+    Orbax's own option does so in a thread that `close` does not wait for, so that two runs in a row would race.
     """
     if jax.process_index() == 0:
         for path in folder.glob(_UNFINISHED):
-            shutil.rmtree(path, ignore_errors=True)  # Orbax replaces what stays, and never reads it
+            shutil.rmtree(path, ignore_errors=True)  # Orbax never reads what cannot be removed, and overwrites it
     wait_for_all("remove unfinished checkpoints")
 
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turns whatever the system, Orbax or TensorStore make of a failed write into an error that says what to do.
+    """Turns errors of the system, Orbax and TensorStore about a failed write into a FalconError with advice.
 
     Args:
-      what: what is being written where, for the message.
+      what: what is being written and where, for the message.
     """
     try:
         yield
     except FalconError:
         raise
     except Exception as problem:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's other tasks would each say the same
-        said = _first_line(problem)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # each of Orbax's other tasks would log the same error
+        reason = _first_line(problem)
         in_the_way = isinstance(problem, IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError)
         raise FalconError(
-            f"could not write {what}: {said}. Remove what is in the way, or choose another --out"
+            f"could not write {what}: {reason}. Remove what is in the way, or choose another --out"
             if in_the_way
-            else f"could not write {what} (disk full?): {said}. What was finished before is as it was: make room, then "
-            "run the same command again"
+            else f"could not write {what} (disk full?): {reason}. What was finished before is unchanged: make room, "
+            "then run the same command again"
         ) from problem
 
 
 def fingerprint(state: TrainState) -> dict[str, int]:
-    """A number for each leaf that changes with any of its bits and not with the mesh: a weighted sum modulo 2^32."""
+    """A checksum of each leaf that does not depend on the mesh: a weighted sum of its words modulo 2^32."""
     sums = jax.device_get(_sums(state))
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
 
@@ -223,7 +223,7 @@ def _sums(state: TrainState) -> Any:
 def _weighted_sum(x: jax.Array) -> jax.Array:
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-    # Odd weights that differ from place to place: a changed word always shows, words that changed places nearly always.
+    # Odd weights, different for each position: any single changed word is detected, and swapped words nearly always.
     place = functools.reduce(
         lambda total, axis: total * jnp.uint32(2_654_435_761) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis),
         range(x.ndim),

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, settings, starts, model config, and final metrics."""
+"""The folder of a run: its lock, settings, list of starts, model config, and final metrics."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def held(out: Path) -> Iterator[None]:
 
 
 def finished_metrics(config: TrainConfig) -> dict[str, Any] | None:
-    """Checks that the folder is new or holds this run; returns the metrics of a finished run, else None.
+    """Checks that the folder is new or holds this run; returns its metrics if it is finished, else None.
 
     Raises:
-      FalconError: the folder holds a run whose result would be another, or something that is no part of a run.
+      FalconError: the folder holds a run with other settings that change the result, or files that are not a run's.
     """
     wanted = config.as_json()
     check_same(hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).digest(), "settings")
@@ -102,25 +102,25 @@ def claim(config: TrainConfig) -> None:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file that another machine has just written is there; network disks may take a minute to show it."""
+    """Whether a file that process 0 has just written appears; a network disk may take a minute to show it."""
     end = time.monotonic() + _DISK_SECONDS
     while not path.exists():
         if jax.process_count() == 1 or time.monotonic() > end:
             return False
         time.sleep(1)
         with contextlib.suppress(OSError):
-            list(path.parent.iterdir())  # has the network disk look again
+            list(path.parent.iterdir())  # makes the network disk refresh its cached listing
     return True
 
 
 def finish(out: Path, metrics: dict[str, Any]) -> None:
-    """Marks the run as finished."""
+    """Writes the final metrics, which mark the run as finished."""
     if jax.process_index() == 0:
         write_json(out / _METRICS, metrics)
 
 
 def write_architecture(out: Path, architecture: FalconConfig) -> None:
-    """Stores the student's config, so that resuming does not need the model that the run started from."""
+    """Writes the student's config, so that resuming does not need the model that training started from."""
     if jax.process_index() == 0:
         write_sealed(out / _ARCHITECTURE, dataclasses.asdict(architecture))
 
@@ -151,6 +151,6 @@ def note_start(config: TrainConfig, step: int, mesh: jax.sharding.Mesh) -> None:
         with writing(str(path)), path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                torn = file.read(1) != b"\n"  # a line cut short when a process was killed
+                torn = file.read(1) != b"\n"  # a killed process may have left an incomplete line
                 file.write(b"\n" if torn else b"")
             file.write(f"{json.dumps(line)}\n".encode())

@@ -28,11 +28,11 @@ TENSORBOARD = "tensorboard"
 
 
 class RunLog:
-    """`log.jsonl` and TensorBoard of a run, written by process 0; no step is logged twice.
+    """`log.jsonl` and TensorBoard files of a run, written by process 0; no step is logged twice.
 
     Args:
       out: folder of the run.
-      first: step of the checkpoint that the run resumes from, or 0; lines of later steps are dropped.
+      first: step of the checkpoint that the run resumes from, or 0; logged lines of later steps are removed.
       on_line: called with every line that is written.
 
     Attributes:
@@ -67,15 +67,15 @@ class RunLog:
         self._show("train", step, metrics)
 
     def validation(self, step: int, metrics: MetricValues) -> None:
-        """Logs the means over the validation rows."""
+        """Logs the metrics of a validation, means over its rows."""
         self._write({"step": step, "validation": metrics})
         self._show("validation", step, metrics)
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
-        """Logs continuations by their prompts."""
+        """Logs sampled continuations, by prompt."""
         self._write({"step": step, "samples": texts})
         if self._board is not None:
-            # TensorBoard reads Markdown, of which indented lines are code: text that is shown as it is.
+            # TensorBoard renders Markdown, in which indented lines are code and are shown unchanged.
             shown = [textwrap.indent(prompt + text, "    ", lambda _: True) for prompt, text in texts.items()]
             self._board.add(step, [summary.text(f"samples/{n}", text) for n, text in enumerate(shown)])
 
@@ -99,10 +99,10 @@ class RunLog:
 
 
 class _Board:
-    """TensorBoard's event file, written in the thread that calls.
+    """TensorBoard's event file, written in the caller's thread.
 
-    tensorboardX's own SummaryWriter writes in a thread behind a short queue; once that thread has failed, on a full
-    disk say, the queue fills up and the caller waits for ever.
+    tensorboardX's own SummaryWriter writes in a thread that reads from a short queue; once that thread has failed (on a
+    full disk, say), the queue fills up and the caller waits forever.
     """
 
     def __init__(self, folder: Path, first: int):
@@ -110,7 +110,7 @@ class _Board:
         with writing(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             self._events = EventsWriter(str(folder / "events"))
-            if first:  # TensorBoard drops what it has of later steps
+            if first:  # makes TensorBoard discard events of later steps
                 self._events.write_event(Event(step=first + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, summaries: list[Summary]) -> None:
@@ -120,15 +120,15 @@ class _Board:
             self._events.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # on a full disk, the error that stopped the run is reported instead
+        with contextlib.suppress(OSError):  # on a full disk the run has failed already, with its own error
             self._events.close()
 
 
 def read_log(path: Path) -> list[MetricValues]:
-    """The lines of a log; a damaged line, as a killed process or an editor leaves it, is reported and skipped.
+    """The lines of a log; a damaged line, as a killed process may leave it, is reported and skipped.
 
     Raises:
-      FalconError: the log is no file that may be read.
+      FalconError: the log is not a regular file, or cannot be read.
     """
     if not path.exists() and not path.is_symlink():
         return []

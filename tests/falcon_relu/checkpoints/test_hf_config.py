@@ -80,7 +80,7 @@ def test_published_configs_are_the_family(name, hf):
         ({"layer_norm_epsilon": -1e-5}, "norm_eps must be a number at least 1e-12"),
         ({"rope_theta": 0}, "rope_theta must be a number at least 1"),
         ({"max_position_embeddings": 10**12}, "max_positions must be an integer from 1"),
-        ({"parallel_attn": False}, "not parallel_attn"),
+        ({"parallel_attn": False}, "without parallel_attn"),
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual"),
         ({"eos_token_id": []}, "eos_token_id is an empty list"),
         ({"eos_token_id": [11, "12"]}, "eos_token_id"),

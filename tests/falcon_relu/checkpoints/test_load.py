@@ -196,7 +196,7 @@ def test_an_index_cannot_lead_astray(tmp_path):
     edit_json(path, weight_map=good)
     tensor = load_file(tmp_path / "hf" / file)[name]
     edit_tensors(tmp_path / "hf" / other, lambda tensors: tensors.update({name: tensor}))
-    with pytest.raises(FalconError, match=f"{name} is doubled"):
+    with pytest.raises(FalconError, match=f"{name} is stored twice"):
         load_model(tmp_path / "hf")
 
 
@@ -275,7 +275,7 @@ def test_native_metadata_are_held_against_the_config_before_any_array_is_read(tm
 
 def test_the_activation_is_stated_or_asked_for(tmp_path):
     config, _ = hf_folder(tmp_path / "hf")
-    with pytest.raises(FalconError, match=r"says activation 'relu' and you say 'gelu'"):
+    with pytest.raises(FalconError, match=r"has activation 'relu' and 'gelu' was given"):
         load_model(tmp_path / "hf", activation="gelu")
     edit_json(tmp_path / "hf" / "config.json", activation=None)
     with pytest.raises(FalconError, match="--activation gelu or --activation relu"):
@@ -301,7 +301,7 @@ def test_values_beyond_float16_are_refused(tmp_path):
 def test_a_hub_id_comes_from_the_cache_or_fails_clearly_when_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(FalconError, match="nobody/nothing is no folder here, and the hub does not give it"):
+    with pytest.raises(FalconError, match="nobody/nothing is not a folder, and cannot be downloaded from the hub"):
         load_model("nobody/nothing")
     with pytest.raises(FalconError, match="neither a folder nor the id"):
         load_model(tmp_path / "missing" / "folder")
