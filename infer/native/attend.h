@@ -1,11 +1,11 @@
-// Attention over the cache. Included by isa.h.
+// Attention over the KV cache. Included by isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
 constexpr int64_t kBlock = 64;  // positions whose keys are transposed together, so that a lane is a position
 
-// Writes `width` numbers of a row in f32, in their order.
+// Converts the first `width` numbers of a row to f32.
 template <class Row>
 FALCON_INLINE void widen(const typename Row::T* row, int64_t width, float* out) {
   const int64_t whole = width / kLanes * kLanes;
@@ -18,8 +18,8 @@ FALCON_INLINE void widen(const typename Row::T* row, int64_t width, float* out) 
   std::memcpy(out + whole, wide, (width - whole) * sizeof(float));
 }
 
-// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of the rest. Below -87 it is e^-87 = 1.6e-38, the smallest
-// power that is not subnormal.
+// e^x for x <= 0, within 2 units in the last place: x = n log(2) + r, and the result is 2^n times a polynomial of r. Below -87 it is
+// e^-87 = 1.6e-38, just above the subnormal numbers.
 FALCON_INLINE F32 exponential(F32 x) {
   const F32 magic = spread(12582912.0f);  // adding it rounds to a whole number
   x = x < spread(-87.0f) ? spread(-87.0f) : x;
@@ -36,8 +36,8 @@ int64_t attend_bytes(int64_t heads, int64_t width, int64_t length) {
   return (heads * padded(length) + (kBlock + kLanes) * padded(width)) * sizeof(float);
 }
 
-// One KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over s < length, for `heads` query heads.
-// Rows of k and v lie `stride` apart. scratch: attend_bytes.
+// Attention of `heads` query heads g over one KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over
+// s < length. Rows of k and v are `stride` numbers apart. scratch: attend_bytes() bytes.
 template <class Row>
 void attend(const float* q, int64_t heads, int64_t width, const void* k_, const void* v_, int64_t stride, int64_t length,
             const float* bias, int64_t bias_stride, float softmax_scale, float* out, float* scratch) {

@@ -11,7 +11,7 @@
 #include "isa.h"
 
 FALCON_KERNELS(kAvx2, "avx2",
-               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // F16C came before AVX2
+               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // every CPU with AVX2 has F16C
 
 #if defined(__clang__)
 #pragma clang attribute pop

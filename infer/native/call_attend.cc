@@ -1,4 +1,4 @@
-// XLA custom call: attention over the cache.
+// XLA custom call: attention over the KV cache.
 #include <algorithm>
 
 #include "checks.h"
@@ -12,7 +12,7 @@ using Heads = ffi::Buffer<ffi::F32, 5>;
 
 constexpr int64_t kHeads = 16;  // query heads of a task
 
-// Of every query over the first `length` positions of its sequence; see infer.kernels.xla.attend.
+// Attention of each query over the first `length` positions of its sequence; infer.kernels.xla.attend defines it.
 ffi::Error attend(ffi::ThreadPool pool, Heads q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::BufferR2<ffi::S32> length,
                   FloatMatrix bias, ffi::Result<Heads> out, float softmax_scale) {
   const auto qd = q.dimensions();

@@ -9,7 +9,7 @@
 namespace falcon {
 namespace {
 
-// y[t] = <row, x_t> for every row, from vectors of as many numbers as a row has columns.
+// y[t, i] = <row i, x_t>; x is [batch, columns].
 void rows_times_vectors(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch,
                         float* y) {
   const int64_t tokens = (batch + 15) / 16 * 16;
@@ -24,7 +24,7 @@ void rows_times_vectors(ffi::ThreadPool& pool, const Products& p, const Matrix& 
   });
 }
 
-// y[t] = sum of x_t[m] * row m, from vectors of as many numbers as there are rows.
+// y[t] = sum over m of x_t[m] * row m; x is [batch, rows].
 void vectors_times_rows(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch,
                         float* y) {
   std::vector<uint16_t> blocks(batch * m.count);
@@ -37,19 +37,19 @@ void vectors_times_rows(ffi::ThreadPool& pool, const Products& p, const Matrix& 
   });
 }
 
-// Of the first `count` vectors; the results of the others are 0. `transposed`: vectors times rows.
+// Products with the first `count` vectors; the results for the others are 0. `transposed`: vectors_times_rows.
 ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, int64_t columns, int64_t group, FloatMatrix x, Ints count,
                         ffi::Result<FloatMatrix> y, bool transposed) {
   Matrix m;
   if (auto wrong = check_matrix(w, scale, nullptr, nullptr, columns, group, &m); !wrong.empty()) return invalid(wrong);
   const Products* p = products();
   const int format = format_of(w.element_type());
-  if (!p) return invalid("this program multiplies in bf16, which the instruction set chosen since does not have: compile it anew");
+  if (!p) return invalid("this program was compiled for bf16 products, which the instruction set chosen since does not have: compile it again");
   if (format != kBF16 && format != kI8 && format != kI4) return invalid("rows must be bf16, int8 or int4");
   const int64_t vectors = x.dimensions()[0], inputs = transposed ? m.count : m.columns, outputs = transposed ? m.columns : m.count;
   if (x.dimensions()[1] != inputs || y->dimensions()[0] != vectors || y->dimensions()[1] != outputs || count.element_count() != 1)
     return invalid("the product has the wrong shape");
-  if ((format != kI4 && m.columns % 64) || m.count % 2) return invalid("matrix products need columns in sixty-fours and rows in twos");
+  if ((format != kI4 && m.columns % 64) || m.count % 2) return invalid("matrix products need a multiple of 64 columns and an even number of rows");
   const int64_t batch = std::clamp<int64_t>(count.typed_data()[0], 0, vectors);
   std::fill(y->typed_data() + batch * outputs, y->typed_data() + vectors * outputs, 0.0f);
   const float* from = x.typed_data();
@@ -57,7 +57,7 @@ ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, in
   const auto run = transposed ? vectors_times_rows : rows_times_vectors;
   if (!batch) return ffi::Error::Success();
   if (format != kI4) return run(pool, *p, m, format, from, batch, to), ffi::Error::Success();
-  // int4 columns are multiplied in the order of their codes: the vectors, or the results, change to and from it.
+  // int4 columns are multiplied in the order of their codes (int4_column): inputs are put into it, or results out of it.
   const int64_t width = sum_width(format, m.columns), all = m.columns;
   std::vector<float> ordered(batch * width);
   m.columns = width;

@@ -12,14 +12,14 @@ namespace {
 
 constexpr int64_t kChunkBytes = 256 << 10, kPartBytes = 512 << 10;
 
-// Rows of a task: few enough that the threads finish together.
+// Rows a task: few enough that the threads finish at about the same time.
 int64_t chunk_rows(int64_t rows, int64_t row_bytes, int64_t threads) {
   const int64_t by_bytes = kChunkBytes / std::max<int64_t>(row_bytes, 1);
   const int64_t by_threads = rows / (8 * threads);
   return std::max<int64_t>(8, std::min(by_bytes, by_threads) / 8 * 8);
 }
 
-// y[b, i] = <row i, x_b>; of a gathered matrix 0 past the count.
+// y[b, i] = <row i, x_b>; for a gathered matrix, 0 from `count` on.
 ffi::Error rows_dot(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints index, Ints count, int64_t columns, int64_t group, FloatMatrix x,
                     ffi::Result<FloatMatrix> y, bool gathered) {
   Matrix m;
@@ -54,7 +54,7 @@ struct NonZero {
 NonZero without_zeros(const Matrix& m, const float* h, int64_t h_stride, int64_t batch) {
   std::vector<int32_t> position(m.count);
   int64_t n = 0;
-  for (int64_t i = 0; i < m.count; ++i) {  // without a branch, which nothing could predict
+  for (int64_t i = 0; i < m.count; ++i) {  // no branch: it would be unpredictable
     bool wanted = false;
     for (int64_t b = 0; b < batch; ++b) wanted |= h[b * h_stride + i] != 0.0f;
     position[n] = static_cast<int32_t>(i);
@@ -67,10 +67,10 @@ NonZero without_zeros(const Matrix& m, const float* h, int64_t h_stride, int64_t
   return out;
 }
 
-// The parts that a weighted sum is computed in, one task each. Every part costs a vector of the result. Each thread's range has
-// parts of 8/15, 4/15, 2/15 and 1/15 of its rows (fewer parts for small matrices): the last ones are small, so that the threads
-// finish together. The cuts are row numbers of the whole matrix and depend on its shape alone. So the sum of one vector of a
-// batch is added up in the same order whichever rows the other vectors need.
+// Divides the rows of a weighted sum into parts, one task each; every part needs a buffer of the size of the result. Each thread
+// has a range of rows, divided into parts of 8/15, 4/15, 2/15 and 1/15 of it (fewer parts for small matrices): the last parts are
+// small, so that the threads finish at about the same time. The limits of the parts are row numbers of the whole matrix and depend
+// on its shape alone, so that one vector's sum is added up in the same order whichever rows the other vectors of a batch need.
 class SumParts {
  public:
   SumParts(int64_t rows, int64_t bytes, int64_t threads)
@@ -80,7 +80,7 @@ class SumParts {
 
   int64_t count() const { return ranges_ * each_; }
 
-  // The positions [begin(i), begin(i + 1)) of a matrix belong to part i. An index that does not ascend is cut by position.
+  // Part i has the positions [out[i], out[i + 1]) of the matrix. An index that is not ascending is divided by position.
   std::vector<int64_t> cuts(const Matrix& m) const {
     const bool ascending = m.index && std::is_sorted(m.index, m.index + m.count);
     std::vector<int64_t> out(count() + 1);
@@ -126,7 +126,7 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale
     void* memory = scratch(k.sum_bytes(m.columns, end - begin, batch), Scratch::kTask);
     k.sum[format](m, weights, h_stride, batch, begin, end, sums + i * batch * stride, memory);
   });
-  // The parts are added up in their order, a run of columns a task.
+  // Adds up the parts in their order; a task adds up a run of columns.
   const int64_t run = sum_width(format, (m.columns + threads - 1) / threads), runs = (m.columns + run - 1) / run;
   parallel_for(pool, batch * runs, parts.count() * batch * stride * sizeof(float), [&](int64_t i) {
     const int64_t b = i / runs, begin = i % runs * run;
@@ -136,12 +136,12 @@ ffi::Error weighted_row_sum(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale
   return ffi::Error::Success();
 }
 
-// Reads rows and does nothing with them: what memory delivers. The result depends on all of them and on `seen`.
+// Only reads rows, to measure the memory bandwidth. The result depends on every byte read and on `seen`.
 ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints index, Ints count, int64_t columns, int64_t group, Ints seen,
                      ffi::Result<Ints> out, bool gathered) {
   Matrix m;
   if (auto wrong = check_matrix(w, scale, gathered ? &index : nullptr, &count, columns, group, &m); !wrong.empty()) return invalid(wrong);
-  if (seen.element_count() != 1 || out->element_count() != 1) return invalid("what was seen must be one number");
+  if (seen.element_count() != 1 || out->element_count() != 1) return invalid("`seen` and the result must be one number");
   const Kernels& k = kernels();
   const int64_t row_bytes = m.row_bytes;
   const int64_t chunk = chunk_rows(m.count, row_bytes, thread_count(pool));
@@ -153,7 +153,7 @@ ffi::Error read_rows(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, Ints 
   return ffi::Error::Success();
 }
 
-auto on_rows() {  // what all of these calls begin with
+auto on_rows() {  // the arguments that all of these calls begin with
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Ints>().Arg<Ints>().Attr<int64_t>(
       "columns").Attr<int64_t>("group");
 }

@@ -1,4 +1,4 @@
-// XLA custom call: which neurons are read.
+// XLA custom call: the choice of the neurons to read.
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -13,10 +13,10 @@ namespace {
 
 using Bools = ffi::BufferR2<ffi::PRED>;
 
-// Keys are counted in bins of their leading 12 bits. Two sets of counters: a count need not wait for the one before it.
+// Keys are counted in bins by their leading 12 bits. Two sets of counters, so that increments do not wait for each other.
 constexpr int kBins = 4096, kBinShift = 20, kCounters = 2;
 
-// Writes the positions of the `most` highest keys, in order; of equal keys the first ones. More keys than `most` are above 0.
+// Writes the positions of the `most` highest keys, ascending; of equal keys the first ones. Needs more than `most` keys above 0.
 void highest(const Kernels& k, const uint32_t* key, int64_t n, int64_t most, int32_t* out) {
   if (most == 0) return;
   int32_t bins[kCounters][kBins] = {};
@@ -27,7 +27,7 @@ void highest(const Kernels& k, const uint32_t* key, int64_t n, int64_t most, int
   uint32_t bin = kBins - 1;
   while (above + bins[0][bin] < most) above += bins[0][bin--];
   const int64_t found = k.at_least(key, n, std::max(bin << kBinShift, 1u), out);
-  std::vector<uint32_t> inside;  // of the bin that the lowest chosen key lies in
+  std::vector<uint32_t> inside;  // the keys in the bin of the lowest chosen key
   for (int64_t i = 0; i < found; ++i)
     if (key[out[i]] >> kBinShift == bin) inside.push_back(key[out[i]]);
   const auto nth = inside.begin() + (most - above - 1);
@@ -42,7 +42,7 @@ void highest(const Kernels& k, const uint32_t* key, int64_t n, int64_t most, int
   }
 }
 
-// The neurons of one sequence: writes their numbers in ascending order and returns how many they are. `out` has room for n.
+// The neurons of one sequence: writes their numbers, ascending, and returns how many there are. `out` has space for n.
 int64_t choose(const Kernels& k, const float* score, int64_t n, float least, int64_t most, uint32_t* key, int32_t* out) {
   k.rank(score, n, least, key);
   const int64_t found = k.at_least(key, n, 1, out);
@@ -51,7 +51,7 @@ int64_t choose(const Kernels& k, const float* score, int64_t n, float least, int
   return most;
 }
 
-// See infer.kernels.xla.select: each sequence's neurons; the index names those that any sequence has chosen.
+// The neurons that each sequence chooses, and an index of those that any chooses; infer.kernels.xla.select defines it.
 ffi::Error select(FloatMatrix score, Floats threshold, Ints budget, ffi::ResultBufferR1<ffi::S32> index, ffi::Result<Ints> count,
                   ffi::Result<Bools> chosen) {
   const int64_t batch = score.dimensions()[0], neurons = score.dimensions()[1];
@@ -62,7 +62,7 @@ ffi::Error select(FloatMatrix score, Floats threshold, Ints budget, ffi::ResultB
   const float least = threshold.typed_data()[0];
   const int64_t most = std::clamp<int64_t>(budget.typed_data()[0], 0, neurons);
   const Kernels& k = kernels();
-  // Keys of a sequence; for several, also which neurons each has chosen and which any has.
+  // Scratch: keys of a sequence; for several sequences also flags: neurons that any chose, then those that each chose.
   const int64_t flags = batch > 1 ? (batch + 1) * neurons : 0;
   uint32_t* key = static_cast<uint32_t*>(scratch(neurons * sizeof(uint32_t) + flags, Scratch::kCall));
   uint8_t *any = reinterpret_cast<uint8_t*>(key + neurons), *mine = any + neurons;

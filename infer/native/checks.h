@@ -1,4 +1,4 @@
-// Checks of the buffers of a call, and of what a call may throw: nothing may cross XLA's boundary but an ffi::Error.
+// Checks of a call's buffers, and conversion of exceptions: only an ffi::Error may be returned to XLA, nothing may be thrown.
 #pragma once
 
 #include <new>
@@ -16,18 +16,18 @@ using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 using FloatMatrix = ffi::BufferR2<ffi::F32>;
 
-// An error of the caller's.
+// An error in the arguments of a call.
 ffi::Error invalid(const std::string& text);
 
 // The Format of an element type; -1 for types that rows are not stored in.
 int format_of(ffi::DataType type);
 
-// Fills in `out`; returns what is wrong, or "". `index` and `count`: of a gathered matrix, else null. `columns` and `group`: of
-// int4 rows, whose bytes do not say them.
+// Fills in `out`; returns an error message, or "". `index` and `count`: of a gathered matrix, else null. `columns` and `group`: of
+// int4 rows, which cannot be computed from the buffer's shape.
 std::string check_matrix(const ffi::AnyBuffer& w, const Floats& scale, const Ints* index, const Ints* count, int64_t columns,
                          int64_t group, Matrix* out);
 
-// kCall as XLA calls it, with exceptions turned into errors.
+// kCall with exceptions converted to errors, as XLA calls it.
 template <auto kCall>
 struct Guarded;
 
@@ -37,7 +37,7 @@ struct Guarded<kCall> {
     try {
       return kCall(std::move(args)...);
     } catch (const std::bad_alloc&) {
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "falcon_relu: not enough memory for what a kernel works with");
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "falcon_relu: not enough memory for a kernel's buffers");
     } catch (const std::exception& error) {
       return ffi::Error::Internal(std::string("falcon_relu: ") + error.what());
     }

@@ -36,8 +36,8 @@ const Products* products() {
 
 }  // namespace falcon
 
-// Of the calls: infer/kernels/native.py, which names it too, refuses a library with another one. To be raised with every change of a
-// call's arguments or results.
+// Version of the calls' arguments and results. infer/kernels/native.py has the same number and refuses a library with another one.
+// Increase both with every change.
 extern "C" int falcon_interface() { return 3; }
 
 // Names of the instruction sets that this CPU has, best first, separated by commas.

@@ -3,9 +3,9 @@ namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-constexpr int kPlanes = 2;  // accumulators of a row for each vector: one's latency hides behind the other's
+constexpr int kPlanes = 2;  // accumulators of a row for each vector, so that one need not wait for the other's result
 
-// Multiplies in f32: any format on any instruction set.
+// Products in f32: all formats, all instruction sets.
 template <class Row>
 struct WideDot {
   using T = typename Row::T;
@@ -34,8 +34,8 @@ struct WideDot {
 };
 
 #if defined(FALCON_BF16)
-// Two bf16 products a lane and instruction. The vector is split into two bf16 planes, which keep 16 of its 24 bits. Memory is the
-// limit, so that the second product costs nothing.
+// Two bf16 products in each lane of an instruction. The vector is split into the sum of two bf16 planes, which keep 16 of its 24 bits.
+// Memory bandwidth is the limit, so that the second product takes no additional time.
 struct BF16Dot {
   using T = uint16_t;
   using Acc = __m512;
@@ -69,9 +69,9 @@ struct BF16Dot {
 #if defined(FALCON_VNNI)
 constexpr int64_t kI8Columns = (1 << 17) - 1;  // 128 * 128 * columns < 2^31
 
-// Four int8 products a lane and instruction. The vector is rounded to 16 bits and split into two int8 planes. The instruction takes
-// one side unsigned, so that it is given w + 128, and 128 * sum(x) is subtracted at the end. Lanes and their sum may wrap around:
-// what comes out is exact as long as the sum of w * x of a plane fits 32 bits, which it does for up to kI8Columns columns.
+// Four int8 products in each lane of an instruction. The vector is rounded to 16 bits and split into two int8 planes. One operand of
+// the instruction is unsigned: it gets w + 128, and 128 * sum(x) is subtracted at the end. Lanes and their sum may overflow: modulo
+// 2^32 the result is exact if the sum of w * x of a plane fits 32 bits, which holds for up to kI8Columns columns.
 struct I8Dot {
   using T = int8_t;
   using Acc = __m512i;
@@ -105,7 +105,7 @@ struct I8Dot {
 };
 #endif
 
-// A copy of the columns past the last whole stripe, with zeros behind them: a whole stripe there could reach past the buffer.
+// A copy of the columns after the last whole stripe, padded with zeros: reading a whole stripe there could exceed the buffer.
 template <class T, int kRows>
 struct LastStripe {
   T columns[kRows][kStripe];
@@ -142,11 +142,11 @@ FALCON_INLINE void dot_rows(const Matrix& w, const Packed& x, int64_t first, int
   for (; i < end; ++i) dot_tile<Dot, 1, kBatch, kFetch>(w, dot, i, end, y, y_stride);
 }
 
-// Rows are taken in groups that stay in the cache while all vectors of the batch are multiplied with them. A result is the same, bit
-// by bit, however many rows and vectors are multiplied together.
+// Rows are multiplied in groups that stay in the cache for all vectors of the batch. A result is the same, bit for bit, however many
+// rows and vectors are multiplied together.
 template <class Dot>
 void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
-  // Short rows in order are one stream, which the CPU's own prefetcher is best at.
+  // Short consecutive rows are one stream: the CPU's own prefetcher is faster.
   const bool stream = !w.index && w.columns * static_cast<int64_t>(sizeof(typename Dot::T)) <= kAhead;
   if (x.batch == 1 && stream) return dot_rows<Dot, 1, 1, false>(w, x, 0, begin, end, y, y_stride);
   if (x.batch == 1) return dot_rows<Dot, kTile, 1>(w, x, 0, begin, end, y, y_stride);
@@ -164,8 +164,8 @@ void dot(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y,
 #if defined(FALCON_VNNI)
 constexpr int kNotFinite = 0x99;  // classes of _mm512_fpclass_ps_mask: quiet and signalling NaN, both infinities
 
-// Rounds v to 16 bits in two int8 planes: v = step * (256 * high + low), 0 from n to the next multiple of 16. Writes the sums of the
-// planes to sum[0] and sum[1]. Returns step; NaN, with nothing written, if a number is NaN or infinite.
+// Rounds v to 16 bits in two int8 planes, v = step * (256 * high + low), padded with zeros to a multiple of 16. Writes the planes'
+// sums to sum[0] and sum[1]. Returns step, or NaN, with nothing written, if a number is NaN or infinite.
 inline float split_i8(const float* v, int64_t n, int8_t* high, int8_t* low, int32_t* sum) {
   const auto some = [&](int64_t i) { return n - i >= 16 ? 0xffff : (1u << (n - i)) - 1; };
   __m512 largest = _mm512_setzero_ps();
@@ -246,7 +246,7 @@ Packed pack_i8(const float* x, int64_t columns, int64_t batch, void* scratch) {
   return Packed{high, low, unit, sum, wide, stride, batch};
 }
 
-// In int8, or in f32 the vectors that pack_i8 has marked.
+// In int8; in f32 for the vectors that pack_i8 marked with a unit of NaN.
 void dot_i8(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
   int64_t marked = 0;
   for (int64_t b = 0; b < x.batch; ++b) marked += std::isnan(x.unit[b]);

@@ -1,23 +1,23 @@
-// Dot products and weighted sums of int4 rows; infer/weights/formats.py says how a row is laid out. Included by isa.h.
+// Dot products and weighted sums of int4 rows; infer/weights/formats.py describes their layout. Included by isa.h.
 //
-// A 32-bit lane of a vector holds eight codes of one run of 32 columns, so that an integer sum of a lane belongs to one group of
-// columns and one vector of scales serves a block of 512 columns.
+// A 32-bit lane of a vector has eight codes of one run of 32 columns, so that an integer sum in a lane has one scale, and one vector
+// of scales is enough for a block of 512 columns.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-// A block of a vector as int4 rows are multiplied with it.
+// A block of a vector, packed for products with int4 rows.
 struct Int4Input {
-  int8_t value[kInt4Block];   // in the order of the codes: 64 bytes for the low, then for the high four bits of every 64 bytes
-  float unit[kInt4Runs];      // what one step of a run's values is worth
-  int32_t start[kInt4Runs];   // -128 times the sum of a run's values: levels are multiplied as unsigned numbers, plus 128
+  int8_t value[kInt4Block];   // order of the codes: for every 64 bytes of codes, 64 values for the low, then 64 for the high four bits
+  float unit[kInt4Runs];      // a number of the run is its value times this
+  int32_t start[kInt4Runs];   // -128 times the sum of the run's values: the levels that they are multiplied with are stored plus 128
 };
 
 int64_t packed_int4_bytes(int64_t columns, int64_t batch) {
   return batch * (int4_blocks(columns) * static_cast<int64_t>(sizeof(Int4Input)) + static_cast<int64_t>(sizeof(float))) + 64;
 }
 
-// Rounds every run of 32 numbers to int8, with a unit of its own. Vectors with NaN or infinity are marked and multiplied in f32.
+// Rounds every run of 32 numbers to int8, with its own unit. Vectors with NaN or infinity are marked, to be multiplied in f32.
 Packed pack_int4(const float* x, int64_t columns, int64_t batch, void* scratch) {
   const int64_t blocks = int4_blocks(columns);
   Int4Input* out = static_cast<Int4Input*>(scratch);
@@ -48,7 +48,7 @@ Packed pack_int4(const float* x, int64_t columns, int64_t batch, void* scratch) 
   return Packed{out, nullptr, marked, nullptr, x, blocks, batch};
 }
 
-// The rows of a tile and those that are prefetched meanwhile.
+// The rows of a tile, and the rows to prefetch.
 template <int kRows>
 struct Int4Tile {
   const uint8_t *rows[kRows], *next[kRows];
@@ -64,7 +64,7 @@ struct Int4Tile {
 
   FALCON_INLINE const uint8_t* scales(int r) const { return rows[r] + code_bytes; }
 
-  // Prefetches as many bytes of the next tile's row r as a block has, scales included.
+  // Prefetches one block's bytes, scales included, of row r of the next tile.
   template <int kGroup>
   FALCON_INLINE void fetch(int r, int64_t block) const {
     constexpr int64_t bytes = kInt4CodeBytes + 2 * kInt4Block / kGroup;
@@ -160,7 +160,7 @@ FALCON_INLINE void dot_int4_tile(const Matrix& w, const Int4Input* x, int64_t x_
 
 // The integer sums of the 16 runs of a block.
 FALCON_INLINE void int4_block_sums(const uint8_t* codes, const Int4Input& x, const uint8_t* levels, int32_t* sums) {
-#if defined(FALCON_F16C) || defined(FALCON_AVX512)  // which have AVX2
+#if defined(FALCON_F16C) || defined(FALCON_AVX512)  // these instruction sets include AVX2
   const __m128i from_128 = _mm_sub_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)), _mm_set1_epi8(-128));
   const __m256i signed_levels = _mm256_broadcastsi128_si256(from_128);
   const __m256i low_bits = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -232,8 +232,8 @@ FALCON_INLINE void dot_int4_rows(const Matrix& w, const Packed& x, int64_t first
   for (; i < end; ++i) dot_int4_tile<kGroup, 1, kBatch>(w, input, x.stride, i, end, out, y_stride);
 }
 
-// A result is the same, bit by bit, however many rows and vectors are multiplied together: the integers are exact, and the blocks
-// are added up in their order.
+// A result is the same, bit for bit, however many rows and vectors are multiplied together: integer sums are exact, and blocks are
+// added up in order.
 template <int kGroup>
 void dot_int4_group(const Matrix& w, const Packed& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
   if (x.batch == 1) return dot_int4_rows<kGroup, kTile, 1>(w, x, 0, begin, end, y, y_stride);
@@ -246,7 +246,7 @@ void dot_int4_group(const Matrix& w, const Packed& x, int64_t begin, int64_t end
   }
 }
 
-// One number after the other, for vectors that are not finite.
+// Scalar, for vectors with NaN or infinity.
 float dot_int4_wide(const Matrix& w, int64_t position, const float* x) {
   const uint8_t* codes = static_cast<const uint8_t*>(w.data) + w.row(position) * w.row_bytes;
   const uint8_t* scales = codes + int4_blocks(w.columns) * kInt4CodeBytes;
@@ -272,7 +272,7 @@ void dot_int4(const Matrix& w, const Packed& x, int64_t begin, int64_t end, floa
 // ---- weighted sums
 
 #if !defined(FALCON_AVX512)
-// The levels of a block in f32, in the order of sums.
+// The levels of a block in f32, in the column order of sums.
 FALCON_INLINE void int4_wide_block(const uint8_t* codes, const uint8_t* levels, float* out) {
   for (int j = 0; j < 4; ++j) {
     uint8_t level[2][64];
@@ -313,7 +313,7 @@ FALCON_INLINE void sum_int4_tile(const Matrix& w, const float* h, int64_t h_stri
           float* p = out + 128 * j + 16 * nibble;
           __m512 sum = _mm512_loadu_ps(p);
           FALCON_UNROLL
-          for (int r = 0; r < kRows; ++r)  // the permutation looks at the lowest four bits alone
+          for (int r = 0; r < kRows; ++r)  // the permutation uses only the lowest four bits
             sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes[r], 4 * nibble), levels), weight[r], sum);
           _mm512_storeu_ps(p, sum);
         }
@@ -346,7 +346,7 @@ void sum_int4_group(const Matrix& w, const float* h, int64_t h_stride, int64_t b
   for (; i < end; ++i) sum_int4_tile<kGroup, 1>(w, h, h_stride, batch, i, end, acc);
 }
 
-// In f32, row by row in their order.
+// In f32, adding up row after row.
 void sum_int4(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* acc, void*) {
   std::memset(acc, 0, batch * int4_blocks(w.columns) * kInt4Block * sizeof(float));
   (w.group == kInt4Run ? sum_int4_group<kInt4Run> : sum_int4_group<2 * kInt4Run>)(w, h, h_stride, batch, begin, end, acc);

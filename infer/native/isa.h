@@ -1,6 +1,6 @@
-// The kernels, written once and compiled once for each instruction set. The including file sets FALCON_ISA (a namespace),
-// FALCON_VECTOR_BYTES, which instructions there are (FALCON_F16C, FALCON_AVX512, FALCON_VNNI, FALCON_BF16), and the compiler's
-// target. Nothing here may have external linkage: of several copies of a function the linker keeps one, for any instruction set.
+// The source of the kernels, compiled once for each instruction set. The including file defines FALCON_ISA (a namespace),
+// FALCON_VECTOR_BYTES, the available instructions (FALCON_F16C, FALCON_AVX512, FALCON_VNNI, FALCON_BF16), and the compiler's target.
+// Nothing here may have external linkage: the linker would keep one copy of a function, compiled for any of the instruction sets.
 #include <cmath>
 #include <cstring>
 #if defined(__x86_64__)

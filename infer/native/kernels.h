@@ -1,4 +1,4 @@
-// The kernels of one instruction set. Each works on one thread, on buffers that its caller has checked.
+// The kernels of one instruction set. Each runs on one thread, on buffers that its caller has checked.
 #pragma once
 
 #include <cstdint>
@@ -10,33 +10,33 @@ enum Format { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kI4 = 4, kFormats = 5 };
 constexpr int64_t kStripe = 64;  // columns handled at a time; packed inputs are padded with zeros to a multiple of it
 
 inline int64_t padded(int64_t columns) { return (columns + kStripe - 1) / kStripe * kStripe; }
-// Of the formats whose rows are nothing but numbers, all but int4.
+// Bytes of a number of a row, in all formats but int4.
 inline int64_t item_bytes(int format) { return format == kF32 ? 4 : format == kI8 ? 1 : 2; }
 
-// int4 rows: blocks of columns, each of 16 runs, in 4 bits a column; see int4.h.
+// int4 rows: 4 bits a column, in blocks of 512 columns, each of 16 runs of 32; see int4.h.
 constexpr int64_t kInt4Block = 512, kInt4Runs = 16, kInt4Run = 32, kInt4CodeBytes = kInt4Block / 2;
 inline int64_t int4_blocks(int64_t columns) { return (columns + kInt4Block - 1) / kInt4Block; }
 
-// Sums and products of int4 rows take a block's columns in the order of the codes' bits: 64 bytes after 64 bytes, and of these the
-// lowest four bits of every 32-bit lane, then the next four. The column at a place in that order:
+// Sums and products of int4 rows process a block's columns in the order of the codes in memory: 64 bytes after 64 bytes, and of each
+// 64 bytes the lowest four bits of every 32-bit lane, then the next four. Returns the column at position `place` of that order.
 inline int64_t int4_column(int64_t place) {
   const int64_t block = place / kInt4Block, bytes = place % kInt4Block / 128, bits = place / kInt4Runs % 8, run = place % kInt4Runs;
   return block * kInt4Block + run * kInt4Run + 8 * bytes + bits % 2 * 4 + bits / 2;
 }
 
-// Columns that `unpack` puts into their order together, and the numbers of a sum of rows before it has.
+// Columns that `unpack` reorders together; and the number of columns of a sum before `unpack`, a multiple of that.
 inline int64_t unpacked_columns(int format) { return format == kI4 ? kInt4Block : kStripe; }
 inline int64_t sum_width(int format, int64_t columns) {
   const int64_t unit = unpacked_columns(format);
   return (columns + unit - 1) / unit * unit;
 }
 
-// A matrix of rows, or the rows of it that `index` names.
+// A matrix, or a selection of its rows by `index`.
 struct Matrix {
   const void* data;
-  const float* scale;    // int8: one a row. int4: the 16 levels. Else null
+  const float* scale;    // int8: one for each row. int4: the 16 levels. Else null
   const int32_t* index;  // null: every row in order
-  int64_t count;         // rows of the matrix, or entries of `index`
+  int64_t count;         // number of rows, or of entries of `index`
   int64_t columns;
   int64_t row_bytes;
   int64_t group;  // int4: columns that share a scale
@@ -44,14 +44,14 @@ struct Matrix {
   int64_t row(int64_t position) const { return index ? index[position] : position; }
 };
 
-// Vectors in the order and number format in which one instruction set multiplies them with rows of one format. A plane holds
-// `batch` vectors of `stride` numbers, 0 past the columns.
+// Vectors in the column order and number format in which one instruction set multiplies them with rows of one format. A plane is an
+// array of `batch` vectors of `stride` numbers, padded with zeros.
 struct Packed {
   const void* high;    // plane: the vectors, or the upper half of their bits
-  const void* low;     // plane: the lower half; null where `high` is all
+  const void* low;     // plane: the lower half of their bits; null if there is none
   const float* unit;   // int8 planes: a vector is unit * (256 * high + low); NaN if it must be multiplied in f32, in int4 too
   const int32_t* sum;  // int8 planes: sums of each vector's `high` and `low`
-  const float* wide;   // int8 planes: plane of the vectors in f32, filled in where unit is NaN. int4: the vectors as they came
+  const float* wide;   // int8 planes: plane of the vectors in f32, written where unit is NaN. int4: the unchanged vectors
   int64_t stride;
   int64_t batch;
 };
@@ -68,12 +68,12 @@ struct Kernels {
 
   // Bytes of scratch that `sum` needs for so many rows.
   int64_t (*sum_bytes)(int64_t columns, int64_t rows, int64_t batch);
-  // acc[b * sum_width(format, w.columns) + place of d] = sum of h[b * h_stride + i] * row i [d] over begin <= i < end. What comes out for one
-  // vector is the same, bit by bit, whatever others are in the batch, and with or without rows whose h is 0.
+  // acc[b * sum_width(format, w.columns) + place of d] = sum of h[b * h_stride + i] * row i [d] over begin <= i < end. The result of a
+  // vector is the same, bit for bit, whatever other vectors are in the batch, and with or without rows whose h is 0.
   void (*sum[kFormats])(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end,
                         float* acc, void* scratch);
-  // Adds up `parts` results of `sum`, `part_stride` apart, and puts columns [begin, end) into their order: one vector of the
-  // batch, begin a multiple of unpacked_columns(format).
+  // For one vector of the batch: adds up `parts` results of `sum`, which are `part_stride` apart, and writes columns [begin, end) in
+  // ascending order; begin is a multiple of unpacked_columns(format).
   void (*unpack[kFormats])(const float* acc, int64_t parts, int64_t part_stride, int64_t begin, int64_t end, float* y);
 
   // Bytes of scratch that `attend` needs.
@@ -83,15 +83,15 @@ struct Kernels {
                     int64_t length, const float* bias, int64_t bias_stride, float softmax_scale, float* out,
                     float* scratch);
 
-  // Keys of scores and a search in them, see select.h.
+  // Keys of scores, and a search for high keys; see select.h.
   void (*rank)(const float* score, int64_t n, float least, uint32_t* key);
   int64_t (*at_least)(const uint32_t* key, int64_t n, uint32_t least, int32_t* out);
 
-  // Reads rows [begin, end) and returns a number that depends on every byte: for measuring memory.
+  // Reads rows [begin, end) and returns a number that depends on every byte, to measure the memory bandwidth.
   int64_t (*read)(const Matrix& w, int64_t row_bytes, int64_t begin, int64_t end);
 };
 
-// Matrix products in bf16, for many vectors at once; bf16 and int8 rows, an even number of columns and of rows. See products.h.
+// Matrix products in bf16 with many vectors; numbers of columns and rows are even. See products.h.
 struct Products {
   void (*pack_panel)(const float* x, int64_t columns, int64_t batch, int64_t first, int64_t vectors, uint32_t* panel);
   void (*dot)(const Matrix& w, int format, const uint32_t* panels, int64_t batch, int64_t begin, int64_t end, float* y,

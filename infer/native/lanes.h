@@ -1,5 +1,5 @@
-// What all kernels of an instruction set are made of: vectors of kBytes bytes, row formats, and loops over rows that prefetch.
-// Included by isa.h.
+// What all kernels of an instruction set use: vectors of kBytes bytes, row formats, and loops over rows with prefetching. Included
+// by isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
@@ -8,9 +8,9 @@ namespace {
 
 constexpr int64_t kBytes = FALCON_VECTOR_BYTES;
 constexpr int kLanes = kBytes / 4;
-constexpr int64_t kAhead = 4096;  // bytes between what is multiplied and what is prefetched
+constexpr int64_t kAhead = 4096;  // bytes from the columns being multiplied to those being prefetched
 #if defined(FALCON_AVX512)
-constexpr int kTile = 8;  // rows multiplied together: more streams for memory, more uses of a loaded input
+constexpr int kTile = 8;  // rows multiplied together: memory delivers several streams faster, and a loaded input is used for all
 #else
 constexpr int kTile = 4;
 #endif
@@ -36,7 +36,7 @@ FALCON_INLINE float total(F32 v) {
   return lanes[0];
 }
 
-// The lanes of a, then b, that `lane` names.
+// out[l] = element lane[l] of a and b, concatenated.
 FALCON_INLINE F32 shuffle(F32 a, F32 b, U32 lane) {
 #if defined(__clang__)
   F32 out;
@@ -62,9 +62,9 @@ FALCON_INLINE void transpose(F32* v) {
   if constexpr (2 * kBit < kLanes) transpose<2 * kBit>(v);
 }
 
-// A row format: its number type T, load1 of kLanes numbers in their order, and load2 of 2 * kLanes numbers in the order that costs
-// least. kPairs: load2 gives the even and the odd columns (a bf16 is the upper half of an f32, so that a shift and a mask widen a
-// pair), not the first and the second half.
+// A row format: its number type T, load1 of kLanes numbers in order, and load2 of 2 * kLanes numbers in the order that is fastest.
+// With kPairs, load2 returns the even and the odd columns (a bf16 is the upper half of an f32, so that a shift and a mask convert a
+// pair), else the first and the second half.
 struct F32Row {
   using T = float;
   static constexpr bool kPairs = false;
@@ -97,8 +97,8 @@ struct F16Row {
 #else
     U32 bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = p[i];
-    // The exponent moves to its place in an f32 and is rebiased. A subnormal f16 has no leading one: it is given one, which is then
-    // subtracted. No f32 subnormal may occur on the way, since XLA's threads flush them to 0.
+    // Moves the exponent to its place in an f32 and changes its bias. A subnormal f16 has no implicit leading one: one is added and
+    // then subtracted. No intermediate result may be a subnormal f32, since XLA's threads flush these to 0.
     const U32 magnitude = (bits & 0x7fffu) << 13;
     const F32 normal = (F32)(magnitude + (112u << 23));
     const F32 subnormal = (F32)(magnitude + (113u << 23)) - spread(0x1p-14f);
@@ -138,11 +138,11 @@ template <class T>
 FALCON_INLINE void fetch_stripe(const T* p) {
   FALCON_UNROLL
   for (size_t line = 0; line < sizeof(T); ++line)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line, 0, 1);  // into L2: the inputs fill L1
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * line, 0, 1);  // into L2, as L1 is full of inputs
 }
 
-// Calls body(d) for d, d + kStripe, ... < end; returns the first d not taken. A stripe of int8 is one vector: without unrolling,
-// every third instruction would compute the rows' pointers.
+// Calls body(d) for d, d + kStripe, ... < end; returns the d after the last call. Unrolled: a stripe of int8 is only one vector, and
+// every third instruction would otherwise compute row pointers.
 template <class T, class Body>
 FALCON_INLINE int64_t stripes(int64_t d, int64_t end, Body&& body) {
   if constexpr (sizeof(T) == 1) {
@@ -154,8 +154,8 @@ FALCON_INLINE int64_t stripes(int64_t d, int64_t end, Body&& body) {
   return d;
 }
 
-// Calls step(first column, pointers to it in each row) for every whole stripe of kRows rows. kFetch: prefetches what comes kAhead
-// bytes later, first in the same rows, at their ends in the `next` ones.
+// Calls step(first column, pointers to it in each row) for every whole stripe of kRows rows. kFetch: prefetches the data kAhead bytes
+// later, in the same rows, and near their ends in the `next` rows.
 template <class T, int kRows, bool kFetch = true, class Step>
 FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64_t columns, Step&& step) {
   constexpr int64_t ahead = kAhead / sizeof(T) / kStripe * kStripe;
@@ -179,15 +179,15 @@ FALCON_INLINE void each_stripe(const T* const* rows, const T* const* next, int64
   });
 }
 
-// Positions between a tile and the one that it prefetches: one tile, or as many short rows as 2 * kAhead bytes hold.
+// Positions from a tile to the one that it prefetches: one tile, or as many short rows as fit into 2 * kAhead bytes.
 template <class T, int kRows>
 FALCON_INLINE int64_t tile_ahead(int64_t columns) {
   const int64_t tiles = 2 * kAhead / (columns * static_cast<int64_t>(sizeof(T)) * kRows);
   return kRows * (tiles > 1 ? tiles : 1);
 }
 
-// Pointers to the rows of the tile at `first` and of the tile to prefetch, which this thread most likely takes. Past `end` they
-// point to some row of the matrix.
+// Pointers to the rows of the tile at `first` and of the tile to prefetch, which this thread most likely multiplies later. Past
+// `end` they point to some valid row.
 template <class T, int kRows>
 FALCON_INLINE void row_pointers(const Matrix& w, int64_t first, int64_t end, const T** rows, const T** next) {
   const int64_t ahead = tile_ahead<T, kRows>(w.columns);

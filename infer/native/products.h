@@ -1,18 +1,18 @@
-// Matrix products in bf16 for AVX512-BF16, on one thread: pairs of a row's numbers, each broadcast, times panels of 16 to 64 columns.
-// Both are copied to contiguous memory in the L2 cache first: rows a power of two apart would evict each other.
-// Included by one instruction set's file, after isa.h.
+// Matrix products in bf16 for AVX512-BF16, on one thread: each pair of numbers of a row is broadcast and multiplied with panels of 16
+// to 64 columns. Both are first copied to contiguous memory that fits the L2 cache: rows a power of two apart would evict each
+// other. Included by one instruction set's file, after isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-constexpr int kProductRows = 6;         // 6 x 4 vectors of sums fill the registers
-constexpr int64_t kPanel = 64;          // columns of a panel; the last panel may be narrower
-constexpr int64_t kDepth = 1024;        // of a block of rows that stays in the L2 cache
+constexpr int kProductRows = 6;         // the sums of 6 rows x 4 vectors take 24 of the 32 registers
+constexpr int64_t kPanel = 64;          // columns in a panel; the last panel may have fewer
+constexpr int64_t kDepth = 1024;        // columns of a block of rows that stays in the L2 cache
 constexpr int64_t kBlockRows = 48;      // rows multiplied with a block of a panel while it is in the L1 cache
 constexpr int64_t kSumDepth = 512;      // rows of a block that are added up together
-constexpr int64_t kRun = 4 * kPanel;    // columns of such a block: contiguous pieces of 256 numbers are read fast
+constexpr int64_t kRun = 4 * kPanel;    // columns of such a block: 256 contiguous numbers are read fast
 
-// acc[r * stride + column] += sum over `pairs` of row r times the panel, whose pairs lie [pairs, kVectors * 16].
+// acc[r * stride + column] += sum over `pairs` of row r times the panel, an array of pairs [pairs, kVectors * 16].
 template <int kRows, int kVectors>
 FALCON_INLINE void product(const uint16_t* a, int64_t a_stride, const uint32_t* panel, int64_t pairs, float* acc, int64_t stride) {
   __m512 sum[kRows][kVectors];
@@ -92,7 +92,7 @@ void round_bf16(const float* in, const float* scale, int64_t n, uint16_t* out) {
   }
 }
 
-// Columns [first, first + 16 * vectors) of a panel, from vectors x that lie `columns` apart, `batch` of them.
+// Packs vectors [first, first + 16 * vectors) of x, [batch, columns], into a panel; vectors past the batch are 0.
 void pack_panel(const float* x, int64_t columns, int64_t batch, int64_t first, int64_t vectors, uint32_t* panel) {
   const int64_t width = 16 * vectors;
   std::vector<uint16_t> row(columns);
@@ -121,7 +121,7 @@ void store_transposed(const float* acc, int64_t stride, int64_t rows, int64_t ba
     }
 }
 
-// y[t * y_stride + i] = <row i, vector t> for begin <= i < end: panels [first of kPanel columns each] as packed above.
+// y[t * y_stride + i] = <row i, vector t> for begin <= i < end. `panels`: all vectors, as pack_panel packs them, kPanel a panel.
 void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t batch, int64_t begin, int64_t end, float* y,
                   int64_t y_stride, void* scratch) {
   const int64_t tokens = (batch + 15) / 16 * 16;
@@ -145,7 +145,7 @@ void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t b
   }
 }
 
-// Weights of one vector, times the rows' scales, into blocks [m / kSumDepth, batch, kSumDepth]; the last block is narrower.
+// Rounds the weights of vector t, times the rows' scales, into blocks [m / kSumDepth, batch, kSumDepth]; the last may be shorter.
 void pack_weights(const float* h, const float* scale, int64_t count, int64_t batch, int64_t t, uint16_t* blocks) {
   for (int64_t m = 0; m < count; m += kSumDepth) {
     const int64_t depth = count - m < kSumDepth ? count - m : kSumDepth;
@@ -153,7 +153,7 @@ void pack_weights(const float* h, const float* scale, int64_t count, int64_t bat
   }
 }
 
-// `width` columns of two rows, interleaved so that a lane holds a pair, written to that pair's line of each panel.
+// Interleaves `width` columns of two rows, so that each lane is a pair, and writes them to that pair's row of each panel.
 void pack_pair(const uint16_t* even, const uint16_t* odd, int64_t width, uint32_t* panels) {
   const auto wide = [](const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); };
   for (int64_t c = 0; c < width; c += kPanel, panels += kPanel * (kSumDepth / 2))

@@ -1,4 +1,4 @@
-// Reading without computing, to measure memory. Included by isa.h.
+// Reading rows without computing, to measure the memory bandwidth. Included by isa.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {

@@ -4,7 +4,7 @@ namespace FALCON_ISA {
 namespace {
 
 #if defined(FALCON_VNNI)
-// Bytes for sum_i8: moved sums, weights in f32 and in int8 planes, a tile's weights and a unit for each vector.
+// Scratch bytes of sum_i8: sums in f32, weights in f32 and in int8 planes, and for each vector a tile's weights and a unit.
 int64_t sum_bytes(int64_t columns, int64_t rows, int64_t batch) {
   return batch * (4 * padded(columns) + 2 * (rows + 24) + 128) + 4 * (rows + 24) + 64;
 }
@@ -77,7 +77,7 @@ void unpack(const float* acc, int64_t parts, int64_t part_stride, int64_t begin,
 }
 
 #if defined(FALCON_VNNI)
-// A 4 x 64 matrix of int8 transposed, so that a 32-bit lane holds a column of all four rows, plus 128: lane 4 l + t of out[j] is
+// Transposes a 4 x 64 matrix of int8 and adds 128, so that a 32-bit lane has a column of all four rows: lane 4 l + t of out[j] is
 // column 16 l + 4 j + t.
 FALCON_INLINE void transpose_four(const int8_t* const* at, __m512i* out) {
   const __m512i offset = _mm512_set1_epi8(-128);
@@ -90,17 +90,17 @@ FALCON_INLINE void transpose_four(const int8_t* const* at, __m512i* out) {
   out[2] = _mm512_unpacklo_epi16(b, d), out[3] = _mm512_unpackhi_epi16(b, d);
 }
 
-// The position of column d of a stripe in the sums of rows that transpose_four has transposed.
+// The position of column d of a stripe in sums of rows transposed by transpose_four.
 FALCON_INLINE int64_t transposed_place(int64_t d) { return d / 4 % 4 * 16 + d / 16 * 4 + d % 4; }
 
-constexpr int64_t kI8Rows = 512;  // 512 * 128 * 32767 < 2^31: so many rows may be added up in int32
+constexpr int64_t kI8Rows = 512;  // rows that can be added up in int32: 512 * 128 * 32767 < 2^31
 
-// One vector's weights of a tile of 8 rows: two int8 planes, and -128 times the sum of each.
+// One vector's weights for a tile of 8 rows: two int8 planes, and -128 times the sum of each plane.
 struct TileWeights {
   int32_t high[2], low[2];  // four rows each
   int32_t high_start, low_start;
 
-  // Of the rows that `rows`, a mask of one byte a row, names.
+  // The weights of the rows in the mask `rows`, one byte a row.
   void set(const int8_t* high_plane, const int8_t* low_plane, uint64_t rows) {
     high_start = part(high_plane, rows, high), low_start = part(low_plane, rows, low);
   }
@@ -115,7 +115,7 @@ struct TileWeights {
     return -128 * sum;
   }
 
-  // The weighted sum of a tile's columns, exact.
+  // The weighted sum of a tile's rows for one vector of columns, exact.
   FALCON_INLINE __m512i sum(__m512i rows0to3, __m512i rows4to7) const {
     const auto plane = [&](int32_t start, const int32_t* weights) __attribute__((always_inline)) {
       const __m512i first = _mm512_dpbusd_epi32(_mm512_set1_epi32(start), rows0to3, _mm512_set1_epi32(weights[0]));
@@ -125,7 +125,7 @@ struct TileWeights {
   }
 };
 
-// One vector of sum_i8 in f32, in the order of sum_i8.
+// Does the sum of one vector in f32, with the columns in the order of sum_i8.
 void sum_i8_wide(const Matrix& w, const float* h, int64_t begin, int64_t end, float* acc, void* scratch) {
   sum<I8Row>(w, h, 0, 1, begin, end, acc, scratch);
   for (int64_t d = 0; d < padded(w.columns); d += kStripe) {
@@ -135,14 +135,14 @@ void sum_i8_wide(const Matrix& w, const float* h, int64_t begin, int64_t end, fl
   }
 }
 
-// As `sum`, with four int8 products a lane and instruction. The weights (h times scale) of a call are rounded to 16 bits and split
-// into two int8 planes, see I8Dot. Sums are kept in int32, in the memory of `acc`. After every kI8Rows rows whose rounded weight is not
-// 0 they are moved to `moved`, in f32: which rows those are does not depend on rows of weight 0, so neither does the result.
+// As `sum`, with four int8 products in each lane of an instruction. The weights (h times scale) of a call are rounded to 16 bits and
+// split into two int8 planes, see I8Dot. Sums are kept in int32, in the memory of `acc`, and added to `moved`, in f32, after every
+// kI8Rows rows whose rounded weight is not 0; so rows of weight 0 do not change the result.
 void sum_i8(const Matrix& w, const float* h, int64_t h_stride, int64_t batch, int64_t begin, int64_t end, float* acc,
             void* scratch) {
   constexpr int kRows = 8;
   struct Vector {
-    TileWeights now, after;  // after: of the rows behind the kI8Rows-th, where that lies in this tile
+    TileWeights now, after;  // after: weights of the rows after the kI8Rows-th, if that is in this tile
     int32_t used;            // rows in the sums
     bool full, any_moved;
   };

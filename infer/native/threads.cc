@@ -14,7 +14,7 @@ namespace falcon {
 namespace {
 
 constexpr int64_t kBytesPerThread = 64 << 10;
-constexpr auto kSpin = std::chrono::microseconds(200);  // longer than what a layer does between two kernels
+constexpr auto kSpin = std::chrono::microseconds(200);  // longer than the time between two kernel calls of a layer
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -36,15 +36,15 @@ bool spin_until(const Done& done) {
   return true;
 }
 
-// The tasks of one parallel_for. Every thread starts with a contiguous range of them of its own, so that the rows it prefetches are
-// the rows it takes next; a thread that has finished its range takes tasks from the other ranges.
+// The tasks of one parallel_for. Every thread starts with its own contiguous range of tasks, so that it prefetches the rows that it
+// uses next; when its range is done it takes tasks from the other ranges.
 class Job {
  public:
   Job(int64_t threads, int64_t tasks, const std::function<void(int64_t)>& task) : task_(&task), tasks_(tasks), ranges_(threads) {
     for (int64_t t = 0; t < threads; ++t) ranges_[t].next = t * tasks / threads, ranges_[t].end = (t + 1) * tasks / threads;
   }
 
-  // Takes tasks until none is left. A thread that arrives after that finds none and does not use task_, which may be gone by then.
+  // Runs tasks until none is left. A thread that comes later finds none, and must not use task_, which may no longer exist.
   void work() {
     const int64_t threads = static_cast<int64_t>(ranges_.size()), mine = arrived_++;
     int64_t done = 0;
@@ -57,7 +57,7 @@ class Job {
     finished_.notify_all();
   }
 
-  // Returns when all tasks are done, those of other threads too.
+  // Returns when all tasks of all threads are done.
   void wait() {
     const auto done = [this] { return done_ == tasks_; };
     if (!spin_until(done)) {
@@ -91,12 +91,12 @@ class Job {
   std::exception_ptr error_;
 };
 
-// Threads of the pool that help with the job that was posted last. Between two jobs they spin for kSpin: waking up a thread takes
-// as long as reading a megabyte.
+// Threads of the pool that work on the job posted last. Between two jobs they spin for kSpin: waking up a thread takes as long as
+// reading a megabyte of memory.
 class Helpers {
  public:
   static Helpers& of_process() {
-    static Helpers* helpers = new Helpers;  // never destroyed: threads may outlive the end of main
+    static Helpers* helpers = new Helpers;  // never destroyed: its threads may still run after main has returned
     return *helpers;
   }
 
@@ -112,7 +112,7 @@ class Helpers {
     for (; missing > 0; --missing) {
       try {
         pool.Schedule([this] { serve(); });
-      } catch (const std::bad_alloc&) {  // the caller does the job with fewer helpers
+      } catch (const std::bad_alloc&) {  // the job runs with fewer helpers
         std::lock_guard<std::mutex> lock(mutex_);
         size_ -= missing;
         return;
@@ -123,7 +123,7 @@ class Helpers {
  private:
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
-    for (uint64_t seen = 0; seen != posted_;) {  // looks at the last job before it leaves
+    for (uint64_t seen = 0; seen != posted_;) {  // returns only when no job was posted meanwhile
       seen = posted_;
       const std::shared_ptr<Job> job = job_;
       lock.unlock();
@@ -144,8 +144,7 @@ class Helpers {
 
 int64_t thread_count(const xla::ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
 
-// The calling thread waits only for tasks that another thread has taken, so that a call made on a thread of the pool cannot wait
-// for itself.
+// The caller waits only for tasks that other threads have begun, so that a call from a thread of the pool cannot deadlock.
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t n, int64_t bytes, const std::function<void(int64_t)>& task) {
   const int64_t threads = std::min({thread_count(pool), n, bytes / kBytesPerThread});
   if (threads < 2) {
@@ -166,7 +165,7 @@ void* scratch(int64_t bytes, Scratch block) {
   thread_local Memory blocks[2];
   Memory& memory = blocks[static_cast<int>(block)];
   if (memory.size < bytes + 64) {
-    memory.size = 0;  // in case that there is not enough
+    memory.size = 0;  // stays 0 if the allocation below throws
     memory.bytes.reset();
     memory.bytes.reset(new char[bytes + 64]);
     memory.size = bytes + 64;

@@ -1,4 +1,4 @@
-"""Number formats of decode weights: what one row of a matrix looks like in memory."""
+"""Number formats of decode weights: the layout of a row of a matrix in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from infer.weights.memory import huge_empty
 Format = Literal["f32", "bf16", "f16", "int8", "int4"]
 Array = jax.Array | np.ndarray
 
-# A bf16 is kept as its bits: XLA:CPU widens an array that it knows to be bf16 whole, before anything else.
+# bf16 is stored as uint16: XLA on CPUs would first convert a whole bf16 array to f32.
 DTYPES: dict[Format, np.dtype] = {
     "f32": np.dtype(np.float32),
     "bf16": np.dtype(np.uint16),
@@ -26,19 +26,19 @@ DTYPES: dict[Format, np.dtype] = {
     "int8": np.dtype(np.int8),
     "int4": np.dtype(np.uint8),
 }
-_CONVERTED_ROWS = 1024  # converted at a time, so that no second copy of a matrix is ever held
-_INT4_ROWS = 128  # of which many attempts are made in the cache
+_CONVERTED_ROWS = 1024  # converted at a time, so that there is never a second copy of a matrix in memory
+_INT4_ROWS = 128  # rounded at a time, with several scales, while they are in the cache
 
 # An int4 row is blocks of 512 columns, 16 runs of 32 each. Byte 64 i + 4 r + c of a block holds columns 8 i + c
-# (low four bits) and 8 i + 4 + c (high) of run r, for i < 4 and c < 4, each as the number of a level: what a 32-bit
-# lane of a vector multiplies belongs to one run, so to one group. After all blocks come the groups' scales in f16.
+# (low four bits) and 8 i + 4 + c (high) of run r, for i < 4 and c < 4, each as the number of a level: all codes in a
+# 32-bit lane of a vector belong to one run, and so have one scale. After all blocks come the groups' scales in f16.
 INT4_BLOCK, _RUNS, _RUN = 512, 16, 32
 INT4_GROUP = 32
-# What the 16 codes stand for. Those of Q4_0 are evenly spaced. Those of IQ4_NL lie closer together around 0, where most
+# The values (levels) of the 16 codes. Those of Q4_0 are evenly spaced. Those of IQ4_NL are denser around 0, where most
 # weights are: a quarter less squared error on normally distributed weights.
 EVEN_LEVELS = tuple(range(-8, 8))
 NORMAL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# Where the number of largest magnitude of a group is put among the levels, one attempt each.
+# Levels to which the number of largest magnitude of a group is scaled; the scale with the least error is used.
 _PEAKS = (*range(-136, -90, 4), 100, 106, 112, 118)
 
 
@@ -50,8 +50,8 @@ class Rows:
     Attributes:
       data: [M, D] in f32, uint16 (the bits of bf16), f16 or int8. int4: uint8 [M, bytes of a row], the groups' scales
         included.
-      scale: int8: [M] f32, what one step of a row is worth. int4: [16] f32, the whole numbers from -128 to 127 that the
-        codes stand for, times their group's scale. None for the others.
+      scale: int8: [M] f32, the factor of each row. int4: [16] f32, the levels of the codes, whole numbers from -128 to
+        127; a weight is its level times its group's scale. None for the others.
       columns: int4: D. None for the others, whose data has D columns.
       group: int4: columns that share a scale, 32 or 64. None for the others.
     """
@@ -103,8 +103,8 @@ def quantise(x_MxD: Array, format: Format, importance_D: Array | None = None) ->
     Args:
       x_MxD: the matrix.
       format: what to convert to.
-      importance_D: int4 only: what the squared error of a column counts, such as the second moment of the input that it
-        is multiplied with; the same for all if None.
+      importance_D: int4 only: weight of the squared error of each column, such as the second moment of the input that
+        it is multiplied with; equal weights if None.
 
     Raises:
       FalconError: the format is unknown, or a number is not finite or does not fit into f16.
@@ -139,15 +139,14 @@ def quantise(x_MxD: Array, format: Format, importance_D: Array | None = None) ->
 
 @jax.jit
 def int4_codes(x_MxD: Array, importance_D: Array) -> tuple[jax.Array, jax.Array]:
-    """Codes of `NORMAL_LEVELS` and scales of groups: of several scales the one of the least weighted squared error.
+    """Codes of `NORMAL_LEVELS` and a scale for each group: of several scales, the one with the least weighted error.
 
-    Each attempt puts the number of largest magnitude at another place among the levels and rounds all numbers to the
-    nearest level; the scale that fits the rounded numbers best, by weighted least squares, is what counts. (So do the
-    quantisers of llama.cpp.)
+    Each attempt scales the number of largest magnitude to another value of `_PEAKS`, rounds all numbers to the nearest
+    level, and then fits the scale to the levels by weighted least squares, as the quantisers of llama.cpp do.
 
     Args:
       x_MxD: f32.
-      importance_D: what the squared error of a column counts, f32, at least 0.
+      importance_D: weight of the squared error of each column, f32, at least 0.
 
     Returns:
       Codes from 0 to 15, uint8 [M, D], and scales, f16 [M, groups].
@@ -183,9 +182,9 @@ def int4_codes(x_MxD: Array, importance_D: Array) -> tuple[jax.Array, jax.Array]
 
 
 def pack_int4(codes_MxD: np.ndarray, scales_MxG: np.ndarray, group: int = INT4_GROUP) -> np.ndarray:
-    """Rows as they lie in memory, uint8 [M, bytes], from codes 0 to 15 and f16 scales; see the top of this module.
+    """Rows as stored, uint8 [M, bytes], from codes 0 to 15 and f16 scales; see the top of this module for the layout.
 
-    Columns past the last are given a scale of 0.
+    Columns of padding have a scale of 0.
     """
     M, D = codes_MxD.shape
     blocks = -(-D // INT4_BLOCK)
@@ -228,7 +227,7 @@ def widen(rows: Rows) -> jax.Array:
 
 
 def take(rows: Rows, index_N: jax.Array) -> jax.Array:
-    """The rows [N, D] in f32 that `index_N`, which must lie within the matrix, names."""
+    """The rows [N, D] in f32 with the numbers `index_N`, which must be within the matrix."""
     return widen(part(rows, lambda leaf: leaf.at[index_N].get(mode="promise_in_bounds")))
 
 
