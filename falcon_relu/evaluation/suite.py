@@ -82,10 +82,12 @@ def evaluate(
       - lm_eval: its version.
 
     Raises:
-      FalconError: no such task, local questions that are not what the task expects, or a model cannot answer what a
-        task asks.
+      FalconError: no such task, `data` is no folder, local questions that are not what the task expects, or a model
+        cannot answer what a task asks.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if data is not None and not data.is_dir():
+        raise FalconError(f"{data} is not a folder of local datasets; falcon-relu eval-data makes one")
     loaded, manager, notes = _load(benchmarks, data)
     found: dict[str, Any] = {}
     if loaded:

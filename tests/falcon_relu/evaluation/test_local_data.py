@@ -229,6 +229,8 @@ def test_questions_that_are_not_the_tasks_are_told_in_a_line(questions, case, mo
         (["--out", "file"], "file"),
         (["--out", "file/x"], "file"),
         (["--json", "file/x"], "file"),
+        (["--data", "file"], "file is not a folder"),
+        (["--data", "nowhere"], "nowhere is not a folder"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_made(questions, more, says, capsys):
