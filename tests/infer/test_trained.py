@@ -26,6 +26,7 @@ from infer.predictor.quality import compare_sparse, sensitivity
 from infer.predictor.recording import record_activations
 from infer.quality import DecodeSetting, measure_quality, one_kind, teacher_forced
 from infer.weights.layout import Formats, weights_from_params
+from tests.conftest import same_but_for_ties
 from tests.infer import trained
 from tests.infer.test_step import BACKENDS, covering_predictor
 from train.data.batches import train_batches, validation_batches
@@ -62,7 +63,8 @@ def test_every_mode_says_what_the_flax_model_says_for_256_tokens(model, greedy, 
     weights = weights_from_params(model.params, model.config, Formats.all("f32"), covering_predictor(model.config))
     for mode in ("dense", "exact", "sparse"):
         sampling = Sampling(max_new_tokens=NEW_TOKENS)
-        assert generate(weights, [model.prompt], sampling, mode=mode, backend=backend)[0] == greedy, mode
+        found = generate(weights, [model.prompt], sampling, mode=mode, backend=backend)[0]
+        assert same_but_for_ties(Falcon(model.config), model.params, model.prompt, found, greedy), mode
 
 
 def test_transformers_says_the_same_256_tokens(model, greedy):
@@ -72,7 +74,8 @@ def test_transformers_says_the_same_256_tokens(model, greedy):
     theirs.generation_config.eos_token_id = None
     with torch.no_grad():
         said = theirs.generate(torch.tensor([model.prompt]), do_sample=False, max_new_tokens=NEW_TOKENS)
-    assert said[0, len(model.prompt) :].tolist() == greedy
+    found = said[0, len(model.prompt) :].tolist()
+    assert same_but_for_ties(Falcon(model.config), model.params, model.prompt, found, greedy)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,8 @@ from falcon_relu.evaluation.sparsity import _sums, measure_sparsity
 from falcon_relu.model import Falcon
 from tests.conftest import random_params
 
+FEW = 4  # neurons within rounding of 0, which may fire in one program and not in another, and on another CPU
+
 
 def test_statistics_are_those_of_a_plain_count() -> None:
     config = family("tiny-40b").with_activation("relu")
@@ -37,14 +39,17 @@ def test_statistics_are_those_of_a_plain_count() -> None:
                     again += (fires[b, t] & fires[b, t - 1]).sum()
                     later += fires[b, t].sum()
         rates = np.mean(fired, axis=0)
-        np.testing.assert_allclose(got["rates_LxF"][i], rates)
+        tokens, F = len(fired), config.d_ff
+        assert np.abs(got["rates_LxF"][i] - rates).sum() * tokens <= FEW
         expected = {"zeros": 1 - rates.mean(), "overlap": again / later}
         expected |= {"layer": i, "never": (rates == 0).mean(), "always": (rates == 1).mean()}
         hottest = np.sort(rates)[::-1]
         expected["hot"] = next(n for n in range(257) if hottest[:n].sum() >= 0.8 * rates.sum()) / config.d_ff
         assert got["layers"][i].keys() == expected.keys()
+        near = dict.fromkeys(("never", "always", "hot"), FEW / F)
+        near |= {"layer": 0, "zeros": FEW / (tokens * F), "overlap": 2 * FEW / later}
         for name, value in expected.items():
-            np.testing.assert_allclose(got["layers"][i][name], value)
+            np.testing.assert_allclose(got["layers"][i][name], value, atol=near[name], err_msg=name)
     np.testing.assert_allclose(got["zeros"], 1 - got["rates_LxF"].mean())
 
     assert [row["batch"] for row in got["union"]] == [1, 2]  # the batches have two rows
@@ -54,7 +59,7 @@ def test_statistics_are_those_of_a_plain_count() -> None:
         seen = observe(*(batch[k] for k in keys))
         fires = np.asarray(seen["activations"]["layers"]["mlp"]["neurons"]) != 0
         together.append((fires[:, 0, :13] | fires[:, 1, :13]).mean((1, 2)))  # where both rows have a token
-    np.testing.assert_allclose(got["union"][1]["layers"], np.mean(together, axis=0))
+    np.testing.assert_allclose(got["union"][1]["layers"], np.mean(together, axis=0), atol=FEW / (26 * config.d_ff))
 
 
 def test_the_activations_of_one_layer_at_a_time_are_kept() -> None:
