@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import time
@@ -84,7 +85,7 @@ def topology_devices(topology: str) -> tuple[list[jax.Device], Chip]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # from the plugin's loader or from libtpu itself, of no common type
-        if "libtpu" in str(error) or isinstance(error, ImportError):
+        if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
             raise FalconError(
                 f"compiling for {topology} needs libtpu: pip install 'falcon-relu[tpu]' (it needs no TPU)"
             ) from error

@@ -111,3 +111,10 @@ def test_wrong_usage_says_what_to_do(arguments, says, capsys):
     assert len(jax.devices()) == 8
     assert main(["plan", "--config", "falcon_40b", *arguments]) == 1
     assert says in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_a_topology_without_the_tpu_compiler_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    assert main(["plan", "--config", "falcon_40b", "--topology", "v5p:4x4x4"]) == 1
+    assert "pip install 'falcon-relu[tpu]'" in capsys.readouterr().err
