@@ -46,7 +46,7 @@ def test_a_plan_needs_no_cache_to_compile_for_one(tmp_path):
         ({"mesh": (8, 1, 1)}, "2 layers cannot be shared evenly by the 8 devices along data.*--mesh 2 4 1"),
         ({"mesh": (2, 2, 3)}, "does not fit 8 devices"),
         ({"model": "tiny-rw", "teacher": "tiiuae/falcon-40b"}, "vocabularies differ: teacher 65024, student 512"),
-        ({"model": None, "init_from": "somebody/something"}, "is not a folder, and cannot be downloaded"),
+        ({"model": None, "init_from": "somebody/something"}, "is not a folder, and a plan downloads nothing"),
     ],
 )
 def test_a_plan_refuses_what_cannot_run(changes, says, tmp_path):

@@ -119,7 +119,7 @@ def read_config(source: str, activation: Activation | None) -> FalconConfig:
         return load_config(source, activation=activation)
     if source.lower() in _HUB:
         return family(_HUB[source.lower()])
-    raise FalconError(f"{source} is no folder here, and a plan downloads nothing; known hub ids: {', '.join(_HUB)}")
+    raise FalconError(f"{source} is not a folder, and a plan downloads nothing; known hub ids: {', '.join(_HUB)}")
 
 
 def planned_job(config: TrainConfig, devices: Sequence[jax.Device]) -> Job:
