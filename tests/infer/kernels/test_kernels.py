@@ -306,7 +306,9 @@ def test_a_forced_instruction_set_binds_the_products_of_a_prefill():
         native.use_instruction_set("avx512_bf16")
         product(w, x).block_until_ready()
         native.use_instruction_set("plain")
-        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="which the instruction set chosen since does not have"):
+        with pytest.raises(
+            (jax.errors.JaxRuntimeError, ValueError), match="which the instruction set chosen since does not have"
+        ):
             product(w, x).block_until_ready()
 
 
