@@ -129,6 +129,8 @@ def run(args: Args) -> None:
             write_text(args.out / "samples" / f"{urllib.parse.quote(name, safe='')}.jsonl", lines)
     shown = {name: results[name] for name in ("average", "limit", "seed", "lm_eval")}
     report({"engine": args.engine, **shown, "benchmarks": found["rows"]}, args, also=results)
+    if all(row["value"] is None for row in found["rows"]):
+        raise FalconError("no benchmark was measured; the table says why; for local questions: falcon-relu eval-data")
 
 
 def engine(args: Args) -> Engine:

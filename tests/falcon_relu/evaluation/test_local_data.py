@@ -274,3 +274,11 @@ def test_a_copy_from_the_hub_among_built_questions_is_listed(tmp_path):
     (tmp_path / "cais/mmlu/counts.json").write_text('{"a.jsonl": "3"}')
     with pytest.raises(FalconError, match=r"counts.json.*a.jsonl"):
         build_eval_data(tmp_path, ["cais/mmlu"])
+
+
+def test_benchmarks_without_any_questions_are_an_error(questions, capsys):
+    (questions / "none").mkdir()
+    assert evaluate(questions, "--data", "data/none") == 1
+    said = capsys.readouterr()
+    assert "not measured" in said.out
+    assert "no benchmark was measured" in said.err
