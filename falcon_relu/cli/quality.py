@@ -47,9 +47,9 @@ class Args(Output):
     tokens: int = 4096
     """Number of tokens to decode, rounded up to whole rows of the data."""
     batch: int = 1
-    """Rows decoded together; with more than one, sparse decoding reads the union of their neurons."""
+    """Rows decoded together. What is read are the neurons that any of them needs; results do not change."""
     backend: kernels.Backend = "auto"
-    """Kernels: native (C++), xla, or native where it was built."""
+    """Kernels: native (C++), xla, or auto: native where it was built."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
 

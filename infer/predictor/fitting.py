@@ -112,7 +112,8 @@ def fit_layer(
     (x_NxD, c_NxF), held_out = recording.layer(i), recording.held_out
     if len(held_out) < how.batch:
         raise FalconError(
-            f"{recording.folder} is too short: batches of {how.batch} need {10 * how.batch} tokens recorded"
+            f"{recording.folder} is too short: batches of {how.batch} need {10 * how.batch} tokens; record more, or "
+            "give a smaller batch"
         )
     sample_nxD, sample_nxF = _sample(recording, i)
     fires = sample_nxF > 0
