@@ -77,5 +77,5 @@ def test_kernels_refuse_what_they_cannot_do(kind):
 def test_splash_says_which_lengths_it_takes():
     q, k = jnp.zeros((1, 100, 1, 1, 64)), jnp.zeros((1, 100, 1, 64))
     ones = jnp.ones((1, 100), jnp.int32)
-    with pytest.raises(ValueError, match="multiples of 128"):
+    with pytest.raises(ValueError, match="multiple of 128"):
         attend(q, k, k, positions_BxT=ones, segments_BxT=ones, kind="splash")

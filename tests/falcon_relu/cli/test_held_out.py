@@ -58,7 +58,8 @@ def test_an_original_is_read_and_swapped(folder, capsys):
         (["--activation", "gelu", "--batch-size", "0"], "--batch-size"),
         (["--activation", "gelu", "--batches", "0"], "--batches"),
     ):
-        assert main(["held-out", str(folder / "hub"), str(folder / "tokens"), *more]) == 1
+        status = 2 if more and more[-1] == "0" else 1  # a number that is refused before there is a command to run
+        assert main(["held-out", str(folder / "hub"), str(folder / "tokens"), *more]) == status
         said = capsys.readouterr().err
         assert says in said
         assert "Traceback" not in said
