@@ -141,7 +141,7 @@ def make_job(
       FalconError: data, models, batch and devices do not fit each other; the message says what would.
     """
     if student is None:
-        student = _student(config, read_config)
+        student = _student(config, read_config, manifests)
     teacher = None if config.teacher is None else read_config(config.teacher, config.teacher_activation)
     cached = None
     if config.data.teacher_cache is not None:
@@ -166,9 +166,12 @@ def make_job(
     )
 
 
-def _student(config: TrainConfig, read_config: ReadConfig) -> FalconConfig:
+def _student(config: TrainConfig, read_config: ReadConfig, manifests: Manifests | None) -> FalconConfig:
     if config.model is not None:
         student = family(config.model)
+        end = student.eos_token_id if manifests is None else manifests.tokens[0].eos_id
+        if end < student.vocab_size:  # a model that starts fresh ends texts with its data's token
+            student = student.replace(bos_token_id=end, eos_token_id=end)
     else:
         assert config.init_from is not None
         student = read_config(config.init_from, config.init_activation)

@@ -80,3 +80,5 @@ def test_a_run_refuses_the_same_before_it_writes_or_loads_anything(tmp_path, mon
     config = config_of(tmp_path / "run", DATA)
     with pytest.raises(FalconError, match="tokenizer has 513 entries, the model's vocabulary 512"):
         make_job(config, make_mesh(config.mesh), read_config, manifests=Manifests([larger], []))
+    fresh = make_job(config, make_mesh(config.mesh), read_config, manifests=Manifests([manifest], [])).student.config
+    assert fresh.eos_token_id == fresh.bos_token_id == 0  # the data's, not Falcon's own
