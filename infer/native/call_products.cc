@@ -60,16 +60,18 @@ ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, in
   // int4 columns are multiplied in the order of their codes (int4_column): inputs are put into it, or results out of it.
   const int64_t width = sum_width(format, m.columns), all = m.columns;
   std::vector<float> ordered(batch * width);
+  std::vector<int64_t> columns_in_order(width);
+  for (int64_t i = 0; i < width; ++i) columns_in_order[i] = int4_column(i);
+  const auto each_vector = [&](const auto& exchange) {
+    parallel_for(pool, batch, batch * width * sizeof(float), [&](int64_t t) {
+      for (int64_t i = 0; i < width; ++i)
+        if (const int64_t column = columns_in_order[i]; column < all) exchange(ordered[t * width + i], t * all + column);
+    });
+  };
   m.columns = width;
-  if (!transposed)
-    for (int64_t t = 0; t < batch; ++t)
-      for (int64_t i = 0; i < width; ++i)
-        if (const int64_t column = int4_column(i); column < all) ordered[t * width + i] = from[t * all + column];
+  if (!transposed) each_vector([&](float& number, int64_t place) { number = from[place]; });
   run(pool, *p, m, format, transposed ? from : ordered.data(), batch, transposed ? ordered.data() : to);
-  if (transposed)
-    for (int64_t t = 0; t < batch; ++t)
-      for (int64_t i = 0; i < width; ++i)
-        if (const int64_t column = int4_column(i); column < all) to[t * all + column] = ordered[t * width + i];
+  if (transposed) each_vector([&](const float& number, int64_t place) { to[place] = number; });
   return ffi::Error::Success();
 }
 

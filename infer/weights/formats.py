@@ -32,7 +32,7 @@ _INT4_ROWS = 128  # rounded at a time, with several scales, while they are in th
 # An int4 row is blocks of 512 columns, 16 runs of 32 each. Byte 64 i + 4 r + c of a block holds columns 8 i + c
 # (low four bits) and 8 i + 4 + c (high) of run r, for i < 4 and c < 4, each as the number of a level: all codes in a
 # 32-bit lane of a vector belong to one run, and so have one scale. After all blocks come the groups' scales in f16.
-INT4_BLOCK, _RUNS, _RUN = 512, 16, 32
+INT4_BLOCK, _RUNS = 512, 16
 INT4_GROUP = 32
 # The values (levels) of the 16 codes. Those of Q4_0 are evenly spaced. Those of IQ4_NL are denser around 0, where most
 # weights are: a quarter less squared error on normally distributed weights.
