@@ -1,4 +1,4 @@
-"""The published run at widths that train in seconds, from a cached teacher: what the tests run. It learns nothing."""
+"""The settings of the published run, six steps of small batches from a cached teacher: what the tests run."""
 
 import dataclasses
 from pathlib import Path

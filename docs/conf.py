@@ -1,12 +1,5 @@
 """How Sphinx builds these pages; `./run docs` does it with every warning an error."""
 
-import sys
-from pathlib import Path
-
-from sphinx.application import Sphinx
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 project = "ReLU-Falcon"
 html_title = "ReLU-Falcon"
 html_theme = "furo"
@@ -22,10 +15,3 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_use_ivar = True
-
-
-def setup(app: Sphinx) -> None:
-    """Draws the figures from the code's own numbers before the pages are read."""
-    import draw
-
-    app.connect("builder-inited", lambda app: draw.all_figures(Path(app.srcdir) / "figures"))

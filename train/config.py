@@ -113,7 +113,7 @@ class TrainConfig:
     """One training run: the student's initial weights, the teacher, the data, the optimisation and the output.
 
     Attributes:
-      out: folder of the run, see `train.loop.run`; on a disk that all processes share.
+      out: folder of the run: its settings, log, checkpoints and finished weights; on a disk that all processes share.
       model: member of the family to train from random parameters; exactly one of `model` and `init_from` is given.
       init_from: native weights, Hugging Face folder or hub id to start from.
       init_activation: the activation that `init_from` was trained with, if its config does not state it.
@@ -132,8 +132,10 @@ class TrainConfig:
       mesh: devices along (data, fsdp, tensor); a -1 takes the devices that are left.
       compute_dtype: dtype of the student's products; its parameters and optimizer state are float32.
       teacher_dtype: dtype of the teacher's parameters and products.
-      remat: what the backward pass recomputes, see `falcon_relu.model.Falcon`.
-      attention: which kernel, see `falcon_relu.attention.attend`; "auto" takes the platform's best.
+      remat: what the backward pass computes again, instead of keeping it in memory: "none", nothing; "dots", the norms
+        and activations; "mlp", these and the MLP's up-projection; "full", these and the attention.
+      attention: the attention kernel: "chunked" and "xla" run everywhere, "cudnn" on NVIDIA GPUs, "splash" on TPUs;
+        "auto" takes the platform's best.
       query_chunk: queries that "chunked" attention processes at a time; None for all.
       seed: of random initial parameters.
       log_every: steps between lines of the log.

@@ -13,7 +13,7 @@ from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.evaluation.card import LICENCES, MISSING, render
-from falcon_relu.evaluation.card_facts import HeldOut, Manifest, Results, Sparsity, Speeds, Training
+from falcon_relu.evaluation.card_facts import HeldOut, Manifest, Results, Sparsity, Training, speeds_of
 from falcon_relu.files import read_json, real_path, write_text
 
 
@@ -65,11 +65,17 @@ def run(args: Args) -> None:
     }
     facts |= {name: _read(Results, getattr(args, name)) for name in ("relu", "original", "sparse")}
     facts |= {"held_out": _read(HeldOut, args.held_out), "sparsity": _read(Sparsity, args.sparsity)}
-    facts["speeds"] = [_read(Speeds, path) for path in args.speeds]
+    facts["speeds"] = [_speeds(path) for path in args.speeds]
     card = render(facts)
     write_text(args.out, card, replace=args.overwrite)
     given = [name for name, value in facts.items() if value and name not in ("name", "base")]
     report({"card": str(args.out), "from": ", ".join(given) or "nothing", "missing": card.count(MISSING)}, args)
+
+
+def _speeds(path: Path) -> Any:
+    found = read_json(path)
+    speeds_of(found, path)  # so that an error names the file
+    return found
 
 
 def _read(kind: type, path: Path | None) -> Any:

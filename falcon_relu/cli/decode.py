@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from falcon_relu.checkpoints.load import load_config
+from falcon_relu.cli.machine import machine
 from falcon_relu.cli.outputs import Output
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
@@ -98,7 +99,11 @@ def run(args: Args) -> None:
 
     weights = _weights(args)
     stats = DecodeStats()
-    about: dict[str, object] = {"mode": mode, "kernels": kernels.describe(kernels.backend(args.backend))}
+    about: dict[str, object] = {
+        "machine": machine(),
+        "mode": mode,
+        "kernels": kernels.describe(kernels.backend(args.backend)),
+    }
     if not prompts:
         turns: list[dict[str, object]] = []
         try:

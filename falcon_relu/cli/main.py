@@ -175,7 +175,14 @@ def parse(name: str, rest: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
             raise FalconError("say which run to start from with --config; --help lists them")
         default = module.defaults(known.config)
     description = "\n\n".join(filter(None, (inspect.getdoc(module.Args), getattr(module, "EPILOGUE", None))))
-    args = tyro.cli(module.Args, prog=f"falcon-relu {name}", args=rest, default=default, description=description)
+    args = tyro.cli(
+        module.Args,
+        prog=f"falcon-relu {name}",
+        args=rest,
+        default=default,
+        description=description,
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
+    )
     return module.run, args
 
 

@@ -19,7 +19,8 @@ from train.flops import A100, Chip
 from train.plan.compile import topology_devices, virtual_devices
 from train.plan.plan import Assumptions, plan_run
 
-EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
+_NAMES = ", ".join(config_names(TrainConfig))
+EPILOGUE = f"""Start from a config, a name ({_NAMES}) or a .py file with a TrainConfig named CONFIG:
 
   falcon-relu plan --config falcon_40b --topology v5p:4x4x4
   falcon-relu plan --config falcon_40b --devices 40 --mesh 5 8 1 --microbatches 24
@@ -95,7 +96,7 @@ def run(args: Args) -> None:
         results, program = plan_run(args.run, devices, chip, assumptions, console.print)
     except FalconError as error:
         made_for = f"_{chip.topology}_{len(devices)}"
-        named = [name for name in config_names() if name.endswith(made_for)]
+        named = [name for name in config_names(TrainConfig) if name.endswith(made_for)]
         raise FalconError(
             f"{error}; made for {args.topology}: --config {', '.join(named)}" if named else str(error)
         ) from None

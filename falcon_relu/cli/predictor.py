@@ -169,7 +169,9 @@ class Export(_Step):
 class Args:
     """Predictors of which neurons fire: record, fit, calibrate; exchange them with PowerInfer."""
 
-    step: tyro.conf.OmitSubcommandPrefixes[Record | Fit | Calibrate | Import | Export]
+    step: Annotated[
+        tyro.conf.OmitSubcommandPrefixes[Record | Fit | Calibrate | Import | Export], tyro.conf.arg(name="")
+    ]
     """What to do; in the order of the list."""
 
     @property

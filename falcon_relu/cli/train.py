@@ -17,7 +17,8 @@ from train.config import TrainConfig
 from train.distributed import DistributedConfig, joined
 from train.machine import keep_freed_memory, platform_here, recommend
 
-EPILOGUE = f"""Start from a config, a name ({", ".join(config_names())}) or a .py file with a TrainConfig named CONFIG:
+_NAMES = ", ".join(config_names(TrainConfig))
+EPILOGUE = f"""Start from a config, a name ({_NAMES}) or a .py file with a TrainConfig named CONFIG:
 
   falcon-relu train --config falcon_40b --out runs/40b --data.batch-size 960
 

@@ -16,10 +16,9 @@ from falcon_relu.evaluation.card_facts import (
     Results,
     SparseText,
     Sparsity,
-    Speeds,
     Split,
     Training,
-    markdown_text,
+    speeds_of,
 )
 from falcon_relu.progress import NOT_MEASURED, format_value
 
@@ -57,8 +56,8 @@ LICENCES: Mapping[str, Licence] = {
 }
 
 _LIMITATIONS = """\
-- Trained mostly on English text from the web: it repeats the stereotypes and mistakes found there, and has no reliable
-  knowledge of other languages. It is a base model, not tuned to follow instructions.
+- What the base model's card says of its data, languages, stereotypes and mistakes holds here, too; none of it was
+  measured again.
 - The MLPs' activation is not GELU. A program that loads the weights as GELU in silence gives nonsense: `config.json`
   says `"activation": "{activation}"`, and a loader must obey it.
 - Sparse decoding reads only the neurons that a predictor chooses. It is an approximation, whose cost is in the tables
@@ -104,7 +103,6 @@ def render(facts: Mapping[str, Any]) -> str:
 
 def _front_matter(base: str | None, licence: Licence | None) -> str:
     fields: dict[str, Any] = {
-        "language": ["en"],
         "pipeline_tag": "text-generation",
         "tags": ["falcon", "relu", "sparse"],
     }
@@ -117,8 +115,8 @@ def _about(base: str | None, training: Training) -> str:
     origin = f"[{base}](https://huggingface.co/{base})" if base else "A Falcon"
     return (
         f"{origin} with the activation of its MLPs replaced (now: {training.activation or MISSING}) and fine-tuned to "
-        "behave as before. Most activations are then zero, so that a CPU can decode while reading a small part of the "
-        "weights.\n"
+        "behave as before. A neuron whose activation is zero need not be read when decoding: how many are is under "
+        "Sparsity, what that gains under Speed.\n"
     )
 
 
@@ -175,7 +173,7 @@ def _evaluation(facts: Facts) -> str:
     text += "\n" + "\n".join(_remarks(shown)) + "\n"
     held = facts.held_out or HeldOut(perplexity=None)
     sparse = held.sparse or SparseText()
-    figures = [
+    quality = [
         ["perplexity", _number(held.perplexity, ",.3f")],
         ["KL(original || ReLU), nats a token", _number(held.kl, ".4f")],
         ["same likeliest next token as the original", _number(_percent(held.agreement), ".2f", " %")],
@@ -183,7 +181,7 @@ def _evaluation(facts: Facts) -> str:
         ["same likeliest next token, dense and sparse", _number(_percent(sparse.agreement), ".2f", " %")],
         ["neurons read by sparse decoding", _number(_percent(sparse.read), ".1f", " %")],
     ]
-    return f"{text}\n{_table(['held-out text', ''], figures)}"
+    return f"{text}\n{_table(['held-out text', ''], quality)}"
 
 
 def _score(row: Figure | None) -> str:
@@ -223,25 +221,16 @@ def _sparsity(sparsity: Sparsity | None) -> str:
     return text + "\n" + _table(["allowed KL(dense || sparse)", "measured", "neurons read"], allowed)
 
 
-def _speeds(speeds: Sequence[Mapping[str, Any]]) -> str:
-    """Every measured way, with machine and bandwidth."""
-    if not speeds:
+def _speeds(measurements: Sequence[Any]) -> str:
+    """A table for each measurement, below what was measured and on which machine."""
+    if not measurements:
         return f"{MISSING}\n"
     parts = []
-    for measured in speeds:
-        found = parse(Speeds, measured, "speeds", unknown_keys=True)
-        machine = found.machine
+    for measurement in measurements:
+        machine, what, rows = speeds_of(measurement, "speeds")
         text = f"Machine: {machine.cpu or MISSING}, {_number(machine.cores, '.0f')} cores, "
-        text += f"{_number(machine.memory_gb, '.0f')} GB of memory.\n"
-        table: Sequence[Mapping[str, Any]] = [measured]
-        if isinstance(found.tokens, list):
-            layers = _number(found.layers, ".0f")
-            text += f"Random weights at the widths of {found.model or MISSING}, {layers} layers.\n"
-            table = found.tokens
-        rows = [{k: v for k, v in row.items() if isinstance(v, str | int | float)} for row in table]
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        cells = [[_cell(row.get(name)) for name in columns] for row in rows]
-        parts.append(text + "\n" + _table([*map(markdown_text, columns)], cells))
+        text += f"{_number(machine.memory_gb, '.0f')} GB of memory.\n{what}\n"
+        parts.append(text + "\n" + _table([*rows[0]], [[*map(_cell, row.values())] for row in rows]))
     return "\n".join(parts)
 
 
@@ -264,7 +253,7 @@ def _bars_escaped(cell: str) -> str:
 def _cell(value: str | int | float | None) -> str:
     if value is None:
         return MISSING
-    return markdown_text(value) if isinstance(value, str) else format_value(value)
+    return value if isinstance(value, str) else format_value(value)
 
 
 def _number(value: float | None, spec: str, unit: str = "") -> str:

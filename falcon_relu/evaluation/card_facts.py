@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
 
+from falcon_relu.checkpoints.schema import parse
 from falcon_relu.config import Activation
 
 _LONGEST = 300  # characters of a text from outside
@@ -167,14 +170,109 @@ class Machine:
     memory_gb: _Number | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Speeds:
-    """JSON of falcon-relu bench or decode: the table is under "tokens", or its one row is the file itself."""
+# Rows of the tables of speeds: the columns that the card shows. What the commands compute from their measurements, as
+# the speed on a machine with another memory bandwidth, is left out.
+_StepRow = TypedDict(
+    "_StepRow",
+    {
+        "backend": _Text,
+        "mode": _Text,
+        "format": _Text,
+        "active": _Share,
+        "ms/token": _Number,
+        "GB/token": _Number,
+        "memory GB/s": _Number,
+        "share of memory": _Number,
+        "layers, times dense": _Number | None,
+    },
+)
+_KernelRow = TypedDict(
+    "_KernelRow",
+    {
+        "kernel": _Text,
+        "backend": _Text,
+        "format": _Text,
+        "active": _Share | None,
+        "GB/s": _Number,
+        "memory GB/s": _Number,
+        "share of memory": _Number,
+    },
+)
+_TextRow = TypedDict(
+    "_TextRow",
+    {
+        "prompt tokens": _Count,
+        "prompt tokens/s": _Number,
+        "tokens": _Count,
+        "tokens/s": _Number,
+        "MB a step": _Number,
+        "neurons read": _Share,
+        "GB/s": _Number,
+        "memory GB/s": _Number | None,
+    },
+)
 
-    machine: Machine = Machine()
-    model: _Text | None = None
-    layers: _Count | None = None
-    tokens: list[dict[str, Any]] | _Count | None = None
+
+class _Measured(TypedDict):
+    machine: NotRequired[Machine]
+
+
+class _Bench(_Measured):
+    model: _Text
+    layers: _Count
+    tokens: Annotated[list[_StepRow], Field(min_length=1)]
+
+
+class _BenchKernels(_Measured):
+    model: _Text
+    kernels: Annotated[list[_KernelRow], Field(min_length=1)]
+
+
+class _Decode(_Measured, _TextRow):
+    mode: _Text
+    kernels: _Text
+
+
+class _Chat(_Measured):
+    mode: _Text
+    kernels: _Text
+    turns: Annotated[list[_TextRow], Field(min_length=1)]
+
+
+class Speeds(NamedTuple):
+    """What falcon-relu bench or decode measured.
+
+    Attributes:
+      machine: what it ran on.
+      what: what was measured, a sentence of Markdown.
+      rows: the table, its columns by name.
+    """
+
+    machine: Machine
+    what: str
+    rows: Sequence[Mapping[str, Any]]  # str, float or None
+
+
+def speeds_of(value: Any, where: object) -> Speeds:
+    """The speeds in the parsed JSON of falcon-relu bench or decode.
+
+    Raises:
+      FalconError: it is not what one of these commands writes; the message names the first field that is not.
+    """
+    keys = value if isinstance(value, dict) else {}
+    if isinstance(keys.get("tokens"), list):
+        bench = parse(_Bench, value, where, unknown_keys=True)
+        what = f"Random weights at the widths of {bench['model']}, {bench['layers']:,} layers."
+        return Speeds(bench.get("machine", Machine()), what, bench["tokens"])
+    if isinstance(keys.get("kernels"), list):
+        kernels = parse(_BenchKernels, value, where, unknown_keys=True)
+        what = f"Single kernels, on random matrices of the widths of {kernels['model']}."
+        return Speeds(kernels.get("machine", Machine()), what, kernels["kernels"])
+    decode: Any = parse(_Chat if "turns" in keys else _Decode, value, where, unknown_keys=True)
+    what = f"Texts decoded in {decode['mode']} mode, kernels: {decode['kernels']}."
+    columns = _TextRow.__annotations__
+    rows = [{name: row[name] for name in columns} for row in decode.get("turns", [decode])]
+    return Speeds(decode.get("machine", Machine()), what, rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,4 +288,4 @@ class Facts:
     sparse: Results | None = None
     held_out: HeldOut | None = None
     sparsity: Sparsity | None = None
-    speeds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    speeds: list[Any] = dataclasses.field(default_factory=list)

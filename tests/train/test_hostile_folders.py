@@ -102,6 +102,11 @@ def empty_checkpoints(out: Path) -> None:
         instead(f"checkpoints/{path.name}", FOLDER)(out)
 
 
+def without_checkpoints(out: Path) -> None:
+    write("metrics.json", '{"loss": 1.0}')(out)
+    instead("checkpoints", lambda path: None)(out)
+
+
 LATIN = '{"step": 1, "loss": "é"}\n'.encode("latin-1")
 FACTS = "checkpoints/3/facts/metadata"
 NO_JSON = ("[]", "3", '"text"', "null", "", "{", "\0" * 64, LATIN, "[" * 100_000, "NaN")
@@ -145,6 +150,8 @@ TABLE: list[tuple[str, str, Damage]] = [
     ("architecture.json", REFUSED, instead("architecture.json", lambda path: None)),
     *(("metrics.json", REFUSED, write("metrics.json", content)) for content in (*NO_JSON, "{}", '{"loss": "low"}')),
     *(("metrics.json", REFUSED, instead("metrics.json", make)) for make in (PIPE, FOLDER, NOTHING)),
+    ("", GOES_ON, write("metrics.json", '{"loss": 1.0}')),  # finished, but the weights are gone
+    ("neither its weights nor a checkpoint", REFUSED, without_checkpoints),
     *(
         ("log.jsonl:2", GOES_ON, add("log.jsonl", content))
         for content in (b"[1]\n", b"7\n", b'{"step": 2\n', LATIN[1:])

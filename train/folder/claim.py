@@ -20,7 +20,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.files import check_output, lock, read_json, regular_file, write_json
 from train.config import TrainConfig, deciding_settings
 from train.distributed import all_agree, check_same, wait_for_all
-from train.folder.checkpoints import writing
+from train.folder.checkpoints import Checkpoints, writing
 from train.folder.log import LOG, TENSORBOARD
 
 _CONFIG = "config.json"
@@ -53,8 +53,11 @@ def held(out: Path) -> Iterator[None]:
 def finished_metrics(config: TrainConfig) -> dict[str, Any] | None:
     """Checks that the folder is new or holds this run; returns its metrics if it is finished, else None.
 
+    A finished run whose weights are gone is not finished: they are written again from its last checkpoint.
+
     Raises:
-      FalconError: the folder holds a run with other settings that change the result, or files that are not a run's.
+      FalconError: the folder holds a run with other settings that change the result, files that are not a run's, or a
+        finished run without weights and checkpoints.
     """
     wanted = config.as_json()
     check_same(hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).digest(), "settings")
@@ -72,8 +75,17 @@ def finished_metrics(config: TrainConfig) -> dict[str, Any] | None:
                 f"{config.out} holds a run with other settings ({', '.join(changed)}); choose another --out, or remove "
                 "it"
             )
-    metrics = config.out / _METRICS
-    return _read_metrics(metrics) if all_agree(metrics.exists()) else None
+    if not all_agree((config.out / _METRICS).exists()):
+        return None
+    metrics = _read_metrics(config.out / _METRICS)
+    if all_agree((config.out / "weights").is_dir()):
+        return metrics
+    if not Checkpoints.exist(config.out / "checkpoints"):
+        raise FalconError(
+            f"{config.out} holds a finished run, but neither its weights nor a checkpoint to write them from: bring "
+            f"{config.out / 'weights'} back, or remove {config.out} to train again"
+        )
+    return None
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:

@@ -152,8 +152,8 @@ def plan_run(
     changes = ""
     for change, attempt in [("", config), *lighter(config)]:
         changes = f"{changes} {change}".strip()
-        note(f"compiling {changes or 'as configured'}")
         job = planned_job(attempt, devices)
+        note(f"compiling {changes or 'as configured'}")
         programs: list[Program] = []
         try:
             for program in compile_programs(job):

@@ -23,13 +23,19 @@ RUN = {
 }
 
 
+DECODE = {"mode": "sparse", "kernels": "native", "prompt tokens": 7, "prompt tokens/s": 3.0, "tokens": 9}
+DECODE |= {"tokens/s": 12.5, "MB a step": 1.5, "neurons read": 0.25, "GB/s": 2.0, "memory GB/s": None}
+ROW = {"backend": "native", "mode": "sparse", "format": "bf16", "active": 0.1, "ms/token": 2.5, "GB/token": 0.1}
+ROW |= {"memory GB/s": 30.0, "share of memory": 0.9, "layers, times dense": 2.5}
+BENCH = {"model": "falcon-40b", "layers": 4, "tokens": [ROW | {"tokens/s, 60 layers at 67.2 GB/s": 2.0}]}
+
+
 def results(value: float | None, note: str = "") -> dict:
     row = {"benchmark": "MMLU", "task": "mmlu", "metric": "acc,none", "shots": 5, "value": value, "error": 0.01}
     return {"rows": [row | {"questions": 20, "note": note}], "average": value, "limit": 4}
 
 
 def test_numbers_stand_beside_each_other_and_what_is_missing_is_said():
-    speeds = {"machine": {"cpu": "A CPU", "cores": 2, "memory_gb": 24.0}, "mode": "sparse", "tokens/s": 12.5}
     card = render(
         {
             "name": "My model",
@@ -39,7 +45,7 @@ def test_numbers_stand_beside_each_other_and_what_is_missing_is_said():
             "relu": results(0.5416),
             "original": results(0.5689, "of another time"),
             "sparsity": {"zeros": 0.9, "layers": [{"layer": 0, "zeros": 0.8}, {"layer": 1, "zeros": 0.95}]},
-            "speeds": [speeds],
+            "speeds": [DECODE | {"machine": {"cpu": "A CPU", "cores": 2, "memory_gb": 24.0}}, BENCH],
         }
     )
     assert f"| MMLU (5-shot) | 54.16 ± 1.00 | 56.89 ± 1.00 | {MISSING} |" in card
@@ -51,7 +57,9 @@ def test_numbers_stand_beside_each_other_and_what_is_missing_is_said():
     assert r"KL(teacher \|\| student) 0.5" in card
     assert "From 80.0 % (layer 0) to 95.0 % (layer 1)" in card
     assert "A CPU, 2 cores, 24 GB" in card
-    assert "12.5" in card
+    assert f"| 7 | 3 | 9 | 12.5 | 1.5 | 0.25 | 2 | {MISSING} |" in card
+    assert "| native | sparse | bf16 | 0.1 | 2.5 | 0.1 | 30 | 0.9 | 2.5 |" in card
+    assert "67.2" not in card  # what is projected from a measurement
     assert f"| perplexity | {MISSING} |" in card
 
 
@@ -98,13 +106,14 @@ NASTY = "a\n---\n| b | `c` <script>1</script>\n# [d](javascript:e) *f* _g_ \\| $
 
 def nasty_everywhere() -> dict:
     row = {"benchmark": NASTY, "metric": NASTY, "shots": 1, "value": 0.5, "error": None, "note": NASTY}
-    speeds = {"machine": {"cpu": NASTY}, "model": NASTY, "layers": 1, "tokens": [{NASTY: NASTY, "ms": 1.0}]}
+    row_of_speeds = ROW | {"backend": NASTY, "mode": NASTY, NASTY: NASTY}
+    speeds = {"machine": {"cpu": NASTY}, "model": NASTY, "layers": 1, "tokens": [row_of_speeds]}
     return {
         "name": NASTY,
         "training": RUN | {"teacher": NASTY, "compute_dtype": NASTY},
         "data": {NASTY: {"splits": {NASTY: {"tokens": 1}, "train": {"tokens": 2}}}},
         "relu": {"rows": [row], "average": 0.5},
-        "speeds": [speeds, {NASTY: NASTY}],
+        "speeds": [speeds, DECODE | {"kernels": NASTY, NASTY: NASTY}],
     }
 
 
@@ -166,13 +175,21 @@ WRONG = {  # option -> texts, and the field that is named
     ],
     "speeds": [
         ("[]", ""),
+        ("{}", "prompt tokens is missing"),
+        ('{"answer": 42}', "prompt tokens"),
         ('{"machine": []}', "machine"),
-        ('{"machine": {"cpu": 3}}', "machine.cpu"),
-        ('{"tokens": "many"}', "tokens"),
-        ('{"tokens": [3]}', "tokens"),
-        ('{"machine": {"cores": 1e9}}', "machine.cores"),
+        (json.dumps(DECODE | {"machine": {"cpu": 3}}), "machine.cpu"),
+        (json.dumps(DECODE | {"tokens": "many"}), "tokens"),
+        (json.dumps(DECODE | {"neurons read": 7}), "neurons read"),
+        (json.dumps(DECODE | {"turns": []}), "turns"),
+        ('{"tokens": [3]}', "model"),
+        (json.dumps(BENCH | {"tokens": []}), "tokens"),
+        (json.dumps(BENCH | {"tokens": [3]}), "tokens.0"),
+        (json.dumps(BENCH | {"tokens": [ROW | {"ms/token": "1"}]}), "tokens.0.ms/token"),
+        (json.dumps(BENCH | {"machine": {"cores": 1.5}}), "machine.cores"),
+        (json.dumps(BENCH | {"layers": []}), "layers"),
+        ('{"model": "falcon-40b", "kernels": [{}]}', "kernels.0.kernel"),
         ('{"tokens/s": Infinity}', "tokens/s"),
-        ('{"layers": []}', "layers"),
     ],
     "run": [
         ("{}", "steps"),
