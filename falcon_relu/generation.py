@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.experimental import multihost_utils
 
 from falcon_relu.errors import FalconError, check_number, check_seed
 from falcon_relu.model import Falcon, KVCache, Params
+from falcon_relu.sharding import on_host
 
 _STEPS_BETWEEN_LOOKS = 32  # tokens generated between calls of `until`
 _MOST_IDS = 1 << 31  # token ids are int32
@@ -110,7 +110,7 @@ def generate(
     while True:
         last = min(last + _STEPS_BETWEEN_LOOKS, N)
         carry = _add_tokens(model, program, params, lengths_B, carry, last, key)
-        rows, done_B = _new_tokens(carry), _on_host(carry.done_B)
+        rows, done_B = _new_tokens(carry), on_host(carry.done_B)
         if until is not None:
             done_B = np.array([done or until(row) for row, done in zip(rows, done_B, strict=True)])
         if last == N or done_B.all():
@@ -166,13 +166,8 @@ class _Carry:
 
 
 def _new_tokens(carry: _Carry) -> list[list[int]]:
-    out_BxN, count_B = _on_host((carry.out_BxN, carry.count_B))
+    out_BxN, count_B = on_host((carry.out_BxN, carry.count_B))
     return [row[:count].tolist() for row, count in zip(out_BxN, count_B, strict=True)]
-
-
-def _on_host(arrays: Any) -> Any:
-    """Arrays as numpy in every process, gathered where they are sharded over processes."""
-    return multihost_utils.process_allgather(arrays, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

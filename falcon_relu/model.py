@@ -33,6 +33,8 @@ from falcon_relu.layers import INIT_STD, SAVED_QKV, Block, Context, LayerNorm, O
 Remat = Literal["none", "dots", "mlp", "full"]
 Params = Any  # nested dict of jax.Array
 
+BATCH_KEYS = ("tokens_BxT", "positions_BxT", "segment_ids_BxT")  # arrays of a batch, as the model takes them
+
 
 @struct.dataclass
 class KVCache:
@@ -64,6 +66,15 @@ class KVCache:
         # A separate buffer for each field, so that the cache can be donated to a jitted function.
         per_head, per_token = (shape, dtype), ((batch, slots), jnp.int32)
         return cls(*(jnp.zeros(*one) for one in (per_head, per_head, per_token, per_token, ((), jnp.int32))))
+
+    def sharded(self) -> KVCache:
+        """The same, its rows and heads sharded over the current mesh by the rules of `sharding`; for compiled code."""
+        heads = (None, "batch", None, "kv_heads", None)
+        return dataclasses.replace(
+            self,
+            keys_LxBxSxKxH=nn.with_logical_constraint(self.keys_LxBxSxKxH, heads),
+            values_LxBxSxKxH=nn.with_logical_constraint(self.values_LxBxSxKxH, heads),
+        )
 
 
 class Falcon(nn.Module):
@@ -199,6 +210,28 @@ class Falcon(nn.Module):
 def head_kernel(config: FalconConfig, params: Params) -> jax.Array:
     """The vocabulary head [V, D] of a parameter tree: the embedding where the two are tied."""
     return params["embed"]["embedding"] if config.tied_embeddings else params["head"]["kernel"]
+
+
+def next_tokens(tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Targets [B, T] int32 and mask [B, T] bool: the next token of the row, where it is of the same segment."""
+    targets_BxT = jnp.roll(tokens_BxT, -1, axis=1)
+    same_BxT = (segment_ids_BxT == jnp.roll(segment_ids_BxT, -1, axis=1)) & (segment_ids_BxT != 0)
+    return targets_BxT, same_BxT.at[:, -1].set(False)
+
+
+def largest_divisor(n: int, at_most: int) -> int:
+    """The largest divisor of `n` that is not above `at_most`."""
+    return max(d for d in range(1, min(at_most, n) + 1) if n % d == 0)
+
+
+def split_chunks(tree: Any, size: int) -> Any:
+    """Arrays [B, T, ...] as [T / size, B, size, ...], to go through chunk by chunk."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0), tree)
+
+
+def join_chunks(tree: Any) -> Any:
+    """Undoes `split_chunks`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
 
 
 class _Matrix(nn.Module):

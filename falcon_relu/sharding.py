@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from falcon_relu.config import FalconConfig
@@ -152,6 +153,26 @@ def batch_shards() -> int:
     """Number of shards of the batch on the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+
+
+def check_shared(mesh: Mesh, rows: int) -> int:
+    """The number of parts into which the devices of a mesh divide the rows of a batch.
+
+    Raises:
+      FalconError: `rows` cannot be divided evenly.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise FalconError(
+            f"a batch of {rows} rows cannot be divided evenly among the {parts} devices along data and fsdp: change "
+            f"the batch size to a multiple of {parts}, or --mesh"
+        )
+    return parts
+
+
+def on_host(arrays: Any) -> Any:
+    """Arrays as numpy in every process, gathered where they are sharded over processes; every process must call it."""
+    return multihost_utils.process_allgather(arrays, tiled=True)
 
 
 def init_params(config: FalconConfig, seed: int, mesh: Mesh | None = None) -> Any:

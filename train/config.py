@@ -10,9 +10,9 @@ from falcon_relu.attention import Attend
 from falcon_relu.config import FAMILY, Activation
 from falcon_relu.errors import FalconError, check_number, check_seed
 from falcon_relu.generation import Sampling
-from falcon_relu.model import Remat
+from falcon_relu.model import Remat, largest_divisor
 from train.data.batches import DataConfig
-from train.loss import LossConfig, largest_divisor
+from train.loss import LossConfig
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.progress import console
-from falcon_relu.sharding import batch_sharding
+from falcon_relu.sharding import batch_sharding, check_shared
 from train.data.batches import Batch
 
 _MOST_SECONDS = 7 * 24 * 3600
@@ -258,12 +258,7 @@ class Rows:
         Raises:
           FalconError: the batch cannot be divided evenly.
         """
-        self.parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        if batch_size % self.parts:
-            raise FalconError(
-                f"batch_size {batch_size} cannot be divided evenly among the {self.parts} devices along data and fsdp: "
-                "change --data.batch-size or --mesh"
-            )
+        self.parts = check_shared(mesh, batch_size)
         self._sharding = batch_sharding(mesh)
         self._batch_size = batch_size
         held = self._sharding.addressable_devices_indices_map((batch_size,)).values()

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from falcon_relu.errors import FalconError, check_number
+from falcon_relu.model import join_chunks, largest_divisor, split_chunks
 from falcon_relu.sharding import batch_shards
 
 # Stands for log 0; finite, so that 0 * log 0 is 0 and not NaN.
@@ -64,21 +65,6 @@ class LossConfig:
             raise FalconError(f"LossConfig.l1_stages must have ascending steps above 0, got {self.l1_stages}")
         for step, weight in self.l1_stages:
             check_number(f"LossConfig.l1_stages: the weight of the stage up to step {step}", weight, low=0)
-
-
-def largest_divisor(n: int, at_most: int) -> int:
-    """The largest divisor of `n` that is not above `at_most`."""
-    return max(d for d in range(1, min(at_most, n) + 1) if n % d == 0)
-
-
-def split_chunks(tree: Any, size: int) -> Any:
-    """Arrays [B, T, ...] as [T / size, B, size, ...], to go through chunk by chunk."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0), tree)
-
-
-def join_chunks(tree: Any) -> Any:
-    """Undoes `split_chunks`."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
 
 
 def l1_weight(stages: tuple[tuple[int, float], ...], step: jax.Array) -> jax.Array:
@@ -157,13 +143,6 @@ class CachedTeacher:
 
 
 Teacher = OnlineTeacher | CachedTeacher
-
-
-def next_tokens(tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Targets [B, T] int32 and mask [B, T] bool: the next token of the row, where it is of the same segment."""
-    targets_BxT = jnp.roll(tokens_BxT, -1, axis=1)
-    same_BxT = (segment_ids_BxT == jnp.roll(segment_ids_BxT, -1, axis=1)) & (segment_ids_BxT != 0)
-    return targets_BxT, same_BxT.at[:, -1].set(False)
 
 
 def distillation_loss(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from falcon_relu.model import Falcon, Params, head_kernel
+from falcon_relu.model import Falcon, Params, head_kernel, next_tokens
 from falcon_relu.sharding import batch_sharding, param_shardings, working_copy
 from train.data.batches import Batch
 from train.loss import (
@@ -22,7 +22,6 @@ from train.loss import (
     Teacher,
     distillation_loss,
     l1_weight,
-    next_tokens,
 )
 from train.state import TrainState, state_shardings
 

@@ -7,6 +7,7 @@ that finds all files finished writes the manifest.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_model
@@ -27,9 +30,9 @@ from falcon_relu.checkpoints.schema import read_as, seal
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.files import lock_part, read_json
-from falcon_relu.model import Falcon, Params, head_kernel
+from falcon_relu.model import Falcon, Params, head_kernel, join_chunks, largest_divisor, next_tokens, split_chunks
 from falcon_relu.progress import progress
-from falcon_relu.sharding import batch_sharding, make_mesh, param_shardings, use_mesh
+from falcon_relu.sharding import batch_sharding, check_shared, make_mesh, on_host, param_shardings, place, use_mesh
 from train.data.batches import Batch, unpack
 from train.data.shards import (
     Manifest,
@@ -44,7 +47,7 @@ from train.data.shards import (
 )
 from train.data.teacher_shards import TEACHER_CACHE, LogProbDtype, TeacherManifest, encode_targets
 from train.folder.checkpoints import fingerprint
-from train.loss import CachedTeacher, join_chunks, largest_divisor, next_tokens, split_chunks
+from train.loss import CachedTeacher
 
 # (teacher's parameters, batch) -> (its top-k targets, logsumexp of its logits [B, T]).
 _Predict = Callable[[Params, Batch], tuple[CachedTeacher, jax.Array]]
@@ -101,7 +104,7 @@ class Cached(NamedTuple):
     """The result of a call.
 
     Attributes:
-      manifests: of each folder; None where other jobs' files are not finished.
+      manifests: of each folder; None where other jobs' files are not finished, and in processes other than the first.
       new_rows: number of rows that the teacher processed.
       bytes: number of bytes written.
       seconds: duration, loading included.
@@ -115,6 +118,8 @@ class Cached(NamedTuple):
 
 def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0, 1)) -> Cached:
     """Runs the teacher over all rows of `config.tokens` and stores its top-k targets; finished files are kept.
+
+    Every process of a job calls it, with the same arguments; the first one writes.
 
     Args:
       config: which teacher, which tokens, and how.
@@ -130,11 +135,11 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
         raise FalconError(f"shard {index}/{count}: the first number counts from 0 and must be below the second")
     tokens = [read_manifest(folder) for folder in config.tokens]
     mesh = make_mesh(config.mesh)
-    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise FalconError(f"batch_size {config.batch_size} cannot be shared evenly by the mesh {dict(mesh.shape)}")
+    check_shared(mesh, config.batch_size)
+    first = jax.process_index() == 0
     dtype = jnp.dtype(config.compute_dtype)
     with use_mesh(mesh), contextlib.ExitStack() as locks:
-        for path in config.tokens:
+        for path in config.tokens if first else ():
             locks.enter_context(lock_part(Path(path) / config.name, index, count))
         architecture, params = load_model(config.teacher, activation=config.teacher_activation, dtype=dtype, mesh=mesh)
         if architecture.vocab_size < max(config.top_k, *(manifest.vocab_size for manifest in tokens)):
@@ -149,13 +154,15 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
             for path, manifest in zip(config.tokens, tokens, strict=True)
         ]
         own = [(folder, file) for folder in folders for file in folder.files()][index::count]
-        missing = [(folder, file) for folder, file in own if not folder.is_finished(file)]
+        unfinished = np.array([first and not folder.is_finished(file) for folder, file in own], np.int32)
+        unfinished = multihost_utils.broadcast_one_to_all(unfinished)  # the others may see an older state of the disk
+        missing = [one for one, wanted in zip(own, unfinished, strict=True) if wanted]
         rows, all_rows = (sum(file.rows for _, file in files) for files in (missing, own))
         size = 0
         with progress("teacher-cache", all_rows, "tokens", scale=tokens[0].seq_len, done=all_rows - rows) as advance:
             for folder, file in missing:
                 size += folder.write(file, functools.partial(predict, params), advance)
-        manifests = tuple(folder.finish() for folder in folders)
+        manifests = tuple(folder.finish() if first else None for folder in folders)
     return Cached(manifests, rows, size, time.monotonic() - started)
 
 
@@ -205,7 +212,9 @@ def _make_predict(teacher: Falcon, config: TeacherCacheConfig, mesh: Mesh) -> _P
         log_probs = targets.log_probs_BxTxk.astype(config.dtype)
         return dataclasses.replace(targets, ids_BxTxk=ids, log_probs_BxTxk=log_probs), total_BxT
 
-    return jax.jit(predict, in_shardings=(param_shardings(teacher.config, mesh), batch_sharding(mesh)))
+    rows = batch_sharding(mesh)
+    jitted = jax.jit(predict, in_shardings=(param_shardings(teacher.config, mesh), rows))
+    return lambda params, batch: jitted(params, jax.tree.map(lambda array: place(array, rows), batch))
 
 
 class _Folder:
@@ -227,6 +236,8 @@ class _Folder:
             tokens=tokens.digest(),
             splits={},
         )
+        if jax.process_index():
+            return  # the first process writes
         path, settings = self.path / "settings.json", self._manifest.to_json()
         if path.exists():
             found = read_json(path)
@@ -260,7 +271,10 @@ class _Folder:
         return True
 
     def write(self, file: Shard, predict: Callable[[Batch], tuple[CachedTeacher, jax.Array]], advance: Any) -> int:
-        """Stores the targets of a file of token shards; returns the number of bytes."""
+        """Stores the targets of a file of token shards; returns the number of bytes that this process wrote."""
+        if jax.process_index():
+            collections.deque(self._records(file, predict, advance), maxlen=0)
+            return 0
         written = write_records(self.path / file.file, self._records(file, predict, advance))
         write_shared(self._unit(file), dataclasses.asdict(written), self._job)
         return written.bytes
@@ -320,7 +334,7 @@ def _read_records(path: Path) -> list[bytes]:
 
 
 def _encode(records: list[bytes], predicted: tuple[CachedTeacher, jax.Array]) -> Iterator[bytes]:
-    targets, total_BxT = jax.device_get(predicted)
+    targets, total_BxT = on_host(predicted)
     for b, record in enumerate(records):
         row: Any = {name: array[b] for name, array in vars(targets).items()}
         yield encode_targets(row, total_BxT[b], record)

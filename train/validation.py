@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_model
-from falcon_relu.config import Activation
+from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon, Params
 from falcon_relu.sharding import make_mesh, use_mesh
-from train.data.batches import Batch, DataConfig, validation_batches
+from train.data.batches import Batch, DataConfig, Manifests, validation_batches
 from train.distributed import Rows
 from train.folder.log import MetricValues
 from train.loss import LossConfig
@@ -76,21 +76,61 @@ def validate(
     Raises:
       FalconError: as `load_model`, or the two models do not share a vocabulary.
     """
-    loss = loss or LossConfig()
     mesh = mesh or make_mesh()
-    rows = Rows(mesh, data.batch_size)
     with use_mesh(mesh):
-        config, params = load_model(source, activation=source_activation, mesh=mesh)
-        student = Falcon(config if activation is None else config.with_activation(activation))
-        teacher_model, teacher_params = None, None
-        if teacher is not None:
-            teacher_config, teacher_params = load_model(teacher, activation=teacher_activation, mesh=mesh)
-            if teacher_config.vocab_size != config.vocab_size:
-                raise FalconError(
-                    f"{teacher} has a vocabulary of {teacher_config.vocab_size:,}, {source} one of "
-                    f"{config.vocab_size:,}: a teacher must share its student's tokens"
-                )
-            teacher_model = Falcon(teacher_config)
-        step = make_validation_step(loss, student, teacher_model)
-        batches = validation_batches(data, rows.own)
-        return run_validation(step, student, params, teacher_params, batches, rows)
+        student, params = _open(source, source_activation, activation, mesh)
+        taught = None if teacher is None else _open(teacher, teacher_activation, None, mesh)
+        return measure_held_out(student, params, data, teacher=taught, loss=loss, mesh=mesh)
+
+
+def _open(
+    source: str | Path, stated: Activation | None, activation: Activation | None, mesh: Mesh
+) -> tuple[Falcon, Params]:
+    config, params = load_model(source, activation=stated, mesh=mesh)
+    return Falcon(config if activation is None else config.with_activation(activation)), params
+
+
+def measure_held_out(
+    student: Falcon,
+    params: Params,
+    data: DataConfig,
+    *,
+    mesh: Mesh,
+    teacher: tuple[Falcon, Params] | None = None,
+    loss: LossConfig | None = None,
+    manifests: Manifests | None = None,
+) -> MetricValues:
+    """Held-out metrics of a model, computed in its dtype, on a mesh, which is the current one; see `run_validation`.
+
+    Args:
+      student: the model.
+      params: its parameters.
+      data: its validation rows are read.
+      mesh: the devices.
+      teacher: model to compare with, and its parameters.
+      loss: what "loss" is; cross-entropy alone by default.
+      manifests: `read_manifests(data)`, if the caller has it.
+
+    Raises:
+      FalconError: the two models do not share a vocabulary, or the batch cannot be divided among the devices.
+    """
+    teacher_model, teacher_params = teacher or (None, None)
+    if teacher_model is not None:
+        check_same_vocabulary(teacher_model.config, student.config)
+    rows = Rows(mesh, data.batch_size)
+    step = make_validation_step(loss or LossConfig(), student, teacher_model)
+    batches = validation_batches(data, rows.own, manifests)
+    return run_validation(step, student, params, teacher_params, batches, rows)
+
+
+def check_same_vocabulary(teacher: FalconConfig, student: FalconConfig) -> None:
+    """Refuses a teacher that cannot be compared with the model, token by token.
+
+    Raises:
+      FalconError: the sizes of their vocabularies differ.
+    """
+    if teacher.vocab_size != student.vocab_size:
+        raise FalconError(
+            f"the teacher has a vocabulary of {teacher.vocab_size:,}, the model one of {student.vocab_size:,}: a "
+            "teacher must share its student's tokens"
+        )

@@ -17,7 +17,8 @@ import tyro
 
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.checkpoints.schema import parse
-from falcon_relu.cli.outputs import Made, Output
+from falcon_relu.cli.devices import Devices, Dtype, together
+from falcon_relu.cli.outputs import Made
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError, check_number, check_seed
@@ -40,7 +41,7 @@ EngineName = Literal["flax", "dense", "exact", "sparse"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Output):
+class Args(Devices):
     """Run benchmarks with EleutherAI's lm-eval: pip install "falcon-relu[eval]".
 
     Each answer is written to the --out folder at once. After an interruption, the same command continues; with other
@@ -69,10 +70,8 @@ class Args(Output):
     """Seed of the choice of few-shot examples and of sampled generation."""
     engine: EngineName = "flax"
     """flax: the dense model on any devices; dense, exact or sparse: decoding on this CPU."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Dtype of weights and products, for flax."""
-    mesh: tuple[int, int, int] = (1, -1, 1)
-    """Devices along (data, fsdp, tensor), for flax; one of them may be -1: all remaining devices."""
     predictor: Path | None = None
     """Predictor file, for sparse; packed weights may hold one already."""
     format: Format | None = None
@@ -98,6 +97,15 @@ def run(args: Args) -> None:
     if args.shots is not None:
         check_number("--shots", args.shots, low=0)
     check_seed("--seed", args.seed)
+    if args.several_processes and args.engine != "flax":
+        raise FalconError(
+            f"--engine {args.engine} decodes on this CPU: leave --distributed.* out, or use --engine flax"
+        )
+    with together(args):
+        _run(args)
+
+
+def _run(args: Args) -> None:
     # The libraries read these variables when they are imported.
     os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     if args.offline:

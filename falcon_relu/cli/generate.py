@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import tyro
 
 from falcon_relu.checkpoints.load import load_config, load_model
-from falcon_relu.cli.outputs import Output
+from falcon_relu.cli.devices import Devices, Dtype, on_devices
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.generation import Sampling, check_prompts, generate
 from falcon_relu.model import Falcon
-from falcon_relu.sharding import make_mesh, use_mesh
 from falcon_relu.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Output):
+class Args(Devices):
     """Continue prompts with a model on whatever devices JAX finds."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -32,10 +32,8 @@ class Args(Output):
     """A tokenizer.json, or a folder with one."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Dtype of weights and products."""
-    mesh: tuple[int, int, int] = (1, -1, 1)
-    """Devices along (data, fsdp, tensor); one -1 takes what is left."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
 
 
@@ -47,15 +45,15 @@ def run(args: Args) -> None:
     config = load_config(args.model, activation=args.activation)
     tokenizer.check_fits(config.vocab_size)
     check_prompts(prompts, config.vocab_size, config.max_positions, sampling.max_new_tokens)
-    mesh = make_mesh(args.mesh)
-    with use_mesh(mesh):
+    with on_devices(args) as mesh:
         config, params = load_model(args.model, activation=args.activation, dtype=jnp.dtype(args.dtype), mesh=mesh)
         start = time.perf_counter()
         new = generate(Falcon(config, jnp.dtype(args.dtype)), params, prompts, sampling)
-    seconds = time.perf_counter() - start
-    texts = [tokenizer.decode(ids) for ids in new]
-    for prompt, text in zip(args.prompts, texts, strict=True):
-        print(f"{prompt}{text}\n")
-    count = sum(map(len, new))
-    results = {"new tokens": count, "seconds, compilation included": seconds, "tokens/s": count / seconds}
-    report(results, args, also={"prompts": list(args.prompts), "texts": texts})
+        seconds = time.perf_counter() - start
+        texts = [tokenizer.decode(ids) for ids in new]
+        if jax.process_index() == 0:
+            for prompt, text in zip(args.prompts, texts, strict=True):
+                print(f"{prompt}{text}\n")
+        count = sum(map(len, new))
+        results = {"new tokens": count, "seconds, compilation included": seconds, "tokens/s": count / seconds}
+        report(results, args, also={"prompts": list(args.prompts), "texts": texts})

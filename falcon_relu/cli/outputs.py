@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from falcon_relu.errors import FalconError
 from falcon_relu.files import check_output, lock
@@ -43,9 +43,10 @@ class Output:
     overwrite: bool = False
     """Replace existing outputs: a file, or a folder that such a command made."""
 
-    several_processes: ClassVar[bool] = (
-        False  # whether several processes run the command together; it then locks itself
-    )
+    @property
+    def several_processes(self) -> bool:
+        """Whether several processes run the command together; the first of them then locks and reports."""
+        return False
 
     def written(self) -> list[Made]:
         """What the command makes besides `json`."""
@@ -54,20 +55,35 @@ class Output:
 
 @contextlib.contextmanager
 def reserved(output: Output) -> Iterator[None]:
-    """Checks that all outputs of a command can be written, and locks them during the block.
+    """Checks that all outputs of a command can be written, and locks them during the block if one process runs it.
 
     Raises:
       FalconError: as `check_output` and `lock`, or two outputs are the same.
     """
-    made = [*output.written(), *([Made(output.json)] if output.json is not None else [])]
+    made = _made(output)
     paths = [os.path.realpath(one.path) for one in made]
     if twice := [one.path for one, path in zip(made, paths, strict=True) if paths.count(path) > 1]:
         raise FalconError(f"{twice[0]} is named twice, for two things to write; choose another path for one of them")
     for one in made:
         replace = one.goes_on or output.overwrite
         check_output(one.path, folder=one.goes_on or one.marker is not None, replace=replace, marker=one.marker)
+    with contextlib.nullcontext() if output.several_processes else locked(output):
+        yield
+
+
+@contextlib.contextmanager
+def locked(output: Output) -> Iterator[None]:
+    """Locks all outputs of a command during the block; of several processes that run it, only the first does this.
+
+    Raises:
+      FalconError: another command writes one of them.
+    """
     with contextlib.ExitStack() as locks:
-        for one in () if output.several_processes else made:
+        for one in _made(output):
             if one.locked and (not one.path.exists() or one.path.is_dir() or one.path.is_file()):
                 locks.enter_context(lock(one.path))
         yield
+
+
+def _made(output: Output) -> list[Made]:
+    return [*output.written(), *([Made(output.json)] if output.json is not None else [])]

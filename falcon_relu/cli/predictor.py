@@ -7,15 +7,20 @@ import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_config, load_model
+from falcon_relu.cli.devices import Devices, Dtype, on_devices, stored_as
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import check_number
 from falcon_relu.model import Params
 from falcon_relu.progress import progress
+from falcon_relu.sharding import check_shared
 from infer.predictor.calibration import calibrate_predictor, check_target, neurons_for_bytes
 from infer.predictor.fitting import FitConfig, check_rank, choose_rank, fit_predictor, up_rows
 from infer.predictor.predictor import (
@@ -28,8 +33,7 @@ from infer.predictor.predictor import (
 )
 from infer.predictor.quality import compare_sparse, reading_curve, sensitivity
 from infer.predictor.recording import Recording, open_recording, record_activations
-from train.data.batches import DataConfig, Source, train_batches, validation_batches
-from train.data.shards import read_manifest
+from train.data.batches import open_folders, train_batches, validation_batches
 
 _WEIGHING_BATCHES = 2  # batches on which the layers' sensitivity is measured
 _SHOWN_TOKENS = 10_000  # of a recording, in the table of what fires
@@ -45,7 +49,15 @@ class _Step(Output):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Record(_Step):
+class _Run(Devices, _Step):
+    """A step that runs the model."""
+
+    dtype: Dtype = "float32"
+    """Dtype of products; weights are kept as stored for float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record(_Run):
     """Run the model on text; keep what entered its MLPs and what each neuron added, 2 D + F bytes a token and layer."""
 
     data: Annotated[Path, tyro.conf.Positional]
@@ -91,7 +103,7 @@ class Fit(_Step):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibrate(_Step):
+class Calibrate(_Run):
     """Choose all layers' thresholds and budgets for one target, and measure the quality on held-out text.
 
     Give one of --kl, --energy, --recall, --neurons and --megabytes.
@@ -184,31 +196,40 @@ def run(args: Args) -> None:
     """Runs one step, then reports."""
     step = args.step
     match step:
-        case Record():
-            results = _record(step)
+        case Record() | Calibrate():
+            with on_devices(step) as mesh:
+                report(_record(step, mesh) if isinstance(step, Record) else _calibrate(step, mesh), step)
         case Fit():
-            results = _fit(step)
-        case Calibrate():
-            results = _calibrate(step)
+            report(_fit(step), step)
         case Import():
             config = load_config(step.model, activation=step.activation)
             predictor = import_powerinfer(step.source, config)
             save_predictor(predictor, step.out, replace=step.overwrite)
-            results = _sizes(predictor, config)
+            report(_sizes(predictor, config), step)
         case Export():
             config = load_config(step.model, activation=step.activation)
             predictor = load_predictor(step.source, config)
             export_powerinfer(predictor, step.out, replace=step.overwrite)
-            results = _sizes(predictor, config)
-    report(results, step)
+            report(_sizes(predictor, config), step)
 
 
-def _record(step: Record) -> dict[str, Any]:
-    batches = train_batches(_data(step.data, step.batch_size))
-    config, params = load_model(step.model, activation=step.activation, dtype=None)
+def _record(step: Record, mesh: Mesh) -> dict[str, Any]:
+    check_shared(mesh, step.batch_size)
+    data, manifests = open_folders([step.data], step.batch_size)
+    batches = train_batches(data, manifests=manifests)
+    config, params = load_model(step.model, activation=step.activation, dtype=stored_as(step.dtype), mesh=mesh)
     recording = record_activations(
-        config, params, batches, step.out, tokens=step.tokens, input=step.input, replace=step.overwrite
+        config,
+        params,
+        batches,
+        step.out,
+        tokens=step.tokens,
+        input=step.input,
+        dtype=jnp.dtype(step.dtype),
+        replace=step.overwrite,
     )
+    if jax.process_index():
+        return {}
     size = sum(file.stat().st_size for file in recording.folder.iterdir())
     return {
         "tokens": recording.tokens,
@@ -271,20 +292,22 @@ def _sweep(step: Fit, recording: Recording, config: FalconConfig, params: Params
     return rows
 
 
-def _calibrate(step: Calibrate) -> dict[str, Any]:
+def _calibrate(step: Calibrate, mesh: Mesh) -> dict[str, Any]:
+    check_shared(mesh, step.batch_size)
     recording = open_recording(step.recording)
     config = load_config(step.model, activation=step.activation)
     recording.check(config)
     predictor = load_predictor(step.predictor, config)
     if not predictor.measured:
         predictor = calibrate_predictor(predictor, recording, energy=_FIRST_ENERGY)
-    config, params = load_model(step.model, activation=step.activation, dtype=None)
-    data = _data(step.data, step.batch_size)
+    data, manifests = open_folders([step.data], step.batch_size)
+    config, params = load_model(step.model, activation=step.activation, dtype=stored_as(step.dtype), mesh=mesh)
+    dtype = jnp.dtype(step.dtype)
     neurons = step.neurons
     if step.megabytes is not None:
         neurons = neurons_for_bytes(predictor, step.megabytes * 1e6, step.weight_bytes)
-    weighing = list(itertools.islice(train_batches(data), _WEIGHING_BATCHES))
-    weights = sensitivity(config, params, predictor, weighing)
+    weighing = list(itertools.islice(train_batches(data, manifests=manifests), _WEIGHING_BATCHES))
+    weights = sensitivity(config, params, predictor, weighing, dtype=dtype)
     calibrated = calibrate_predictor(
         predictor,
         recording,
@@ -294,12 +317,14 @@ def _calibrate(step: Calibrate) -> dict[str, Any]:
         kl=step.kl,
         sensitivity=weights,
     )
-    rows = list(itertools.islice(validation_batches(data), step.batches))
-    quality = compare_sparse(config, params, calibrated, rows)
-    save_predictor(calibrated, step.out, replace=step.overwrite)
+    rows = list(itertools.islice(validation_batches(data, manifests=manifests), step.batches))
+    quality = compare_sparse(config, params, calibrated, rows, dtype=dtype)
+    if jax.process_index() == 0:
+        save_predictor(calibrated, step.out, replace=step.overwrite)
     curve = []
+    points = reading_curve(config, params, predictor, recording, rows, step.curve, sensitivity=weights, dtype=dtype)
     with progress("quality against neurons read", len(step.curve), "points") as advance:
-        for _, found in reading_curve(config, params, predictor, recording, rows, step.curve, sensitivity=weights):
+        for _, found in points:
             curve.append({name: value for name, value in found.items() if not isinstance(value, list)})
             advance()
     scalars = {name: value for name, value in quality.items() if not isinstance(value, list)}
@@ -327,7 +352,3 @@ def _rows(predictor: Predictor, config: FalconConfig) -> list[dict[str, Any]]:
         | {name: found[key] for key, name in names.items() if key in found}
         for i, (rank, threshold, budget, found) in enumerate(columns)
     ]
-
-
-def _data(folder: Path, batch_size: int) -> DataConfig:
-    return DataConfig(sources=(Source(folder),), seq_len=read_manifest(folder).seq_len, batch_size=batch_size)

@@ -18,16 +18,26 @@ _PIPED_WIDTH = 240  # columns where the output is not a terminal, so that no num
 def report(results: Mapping[str, Any], output: Output, also: Mapping[str, Any] | None = None) -> None:
     """Prints scalars as `name  value` lines and lists of mappings as tables; writes all as JSON where asked.
 
+    Of several processes that run a command together, the first one reports.
+
     Args:
       results: what to print and write.
       output: the command's arguments, whose `json` is the file to write, if any.
       also: what to write but not to print.
     """
+    if output.several_processes and not _is_first():
+        return
     try:
         _print(results)
     finally:  # also where standard output was closed meanwhile
         if output.json is not None:
             write_json(output.json, {**results, **(also or {})}, replace=output.overwrite)
+
+
+def _is_first() -> bool:
+    import jax  # most commands that run alone need no JAX to report
+
+    return jax.process_index() == 0
 
 
 def _print(results: Mapping[str, Any]) -> None:

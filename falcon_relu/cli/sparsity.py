@@ -8,25 +8,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from falcon_relu.checkpoints.load import load_model
-from falcon_relu.cli.outputs import Made, Output
+from falcon_relu.cli.devices import Devices, Dtype, on_devices, stored_as
+from falcon_relu.cli.outputs import Made
 from falcon_relu.cli.report import report
-from falcon_relu.config import Activation
+from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.evaluation.sparsity import measure_sparsity
 from falcon_relu.files import write_aside, write_json
+from falcon_relu.model import Params
 from falcon_relu.progress import progress, track
+from falcon_relu.sharding import check_shared
 from infer.predictor.calibration import calibrate_predictor
 from infer.predictor.predictor import load_predictor
 from infer.predictor.quality import compare_sparse, sensitivity
 from infer.predictor.recording import open_recording
-from train.data.batches import DataConfig, Source, train_batches, validation_batches
-from train.data.shards import read_manifest
+from train.data.batches import DataConfig, Manifests, open_folders, train_batches, validation_batches
 
 _WEIGHING_BATCHES = 2
 _FIRST_ENERGY = 0.98  # covered while the layers' sensitivity is measured
@@ -34,7 +39,7 @@ _QUANTILES = 101  # points of the curve of neurons by how often they fire
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Output):
+class Args(Devices):
     """Measure zeros, how often neurons fire, overlap from token to token, and the union of a batch's firing neurons.
 
     With a predictor and the recording that it was fitted to, also the budgets for each allowed KL(dense || sparse), and
@@ -59,6 +64,8 @@ class Args(Output):
     """Allowed KL(dense || sparse), nats a token."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
+    dtype: Dtype = "float32"
+    """Dtype of products; weights are kept as stored for float32."""
 
     def __post_init__(self) -> None:
         check_number("--batch-size", self.batch_size, low=1)
@@ -75,22 +82,24 @@ def run(args: Args) -> None:
     """Measures, draws, reports."""
     if (args.predictor is None) != (args.recording is None):
         raise FalconError("the curve of allowed error needs both --predictor and --recording")
-    check_number("--batch-size", args.batch_size, low=1)
-    check_number("--batches", args.batches, low=1)
-    for allowed in args.kl:
-        check_number("--kl", allowed, above=0)
-    seq_len = read_manifest(args.data).seq_len
-    data = DataConfig(sources=(Source(args.data),), seq_len=seq_len, batch_size=args.batch_size)
-    config, params = load_model(args.model, activation=args.activation)
-    rows = list(itertools.islice(validation_batches(data), args.batches))
-    found = measure_sparsity(config, params, track(rows, "activations", "batches"))
+    with on_devices(args) as mesh:
+        _run(args, mesh)
+
+
+def _run(args: Args, mesh: Mesh) -> None:
+    check_shared(mesh, args.batch_size)
+    data = open_folders([args.data], args.batch_size)
+    config, params = load_model(args.model, activation=args.activation, dtype=stored_as(args.dtype), mesh=mesh)
+    rows = list(itertools.islice(validation_batches(data[0], manifests=data[1]), args.batches))
+    found = measure_sparsity(config, params, track(rows, "activations", "batches"), dtype=jnp.dtype(args.dtype))
     rates_LxF = found.pop("rates_LxF")
     found["rates"] = np.quantile(rates_LxF, np.linspace(0, 1, _QUANTILES), axis=1).T.tolist()
     found["allowed"] = []
     if args.predictor is not None and args.recording is not None:
-        found["allowed"] = _allowed(args, config, params, data, rows)
-    write_json(args.out / "sparsity.json", found, replace=args.overwrite)
-    _draw(args.out / "sparsity.svg", found, args.overwrite)
+        found["allowed"] = _allowed(args, config, params, data, rows, check_shared(mesh, args.batch_size))
+    if jax.process_index() == 0:
+        write_json(args.out / "sparsity.json", found, replace=args.overwrite)
+        _draw(args.out / "sparsity.svg", found, args.overwrite)
     shown = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in found["allowed"]]
     union = [{"batch": row["batch"], "fires": row["fires"]} for row in found["union"]]
     tables = {"layers": found["layers"], "neurons that fire in any sequence of a batch": union}
@@ -99,19 +108,28 @@ def run(args: Args) -> None:
     report({"zeros": found["zeros"], "tokens": found["tokens"], **tables}, args, also=found)
 
 
-def _allowed(args: Args, config: Any, params: Any, data: DataConfig, rows: Sequence[Any]) -> list[dict[str, Any]]:
+def _allowed(
+    args: Args,
+    config: FalconConfig,
+    params: Params,
+    data: tuple[DataConfig, Manifests],
+    rows: Sequence[Any],
+    parts: int,
+) -> list[dict[str, Any]]:
     assert args.predictor is not None
     assert args.recording is not None
     recording = open_recording(args.recording)
     recording.check(config)
+    dtype = jnp.dtype(args.dtype)
     fitted = calibrate_predictor(load_predictor(args.predictor, config), recording, energy=_FIRST_ENERGY)
-    small = dataclasses.replace(data, batch_size=min(args.batch_size, 8))
-    weights = sensitivity(config, params, fitted, list(itertools.islice(train_batches(small), _WEIGHING_BATCHES)))
+    small = dataclasses.replace(data[0], batch_size=min(args.batch_size, -(-8 // parts) * parts))
+    weighing = list(itertools.islice(train_batches(small, manifests=data[1]), _WEIGHING_BATCHES))
+    weights = sensitivity(config, params, fitted, weighing, dtype=dtype)
     table = []
     with progress("allowed error", len(args.kl), "budgets") as advance:
         for allowed in sorted(args.kl):
             predictor = calibrate_predictor(fitted, recording, kl=allowed, sensitivity=weights)
-            measured = compare_sparse(config, params, predictor, rows)
+            measured = compare_sparse(config, params, predictor, rows, dtype=dtype)
             names = ("kl", "agreement", "read", "fired", "sparse_loss", "dense_loss")
             table.append(
                 {"allowed kl": allowed}

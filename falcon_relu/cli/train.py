@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-import jax
 import tyro
 
 from falcon_relu.cli.configs import config_names, load_config
-from falcon_relu.cli.outputs import Made, Output
+from falcon_relu.cli.devices import Processes, together
+from falcon_relu.cli.outputs import Made
 from falcon_relu.cli.report import report
 from train import loop
 from train.config import TrainConfig
-from train.distributed import DistributedConfig, joined
 from train.machine import keep_freed_memory, platform_here, recommend
 
 _NAMES = ", ".join(config_names(TrainConfig))
@@ -26,13 +25,10 @@ Run the same command again to go on after an interruption."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Output):
+class Args(Processes):
     """Train or distil a model as a config says."""
 
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
-
-    several_processes: ClassVar[bool] = True
 
     def written(self) -> list[Made]:
         """What is written besides `json`."""
@@ -49,7 +45,6 @@ def run(args: Args) -> None:
     keep_freed_memory()
     recommend(platform_here())
     start = time.perf_counter()
-    with joined(args.distributed):
+    with together(args):
         results = loop.run(args.run)
-        if jax.process_index() == 0:
-            report({"out": str(args.run.out)} | results | {"seconds": time.perf_counter() - start}, args)
+        report({"out": str(args.run.out)} | results | {"seconds": time.perf_counter() - start}, args)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from falcon_relu.attention import SHARED
@@ -25,7 +24,7 @@ from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.generation import Sampling, generate, padded_length
 from falcon_relu.model import Falcon, Params
-from falcon_relu.sharding import batch_sharding, place, use_mesh
+from falcon_relu.sharding import batch_sharding, on_host, place, use_mesh
 
 _LEAST_SHARED = 16  # tokens; sharing a shorter prefix does not pay for the longer row
 _LEAST_LENGTH = 64  # tokens; shorter rows are padded to it
@@ -224,7 +223,7 @@ class FlaxEngine:
             with use_mesh(self._mesh):
                 placed = (place(array, batch_sharding(self._mesh)) for array in arrays)
                 found = _score(model, self._params, *placed, count)
-                logprob_BxM, greedy_BxM = multihost_utils.process_allgather(found, tiled=True)
+                logprob_BxM, greedy_BxM = on_host(found)
         scores = {}
         for b, row in enumerate(batch):
             at = 0

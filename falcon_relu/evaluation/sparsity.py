@@ -12,7 +12,8 @@ import numpy as np
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.model import Falcon, Params
+from falcon_relu.model import BATCH_KEYS, Falcon, Params
+from falcon_relu.sharding import on_host
 
 UNIONS = (1, 2, 4, 8, 16, 32)  # sequences decoded together
 
@@ -24,7 +25,7 @@ def measure_sparsity(
 
     Args:
       config: the model.
-      params: its parameters.
+      params: its parameters, on a mesh or not; on one, the mesh must be the current one (`use_mesh`).
       batches: tokens_BxT, positions_BxT and segment_ids_BxT, int32, as of train.data.batches.
       dtype: compute dtype.
 
@@ -45,12 +46,12 @@ def measure_sparsity(
     """
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
-        sums = _sums(config, dtype, params, *(batch[k] for k in ("tokens_BxT", "positions_BxT", "segment_ids_BxT")))
-        totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
+        sums = on_host(sparsity_sums(config, dtype, params, *(batch[k] for k in BATCH_KEYS)))
+        totals = {name: totals.get(name, 0) + value.astype(np.float64) for name, value in sums.items()}
     if not totals.get("tokens"):
         raise FalconError("there are no tokens to measure sparsity on: no batch, or padding alone")
     rates_LxF = totals["fired_LxF"] / totals["tokens"]
-    overlap_L = totals["again_L"] / np.maximum(totals["followed_L"], 1)
+    overlap_L = totals["again_LxF"].sum(1) / np.maximum(totals["followed_LxF"].sum(1), 1)
     layers = [
         {
             "layer": i,
@@ -65,7 +66,7 @@ def measure_sparsity(
     union = []
     for n in UNIONS:
         if totals.get(f"groups_{n}"):  # no group where every batch is smaller
-            fires_L = totals[f"union_{n}_L"] / totals[f"groups_{n}"] / config.d_ff
+            fires_L = totals[f"union_{n}_LxF"].mean(1) / totals[f"groups_{n}"]
             union.append({"batch": n, "fires": float(fires_L.mean()), "layers": fires_L.tolist()})
     return {
         "zeros": float(1 - rates_LxF.mean()),
@@ -82,7 +83,7 @@ def _hot(rates_F: np.ndarray) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(
+def sparsity_sums(
     config: FalconConfig,
     dtype: Any,
     params: Params,
@@ -90,6 +91,7 @@ def _sums(
     positions_BxT: jax.Array,
     segments_BxT: jax.Array,
 ) -> dict[str, jax.Array]:
+    """The program behind `measure_sparsity`: counts of a batch, for each layer and neuron, so that int32 holds them."""
     real_BxT = segments_BxT != 0
     pair_BxT = real_BxT[:, 1:] & (segments_BxT[:, 1:] == segments_BxT[:, :-1])
     B, T = tokens_BxT.shape
@@ -103,12 +105,12 @@ def _sums(
         later_BxTxF = fires_BxTxF[:, 1:] & pair_BxT[:, :, None]
         found = {
             "fired_LxF": fires_BxTxF.sum((0, 1)),
-            "followed_L": later_BxTxF.sum(),
-            "again_L": (later_BxTxF & fires_BxTxF[:, :-1]).sum(),
+            "followed_LxF": later_BxTxF.sum((0, 1)),
+            "again_LxF": (later_BxTxF & fires_BxTxF[:, :-1]).sum((0, 1)),
         }
         for n, real_GxT in together.items():
             any_GxTxF = fires_BxTxF[: B // n * n].reshape(B // n, n, T, -1).any(1)
-            found[f"union_{n}_L"] = (any_GxTxF & real_GxT[:, :, None]).sum()
+            found[f"union_{n}_LxF"] = (any_GxTxF & real_GxT[:, :, None]).sum((0, 1))
         return found
 
     _, variables = Falcon(config, dtype, observe=count).apply(

@@ -14,11 +14,14 @@ from flax import struct
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.layers import Select
-from falcon_relu.model import Falcon, Params
+from falcon_relu.model import BATCH_KEYS, Falcon, Params, largest_divisor, next_tokens, split_chunks
+from falcon_relu.sharding import batch_shards, on_host
 from infer.choice import choose
 from infer.predictor.calibration import calibrate_predictor, measure
 from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, PredictorInput, score, stack
-from infer.predictor.recording import BATCH_KEYS, Batch, Recording
+from infer.predictor.recording import Batch, Recording
+
+_LOGIT_ROWS = 2048  # positions of a device whose logits are computed at a time
 
 
 @struct.dataclass
@@ -71,7 +74,7 @@ def masked_forward(
 def compare_sparse(
     config: FalconConfig, params: Params, predictor: Predictor, batches: Iterable[Batch], *, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
-    """Compares the dense with the sparse model on text.
+    """Compares the dense with the sparse model on text, on the current mesh if there is one (`use_mesh`).
 
     Returns:
       Results by name.
@@ -85,12 +88,13 @@ def compare_sparse(
     chosen = selector(predictor)
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
-        sums = _sums(config, predictor.input, dtype, params, chosen, *(batch[k] for k in BATCH_KEYS))
-        totals = {name: totals.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
+        arrays = (batch[k] for k in BATCH_KEYS)
+        sums = on_host(comparison_sums(config, predictor.input, dtype, params, chosen, *arrays))
+        totals = {name: totals.get(name, 0) + value.astype(np.float64) for name, value in sums.items()}
     if not totals:
         raise FalconError("there is no batch of text to compare on")
     tokens, targets = float(totals["tokens"]), float(totals["targets"])
-    read, fired = (totals[name] / (tokens * config.d_ff) for name in ("read_L", "fired_L"))
+    read, fired = (totals[name].sum(1) / (tokens * config.d_ff) for name in ("read_LxB", "fired_LxB"))
     return {
         "kl": float(totals["kl"]) / tokens,
         "agreement": float(totals["agree"]) / tokens,
@@ -162,7 +166,7 @@ def reading_curve(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sums(
+def comparison_sums(
     config: FalconConfig,
     input: PredictorInput,
     dtype: Any,
@@ -172,43 +176,46 @@ def _sums(
     positions_BxT: jax.Array,
     segments_BxT: jax.Array,
 ) -> dict[str, jax.Array]:
+    """The program behind `compare_sparse`: sums over a batch."""
     model = Falcon(config, dtype)
     batch = (tokens_BxT, positions_BxT, segments_BxT)
     dense_BxTxD, updates = model.apply({"params": params}, *batch, method="hidden", mutable=["statistics"])
     sparse_BxTxD, kept_LxBxT = masked_forward(config, params, chosen, input, *batch, dtype=dtype)
     real_BxT = segments_BxT != 0
+    targets_BxT, has_target_BxT = next_tokens(tokens_BxT, segments_BxT)
 
-    def of_sequence(rows: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        dense_TxD, sparse_TxD, tokens_T, segments_T = rows
-        p_TxV, q_TxV = (
-            jax.nn.log_softmax(model.apply({"params": params}, h[None], method="unembed")[0])
-            for h in (dense_TxD, sparse_TxD)
+    def of_chunk(chunk: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        dense_BxCxD, sparse_BxCxD, targets_BxC, has_target_BxC, real_BxC = chunk
+        p_BxCxV, q_BxCxV = (
+            jax.nn.log_softmax(model.apply({"params": params}, h, method="unembed"))  # type: ignore[arg-type]
+            for h in (dense_BxCxD, sparse_BxCxD)
         )
-        real_T = segments_T != 0
-        target_T = real_T[:-1] & (segments_T[1:] == segments_T[:-1])
 
-        def loss(log_TxV: jax.Array) -> jax.Array:
-            return -jnp.sum(jnp.take_along_axis(log_TxV[:-1], tokens_T[1:, None], axis=-1)[:, 0] * target_T)
+        def loss(log_BxCxV: jax.Array) -> jax.Array:
+            return -jnp.sum(jnp.take_along_axis(log_BxCxV, targets_BxC[..., None], axis=-1)[..., 0] * has_target_BxC)
 
         return {
-            "kl": jnp.sum(jnp.sum(jnp.exp(p_TxV) * (p_TxV - q_TxV), axis=-1) * real_T),
-            "agree": jnp.sum((p_TxV.argmax(-1) == q_TxV.argmax(-1)) & real_T),
-            "dense_loss": loss(p_TxV),
-            "sparse_loss": loss(q_TxV),
-            "tokens": jnp.sum(real_T),
-            "targets": jnp.sum(target_T),
+            "kl": jnp.sum(jnp.sum(jnp.exp(p_BxCxV) * (p_BxCxV - q_BxCxV), axis=-1) * real_BxC),
+            "agree": jnp.sum((p_BxCxV.argmax(-1) == q_BxCxV.argmax(-1)) & real_BxC),
+            "dense_loss": loss(p_BxCxV),
+            "sparse_loss": loss(q_BxCxV),
         }
 
-    # One sequence's logits at a time: those of a whole batch would need the most memory of all arrays.
-    sums = jax.lax.map(of_sequence, (dense_BxTxD, sparse_BxTxD, tokens_BxT, segments_BxT))
+    # A chunk of positions at a time: the logits of a whole batch would need the most memory of all arrays.
+    B, T = tokens_BxT.shape
+    chunk = largest_divisor(T, max(_LOGIT_ROWS * batch_shards() // B, 1))
+    rows = (dense_BxTxD, sparse_BxTxD, targets_BxT, has_target_BxT, real_BxT)
+    sums = jax.lax.map(of_chunk, split_chunks(rows, chunk))
     fired_LxBxT = updates["statistics"]["layers"]["mlp"]["active"]
     return jax.tree.map(lambda x: x.sum(0), sums) | {
-        "read_L": jnp.sum(kept_LxBxT * real_BxT[None], axis=(1, 2)),
-        "fired_L": jnp.sum(fired_LxBxT * real_BxT[None], axis=(1, 2)),
+        "tokens": jnp.sum(real_BxT),
+        "targets": jnp.sum(has_target_BxT),
+        "read_LxB": jnp.sum(kept_LxBxT * real_BxT[None], axis=2),  # summed over rows too, int32 might not hold it
+        "fired_LxB": jnp.sum(fired_LxBxT * real_BxT[None], axis=2),
     }
 
 
-@functools.cache  # the function is part of a static argument: the same object keeps `_sums` from compiling again
+@functools.cache  # part of a static argument: the same object keeps `comparison_sums` from compiling again
 def _reading(input: PredictorInput) -> Select:
     def keep(variables: Any, block_input: jax.Array, mlp_input: jax.Array) -> jax.Array:
         layer = variables["layer"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import zlib
@@ -20,12 +21,14 @@ from falcon_relu.checkpoints.schema import parse, read_sealed, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.files import regular_file, write_aside
-from falcon_relu.model import Falcon, KVCache, Params
+from falcon_relu.model import BATCH_KEYS, Falcon, KVCache, Params
 from falcon_relu.progress import progress
+from falcon_relu.sharding import on_host
 from infer.predictor.predictor import PredictorInput
 
-Batch = Mapping[str, Any]  # as train.data.batches gives them: the three arrays below, int32 [B, T]; segment 0: padding
-BATCH_KEYS = ("tokens_BxT", "positions_BxT", "segment_ids_BxT")  # in the order in which the model takes them
+Batch = Mapping[
+    str, Any
+]  # as train.data.batches gives them: the arrays of BATCH_KEYS, int32 [B, T]; segment 0: padding
 
 INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
@@ -33,7 +36,7 @@ CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
 _VERSION = 2
 _MANIFEST = "recording.json"
 _ADVICE = "record it again"
-_PIECE_BYTES = 512 << 20  # memory for the activations of all layers at once
+_PIECE_BYTES = 512 << 20  # memory of a device for the activations of all layers at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,9 @@ def record_activations(
 ) -> Recording:
     """Runs the model over `batches` and writes inputs and contributions of its layers, without padding.
 
+    Runs on the current mesh if there is one (`use_mesh`). Every process of a job calls it with the same batches; the
+    first one writes.
+
     Args:
       config: the model; its activation must leave zeros.
       params: its parameters.
@@ -140,20 +146,25 @@ def record_activations(
     checksums: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
 
-    def append(folder: Path, name: str, array: np.ndarray) -> None:
+    def append(folder: Path | None, name: str, array: np.ndarray) -> None:
         data = np.ascontiguousarray(array).view(np.uint8).data
-        with (folder / name).open("ab") as file:
-            file.write(data)
+        if folder is not None:
+            with (folder / name).open("ab") as file:
+                file.write(data)
         checksums[name] = zlib.crc32(data, checksums[name])
         sizes[name] += data.nbytes
 
     check_number("tokens to record", tokens, low=10)  # a tenth is held out
     done, nbytes = 0, tokens * config.n_layers * (INPUT_DTYPE.itemsize * config.d_model + config.d_ff)
+    first = jax.process_index() == 0
     with (
-        write_aside(folder, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes) as aside,
+        write_aside(folder, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes)
+        if first
+        else contextlib.nullcontext() as aside,
         progress("record", tokens, "tokens") as advance,
     ):
-        aside.mkdir()
+        if aside is not None:
+            aside.mkdir()
         for arrays in _observed(config, params, batches, input, dtype):
             kept = min(tokens - done, arrays[0].shape[1])
             for i, (x_NxD, c_NxF) in enumerate(zip(*arrays, strict=True)):
@@ -173,7 +184,8 @@ def record_activations(
             "d_ff": config.d_ff,
             "files": {name: (size, checksums[name]) for name, size in sizes.items()},
         }
-        write_sealed(aside / _MANIFEST, {"version": _VERSION, **fields})
+        if aside is not None:
+            write_sealed(aside / _MANIFEST, {"version": _VERSION, **fields})
     return Recording(folder=Path(folder), **fields)  # type: ignore[arg-type]
 
 
@@ -202,17 +214,19 @@ def _observed(
     At 40B, the activations of all layers at all positions do not fit into memory; a KV cache carries the context from
     one chunk of a batch to the next.
     """
-    observe = jax.jit(functools.partial(_observe, Falcon(config, dtype), input), donate_argnums=2)
+    model = Falcon(config, dtype)
     lengths_LxF = jax.jit(_row_lengths)(params["layers"]["mlp"]["down"])
+    mesh = jax.sharding.get_abstract_mesh()
+    piece_bytes = _PIECE_BYTES * (1 if mesh.empty else mesh.size)
     for batch in batches:
         arrays_BxT = [np.asarray(batch[k]) for k in BATCH_KEYS]
         B, T = arrays_BxT[0].shape
-        C = max(min(T, _PIECE_BYTES // (4 * config.n_layers * B * config.d_ff)), 1)
-        cache = KVCache.empty(config, B, -(-T // C) * C, dtype)
+        C = max(min(T, piece_bytes // (4 * config.n_layers * B * config.d_ff)), 1)
+        cache = empty_cache(config, B, -(-T // C) * C, dtype)
         for start in range(0, T, C):
             piece = [_padded(a_BxT[:, start : start + C], C) for a_BxT in arrays_BxT]
-            seen, cache = observe(params, lengths_LxF, cache, *piece)
-            yield tuple(np.asarray(a)[:, piece[-1] != 0] for a in seen)  # type: ignore[misc]
+            seen, cache = observe_piece(model, input, params, lengths_LxF, cache, *piece)
+            yield tuple(a[:, piece[-1] != 0] for a in on_host(seen))
 
 
 def _padded(a_BxN: np.ndarray, C: int) -> np.ndarray:
@@ -220,20 +234,28 @@ def _padded(a_BxN: np.ndarray, C: int) -> np.ndarray:
     return np.pad(a_BxN, ((0, 0), (0, C - a_BxN.shape[1])))
 
 
-def _observe(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_cache(config: FalconConfig, B: int, S: int, dtype: Any) -> KVCache:
+    """A cache for a batch, sharded over the current mesh."""
+    return KVCache.empty(config, B, S, dtype).sharded()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def observe_piece(
     model: Falcon, input: PredictorInput, params: Params, lengths_LxF: jax.Array, cache: KVCache, *piece: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
+    """The program behind `record_activations`: inputs [L, B, C, D], contributions [L, B, C, F], and the cache."""
     (_, cache), variables = model.apply({"params": params}, *piece, cache, method="hidden", mutable=["activations"])
     seen = variables["activations"]["layers"]
     h_LxBxCxF = jnp.abs(seen["mlp"]["neurons"].astype(jnp.float32))
     finite = jnp.finfo(CONTRIBUTION_DTYPE)
     c_LxBxCxF = jnp.clip(h_LxBxCxF * lengths_LxF[:, None, None], float(finite.smallest_subnormal), float(finite.max))
     c_LxBxCxF = jnp.where(h_LxBxCxF > 0, c_LxBxCxF, 0).astype(CONTRIBUTION_DTYPE)
-    return (seen[input].astype(INPUT_DTYPE), c_LxBxCxF), cache
+    return (seen[input].astype(INPUT_DTYPE), c_LxBxCxF), cache.sharded()
 
 
 def _row_lengths(w_LxFxD: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(w_LxFxD.astype(jnp.float32), axis=-1)
+    return jax.lax.map(lambda w_FxD: jnp.linalg.norm(w_FxD.astype(jnp.float32), axis=-1), w_LxFxD)
 
 
 def _inputs(i: int) -> str:

@@ -23,10 +23,10 @@ import tyro
 
 from falcon_relu import Falcon, load_model
 from falcon_relu.cli.report import report
-from falcon_relu.model import head_kernel
+from falcon_relu.model import head_kernel, next_tokens
 from train.data.batches import DataConfig, Source, validation_batches
 from train.data.shards import read_manifest, token_dtype
-from train.loss import CachedTeacher, LossConfig, OnlineTeacher, distillation_loss, next_tokens
+from train.loss import CachedTeacher, LossConfig, OnlineTeacher, distillation_loss
 from train.teacher_cache import top_k_targets
 
 LOSS = LossConfig(lm_weight=0.0, kd_weight=1.0)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falcon_relu.errors import FalconError
-from train.loss import LossConfig, OnlineTeacher, distillation_loss, l1_weight, next_tokens
+from falcon_relu.model import next_tokens
+from train.loss import LossConfig, OnlineTeacher, distillation_loss, l1_weight
 from train.teacher_cache import top_k_targets
 
 B, T, D, V = 2, 12, 8, 37

@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from falcon_relu.config import family
-from falcon_relu.model import Falcon
+from falcon_relu.model import Falcon, next_tokens
 from falcon_relu.sharding import make_mesh, param_shardings, use_mesh
 from tests.conftest import random_params
 from tests.train import golden_trace
 from train.config import OptimizerConfig
-from train.loss import LossConfig, next_tokens
+from train.loss import LossConfig
 from train.state import init_state, learning_rate_schedule, make_optimizer, state_shardings
 from train.step import loss_and_sums, make_train_step
 from train.teacher_cache import top_k_targets

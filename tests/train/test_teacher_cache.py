@@ -19,13 +19,13 @@ from falcon_relu.checkpoints.schema import seal, unseal
 from falcon_relu.cli.main import main
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
-from falcon_relu.model import Falcon
+from falcon_relu.model import Falcon, next_tokens
 from tests.conftest import random_params
 from tests.train.data.texts import make_documents, make_tokenizer, prepare_texts
 from train.config import OptimizerConfig, TrainConfig
 from train.data.batches import DataConfig, Source, train_batches, validation_batches
 from train.data.shards import read_manifest
-from train.loss import LossConfig, next_tokens
+from train.loss import LossConfig
 from train.teacher_cache import TeacherCacheConfig, write_teacher_cache
 
 T, K = 32, 7

@@ -126,7 +126,23 @@ def read_manifests(config: DataConfig) -> Manifests:
       FalconError: a folder is unfinished, damaged or of another row length; or two were made by different tokenizers,
         or by different teachers, or with different settings of the teacher's cache.
     """
-    manifests = [read_manifest(source.path) for source in config.sources]
+    return _fitting(config, [read_manifest(source.path) for source in config.sources])
+
+
+def open_folders(paths: Sequence[Path], batch_size: int) -> tuple[DataConfig, Manifests]:
+    """A config that reads folders of token shards as they are, and their manifests, to measure on.
+
+    Raises:
+      FalconError: no folder is given, or as `read_manifests`.
+    """
+    manifests = [read_manifest(path) for path in paths]
+    seq_len = manifests[0].seq_len if manifests else 1
+    config = DataConfig(sources=tuple(map(Source, paths)), seq_len=seq_len, batch_size=batch_size)
+    return config, _fitting(config, manifests)
+
+
+def _fitting(config: DataConfig, manifests: list[Manifest]) -> Manifests:
+    """The manifests of a config's sources, after the checks of `read_manifests`."""
     for source, manifest in zip(config.sources, manifests, strict=True):
         if manifest.seq_len != config.seq_len:
             raise FalconError(

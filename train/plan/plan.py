@@ -10,11 +10,11 @@ from typing import Any
 import jax
 
 from falcon_relu.errors import check_number
+from falcon_relu.model import largest_divisor
 from falcon_relu.sharding import make_mesh
 from train.config import TrainConfig
 from train.flops import Chip
 from train.job import Job
-from train.loss import largest_divisor
 from train.plan import hlo
 from train.plan.compile import Program, TooLargeError, compile_programs, planned_job
 

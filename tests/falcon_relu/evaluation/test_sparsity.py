@@ -7,7 +7,7 @@ import pytest
 
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
-from falcon_relu.evaluation.sparsity import _sums, measure_sparsity
+from falcon_relu.evaluation.sparsity import measure_sparsity, sparsity_sums
 from falcon_relu.model import Falcon
 from tests.conftest import random_params
 
@@ -65,7 +65,7 @@ def test_statistics_are_those_of_a_plain_count() -> None:
 def test_the_activations_of_one_layer_at_a_time_are_kept() -> None:
     config = family("tiny-40b").with_activation("relu")
     batch = [np.ones((3, 17), np.int32)] * 3
-    program = str(jax.make_jaxpr(lambda params: _sums(config, jnp.float32, params, *batch))(random_params(config)))
+    program = str(jax.make_jaxpr(lambda params: sparsity_sums(config, jnp.float32, params, *batch))(random_params(config)))
     assert f"[3,17,{config.d_ff}]" in program
     assert f"[{config.n_layers},3,17,{config.d_ff}]" not in program
 

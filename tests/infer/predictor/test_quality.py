@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from falcon_relu.config import FalconConfig, family
-from falcon_relu.model import Falcon
+from falcon_relu.model import BATCH_KEYS, Falcon
 from infer.choice import choose
 from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, score, uncalibrated
 from infer.predictor.quality import _reading, compare_sparse, masked_forward, selector, sensitivity
-from infer.predictor.recording import BATCH_KEYS
 from tests.conftest import random_params
 from tests.infer.predictor.planted import random_batch
 

@@ -10,8 +10,8 @@ import pytest
 import infer.predictor.recording
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
-from falcon_relu.model import Falcon
-from infer.predictor.recording import BATCH_KEYS, open_recording, record_activations
+from falcon_relu.model import BATCH_KEYS, Falcon
+from infer.predictor.recording import open_recording, record_activations
 from tests.conftest import random_params
 from tests.infer.predictor.planted import random_batch
 
