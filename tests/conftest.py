@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,7 +17,7 @@ from filelock import FileLock
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.model import Falcon, Params
-from falcon_relu.sharding import abstract_params
+from falcon_relu.sharding import abstract_params, make_mesh, param_shardings, use_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,6 +36,14 @@ def random_params(config: FalconConfig, seed: int = 0) -> Params:
         return jax.numpy.asarray(rng.normal(centre, std, leaf.shape).astype(np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+@contextlib.contextmanager
+def sharded(config: FalconConfig, params: Params, shape: tuple[int, int, int] = (2, 2, 2)) -> Iterator[Params]:
+    """A context in which a mesh of the eight devices is the current one; yields the parameters sharded over it."""
+    mesh = make_mesh(shape)
+    with use_mesh(mesh):
+        yield jax.device_put(params, param_shardings(config, mesh))
 
 
 def same_but_for_ties(model: Falcon, params: Params, prompt: list[int], found: list[int], expected: list[int]) -> bool:

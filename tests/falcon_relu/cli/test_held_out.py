@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from falcon_relu.checkpoints.convert import export_hf
 from falcon_relu.checkpoints.native import save_params
 from falcon_relu.cli.main import main
 from falcon_relu.config import family
+from falcon_relu.sharding import make_mesh
 from tests.conftest import random_params
 from tests.train.runs import make_data
+from train.data.batches import open_folders
+from train.validation import validate
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,13 @@ def measured(folder: Path, model: str, *more: str) -> dict:
 def test_an_original_is_read_and_swapped(folder, capsys):
     native = measured(folder, "native")
     assert native["activation"] == "gelu"
+    alone = validate(
+        folder / "native", open_folders([folder / "tokens"], 8)[0], mesh=make_mesh((1, 1, 1), jax.devices()[:1])
+    )
+    assert native["cross_entropy"] == pytest.approx(alone["cross_entropy"], rel=1e-5)  # that was on eight devices
+    rounded = measured(folder, "native", "--dtype", "bfloat16", "--mesh", "2", "2", "2")
+    assert rounded["cross_entropy"] != native["cross_entropy"]
+    assert rounded["cross_entropy"] == pytest.approx(native["cross_entropy"], rel=0.01)
     hub = measured(folder, "hub", "--activation", "gelu")
     assert hub["perplexity"] == native["perplexity"]
     assert max(hub["zeros"]) < 0.01

@@ -9,7 +9,7 @@ from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from falcon_relu.evaluation.sparsity import measure_sparsity, sparsity_sums
 from falcon_relu.model import Falcon
-from tests.conftest import random_params
+from tests.conftest import random_params, sharded
 
 FEW = 4  # neurons within rounding of 0, which may fire in one program and not in another, and on another CPU
 
@@ -61,11 +61,20 @@ def test_statistics_are_those_of_a_plain_count() -> None:
         together.append((fires[:, 0, :13] | fires[:, 1, :13]).mean((1, 2)))  # where both rows have a token
     np.testing.assert_allclose(got["union"][1]["layers"], np.mean(together, axis=0), atol=FEW / (26 * config.d_ff))
 
+    with sharded(config, params, (1, 2, 4)) as placed:
+        on_mesh = measure_sparsity(config, placed, batches)
+    assert np.abs(on_mesh["rates_LxF"] - got["rates_LxF"]).sum() * tokens <= FEW
+    for one, other in zip([*on_mesh["layers"], *on_mesh["union"]], [*got["layers"], *got["union"]], strict=True):
+        for name, value in one.items():
+            np.testing.assert_allclose(value, other[name], atol=near.get(name, 2 * FEW / (26 * config.d_ff)))
+
 
 def test_the_activations_of_one_layer_at_a_time_are_kept() -> None:
     config = family("tiny-40b").with_activation("relu")
     batch = [np.ones((3, 17), np.int32)] * 3
-    program = str(jax.make_jaxpr(lambda params: sparsity_sums(config, jnp.float32, params, *batch))(random_params(config)))
+    program = str(
+        jax.make_jaxpr(lambda params: sparsity_sums(config, jnp.float32, params, *batch))(random_params(config))
+    )
     assert f"[3,17,{config.d_ff}]" in program
     assert f"[{config.n_layers},3,17,{config.d_ff}]" not in program
 

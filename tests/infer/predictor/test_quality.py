@@ -10,7 +10,7 @@ from falcon_relu.model import BATCH_KEYS, Falcon
 from infer.choice import choose
 from infer.predictor.predictor import EVERY, LayerPredictor, Predictor, score, uncalibrated
 from infer.predictor.quality import _reading, compare_sparse, masked_forward, selector, sensitivity
-from tests.conftest import random_params
+from tests.conftest import random_params, sharded
 from tests.infer.predictor.planted import random_batch
 
 CONFIG = family("tiny-40b").with_activation("relu")
@@ -92,6 +92,13 @@ def test_comparison_counts_real_tokens_only() -> None:
     assert got["agreement"] == pytest.approx(agreement, abs=1.5 / is_real.sum())  # one token within rounding of a tie
     loss = -np.take_along_axis(q, np.maximum(target, 0)[..., None], -1)[..., 0][target >= 0].mean()
     np.testing.assert_allclose(got["sparse_loss"], loss, rtol=1e-4)
+
+    with sharded(CONFIG, params) as placed:
+        on_mesh = compare_sparse(CONFIG, placed, predictor, batches)
+    for name, value in got.items():
+        np.testing.assert_allclose(
+            on_mesh[name], value, rtol=1e-5, atol=1.5 / is_real.sum() if name == "agreement" else 0
+        )
 
 
 def test_sensitivity_is_the_divergence_of_each_layer_alone() -> None:
