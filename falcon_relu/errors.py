@@ -52,6 +52,17 @@ def check_seed(name: str, value: int) -> None:
         raise FalconError(f"{name} must be from 0 to {(1 << 32) - 1} (2^32 - 1), got {value}")
 
 
+def check_part(part: tuple[int, int]) -> None:
+    """Refuses (i, n), the i-th of n parts of a job array, where i is not from 0 to n - 1.
+
+    Raises:
+      FalconError: it is not.
+    """
+    index, count = part
+    if not 0 <= index < count:
+        raise FalconError(f"shard {index}/{count}: the first number counts from 0 and must be below the second")
+
+
 def check_text(name: str, value: str) -> None:
     """Refuses what the system passed on as bytes that are not UTF-8, which no tokenizer, JSON or library takes.
 

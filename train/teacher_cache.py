@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.checkpoints.schema import read_as, seal
 from falcon_relu.config import Activation
-from falcon_relu.errors import FalconError, check_number
+from falcon_relu.errors import FalconError, check_number, check_part
 from falcon_relu.files import lock_part, read_json
 from falcon_relu.model import Falcon, Params, head_kernel, join_chunks, largest_divisor, next_tokens, split_chunks
 from falcon_relu.progress import progress
@@ -131,8 +131,7 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
     """
     started = time.monotonic()
     index, count = shard
-    if not 0 <= index < count:
-        raise FalconError(f"shard {index}/{count}: the first number counts from 0 and must be below the second")
+    check_part(shard)
     tokens = [read_manifest(folder) for folder in config.tokens]
     mesh = make_mesh(config.mesh)
     check_shared(mesh, config.batch_size)

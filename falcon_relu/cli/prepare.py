@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -14,13 +13,12 @@ from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError
 from falcon_relu.progress import console
 from train.data.prepare import PrepareConfig, Prepared, prepare
-from train.data.text import ZST_WINDOW_LIMIT
 
 _BAD_LINES_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Output):
+class Args(PrepareConfig, Output):
     """Tokenise text and pack it into rows of fixed length, for `falcon-relu train`.
 
     Inputs are .jsonl (a JSON object a line) and .txt (a document a file), both also .gz or .zst, .parquet, folders and
@@ -29,26 +27,8 @@ class Args(Output):
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Text files, folders, globs or datasets."""
-    tokenizer: Path
-    """A tokenizer.json, or a folder with one."""
-    out: Path
-    """Folder for the shards and their manifest."""
-    seq_len: int = 2048
-    """Tokens in a row: the context length in training."""
-    text_field: str = "text"
-    """JSON key or column that holds the text."""
-    validation_fraction: float = 0.005
-    """Share of documents kept for validation, drawn by a hash of their text."""
-    seed: int = 0
-    """Seed of that draw."""
-    unit_mb: float = 32.0
-    """MB of text that make one shard file."""
-    processes: int = 0
-    """Processes that tokenise; 0: one a CPU."""
     shard: str = "0/1"
     """i/n: do only the i-th of n parts, counted from 0, as one job of an array; all share one folder."""
-    zst_window_mb: int = ZST_WINDOW_LIMIT
-    """MiB of memory that a .zst input may ask for; those packed with `zstd --long=31` ask for 2048."""
 
     def written(self) -> list[Made]:
         """What is written besides `json`."""
@@ -57,10 +37,17 @@ class Args(Output):
 
 def run(args: Args) -> None:
     """Prepares, then reports."""
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(PrepareConfig)}
-    prepared = prepare(PrepareConfig(**fields | {"shard": parse_shard(args.shard)}))
+    prepared = prepare(args, parse_shard(args.shard))
     _show_bad_lines(prepared)
-    report(_figures(prepared), args)
+    manifest = prepared.manifest
+    if args.validation_fraction and manifest is not None and not manifest.splits["validation"].rows:
+        console.print(
+            f"{args.out} has no validation rows: none of its documents was chosen for them. To have some, prepare the "
+            f"text into another folder, with a larger --validation-fraction than {args.validation_fraction:g}",
+            style="yellow",
+            soft_wrap=True,
+        )
+    report(_summary(prepared), args)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -86,7 +73,11 @@ def _show_bad_lines(prepared: Prepared) -> None:
         console.print(f"... {count:,} lines without text in all; {listed} in the manifest", style="yellow")
 
 
-def _figures(prepared: Prepared) -> dict[str, object]:
+def _summary(prepared: Prepared) -> dict[str, object]:
+    """What is reported: counts of units, tokens and bad lines, speed, and a table of the splits.
+
+    A split's "padding" is the share of its rows' positions that hold no token.
+    """
     results: dict[str, object] = {
         "units": prepared.units,
         "new tokens": prepared.new_tokens,

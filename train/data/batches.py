@@ -211,7 +211,7 @@ def validation_batches(
     wanted = _wanted(config, rows)
     stored = _Rows(config, "validation", manifests)
     if not any(stored.counts):
-        raise FalconError("no source holds validation rows: prepare the text with a larger validation_fraction")
+        raise FalconError("no source holds validation rows: prepare it again with a larger --validation-fraction")
     everything = grain.MapDataset.concatenate([_addresses(i, n) for i, n in enumerate(stored.counts) if n])
 
     def read(batch: Sequence[Address]) -> Batch:

@@ -2,7 +2,7 @@
 
 The records of the inputs, in order, are grouped into units of about `unit_mb` of text. One process tokenises and packs
 a unit into one shard for each split; the unit is finished once its file in `units/` exists. Finished units are not done
-again. With `shard` (i, n), for job arrays, only every n-th unit is done. The run that finds all units finished writes
+again. With `part` (i, n), for job arrays, only every n-th unit is done. The run that finds all units finished writes
 the manifest.
 """
 
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from falcon_relu.checkpoints.schema import read_as, seal
-from falcon_relu.errors import FalconError, check_number, check_seed
-from falcon_relu.files import inherit_lock, lock_part
+from falcon_relu.errors import FalconError, check_number, check_part, check_seed
+from falcon_relu.files import inherit_lock, lock_part, remove
 from falcon_relu.progress import progress
 from falcon_relu.tokenizer import Tokenizer
 from train.data.shards import FORMAT, MAX_SEQ_LEN, SPLITS, Manifest, Split, manifest_path, write_shared
@@ -39,17 +39,16 @@ class PrepareConfig:
     """What to prepare, and how.
 
     Attributes:
-      inputs: text files, folders, globs, datasets; see `train.data.text.TextReader`.
-      tokenizer: a tokenizer.json or a folder with one.
-      out: the folder to fill.
-      seq_len: T, tokens in a row.
-      text_field: the JSON key or column that holds the text.
+      inputs: text files, folders, globs or datasets.
+      tokenizer: a tokenizer.json, or a folder with one.
+      out: folder for the shards and their manifest.
+      seq_len: T, tokens in a row: the context length in training.
+      text_field: JSON key or column that holds the text.
       validation_fraction: fraction of the documents kept for validation, chosen by a hash of their text.
       seed: seed of that hash.
-      unit_mb: MB of text in a unit, which becomes one shard for each split.
-      processes: number of processes that tokenise; 0 for one a CPU.
-      shard: (i, n): do only every n-th unit, beginning with the i-th, counted from 0.
-      zst_window_mb: maximum window of a `.zst` input, in MiB of memory.
+      unit_mb: MB of text in a unit, which becomes one shard file for each split.
+      processes: processes that tokenise; 0: one a CPU.
+      zst_window_mb: MiB of memory that a .zst input may ask for; those packed with `zstd --long=31` ask for 2048.
 
     Raises:
       FalconError: a value is out of range.
@@ -64,7 +63,6 @@ class PrepareConfig:
     seed: int = 0
     unit_mb: float = 32.0
     processes: int = 0
-    shard: tuple[int, int] = (0, 1)
     zst_window_mb: int = ZST_WINDOW_LIMIT
 
     def __post_init__(self) -> None:
@@ -78,9 +76,6 @@ class PrepareConfig:
         check_number("zst_window_mb", self.zst_window_mb, low=1, high=ZST_WINDOW_LIMIT)
         if self.validation_fraction >= 1:
             raise FalconError(f"validation_fraction must be below 1, got {self.validation_fraction}")
-        index, count = self.shard
-        if not 0 <= index < count:
-            raise FalconError(f"shard {index}/{count}: the first number counts from 0 and lies below the second")
 
 
 class Prepared(NamedTuple):
@@ -99,17 +94,22 @@ class Prepared(NamedTuple):
     seconds: float
 
 
-def prepare(config: PrepareConfig) -> Prepared:
+def prepare(config: PrepareConfig, part: tuple[int, int] = (0, 1)) -> Prepared:
     """Tokenises and packs `config.inputs` into `config.out`; continues where an earlier run stopped.
 
+    Args:
+      config: what to prepare, and how.
+      part: (i, n): do only every n-th unit, beginning with the i-th, counted from 0.
+
     Raises:
-      FalconError: an input or the tokenizer is invalid, the folder was begun with other settings or inputs, or another
-        run with the same `shard` is writing to it.
+      FalconError: an input or the tokenizer is invalid, the inputs hold no document, the folder was begun with other
+        settings or inputs, or another run does the same `part`.
     """
+    check_part(part)
     tokenizer = Tokenizer(config.tokenizer)
     reader = TextReader(config.inputs, config.text_field, config.zst_window_mb)
     settings = _settings(config, tokenizer)
-    index, count = config.shard
+    index, count = part
     started = time.monotonic()
     units = own = 0
     total_mb = None if reader.total_bytes is None else reader.total_bytes / 1e6
@@ -127,7 +127,7 @@ def prepare(config: PrepareConfig) -> Prepared:
             else:
                 advance(megabytes)
         workers.drain()
-        manifest = _finish(config, tokenizer, reader, units)
+        manifest = _finish(config, tokenizer, reader, units, index)
     return Prepared(manifest, own, workers.tokens, time.monotonic() - started)
 
 
@@ -244,8 +244,8 @@ def _work(number: int, records: list[Record], settings: dict[str, Any], out: Pat
 # --- the whole folder ---
 
 
-def _finish(config: PrepareConfig, tokenizer: Tokenizer, reader: TextReader, units: int) -> Manifest | None:
-    """Writes the manifest if all units are finished."""
+def _finish(config: PrepareConfig, tokenizer: Tokenizer, reader: TextReader, units: int, job: int) -> Manifest | None:
+    """Writes the manifest if all units are finished; removes them if none holds a document."""
     paths = [unit_path(config.out, number) for number in range(units)]
     if not all(path.exists() for path in paths):
         return None
@@ -256,6 +256,7 @@ def _finish(config: PrepareConfig, tokenizer: Tokenizer, reader: TextReader, uni
     examples = tuple(itertools.chain.from_iterable(unit.bad_examples for unit in finished))[:BAD_EXAMPLES]
     splits = {name: _join([unit.splits[name] for unit in finished if name in unit.splits]) for name in SPLITS}
     if not any(split.documents for split in splits.values()):
+        remove(unit_path(config.out, 0).parent)  # all that was made: without a document there is no shard
         first = f"; the first: {examples[0]}" if examples else ""
         raise FalconError(f"the inputs hold no document: {bad} lines could not be used{first}")
     manifest = Manifest(
@@ -270,7 +271,7 @@ def _finish(config: PrepareConfig, tokenizer: Tokenizer, reader: TextReader, uni
         bad_lines=bad,
         bad_examples=examples,
     )
-    write_shared(manifest_path(config.out), seal(manifest.to_json()), config.shard[0])
+    write_shared(manifest_path(config.out), seal(manifest.to_json()), job)
     return manifest
 
 

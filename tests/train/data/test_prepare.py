@@ -91,7 +91,7 @@ def test_every_document_is_there_once_in_one_split(whole, tokenizer, documents):
 def test_more_processes_and_a_job_array_give_the_same_bytes(whole, config, tmp_path):
     prepare(changed(config, out=tmp_path / "three", processes=3))
     assert contents(tmp_path / "three") == contents(whole)
-    manifests = [prepare(changed(config, out=tmp_path / "jobs", shard=(i, 2))).manifest for i in (1, 0)]
+    manifests = [prepare(changed(config, out=tmp_path / "jobs"), (i, 2)).manifest for i in (1, 0)]
     assert manifests == [None, read_manifest(whole)]
     assert contents(tmp_path / "jobs") == contents(whole)
 
@@ -138,12 +138,12 @@ def test_the_same_part_is_prepared_once_at_a_time_and_other_parts_beside_it(whol
     out = tmp_path / "out"
     with lock_part(out, 0, 2):  # as another process does
         refused = [(0, 2), (0, 1)]
-        prepared = call_in_thread(lambda: prepare(changed(config, out=out, shard=(1, 2))))
+        prepared = call_in_thread(lambda: prepare(changed(config, out=out), (1, 2)))
         assert prepared.manifest is None
-        for shard in refused:
+        for part in refused:
             with pytest.raises(FalconError, match="another process"):
-                call_in_thread(lambda shard=shard: prepare(changed(config, out=out, shard=shard)))
-    assert prepare(changed(config, out=out, shard=(0, 2))).manifest is not None
+                call_in_thread(lambda part=part: prepare(changed(config, out=out), part))
+    assert prepare(changed(config, out=out), (0, 2)).manifest is not None
     assert contents(out) == contents(whole)
 
 
@@ -178,16 +178,17 @@ def test_other_settings_or_inputs_do_not_mix(whole, config, text, tmp_path):
         prepare(changed(config, inputs=(str(tmp_path / "cut.jsonl"),)))
 
 
-def test_bad_lines_are_counted_and_named(tokenizer, tmp_path):
+def test_bad_lines_are_counted_and_named(tokenizer, tmp_path, capsys):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "good"}\n{"text": 3}\n\n{"text": "also good"}\n{"text"\n')
     figures = tmp_path / "figures.json"
     command = ["prepare", str(source), "--tokenizer", str(tokenizer.path), "--out", str(tmp_path / "out")]
-    assert main([*command, "--validation-fraction", "0", "--json", str(figures)]) == 0
+    assert main([*command, "--validation-fraction", "1e-9", "--json", str(figures)]) == 0
     manifest = read_manifest(tmp_path / "out")
     assert [line.split(": ")[0] for line in manifest.bad_examples] == [f"{source}:{n}" for n in (2, 3, 5)]
     assert manifest.bad_lines == 3
     assert json.loads(figures.read_text())["bad lines"] == 3
+    assert "no validation rows" in capsys.readouterr().err
     assert read_documents(tmp_path / "out", "train", 2048, tokenizer) == ["good", "also good"]
 
 
@@ -196,9 +197,12 @@ def test_wrong_use(config, tmp_path, capsys):
     source.write_text('{"body": "text under another name"}\n')
     with pytest.raises(FalconError, match=r"no document: 1 lines .* no text under 'text'"):
         prepare(changed(config, inputs=(str(source),), out=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == [source]  # nothing of it stays
+    with pytest.raises(FalconError, match="2/2: the first number"):
+        prepare(config, (2, 2))
     with pytest.raises(FalconError, match=r"a\.jsonl is not a folder"):
         prepare(changed(config, out=source / "below-a-file"))
-    for field, value in (("seq_len", 1), ("shard", (2, 2)), ("validation_fraction", 1.0), ("inputs", ())):
+    for field, value in (("seq_len", 1), ("validation_fraction", 1.0), ("inputs", ())):
         with pytest.raises(FalconError, match=field.rstrip("s")):
             changed(config, **{field: value})
     assert main(["prepare", str(source), "--tokenizer", "none", "--out", str(tmp_path / "o"), "--shard", "a"]) == 1
