@@ -59,6 +59,7 @@ def run(args: Args) -> None:
         "layers": config.n_layers,
         "activation": config.activation,
         "files": len(list(args.out.glob("*.safetensors"))),
+        "tokenizer": "tokenizer.json" if args.tokenizer is not None else "none: give --tokenizer to add one",
         "seconds": time.perf_counter() - start,
     }
     report(results, args)

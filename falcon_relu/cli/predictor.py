@@ -134,7 +134,7 @@ class Calibrate(_Run):
     batches: int = 16
     """Validation batches to measure on, at most."""
     curve: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    """Points of the curve of quality against neurons read, in reads over neurons that fire."""
+    """Points of the curve of quality against neurons read: targets for neurons read / neurons that fire."""
 
     def __post_init__(self) -> None:
         check_target(kl=self.kl, energy=self.energy, recall=self.recall, neurons=self.neurons, megabytes=self.megabytes)
@@ -243,7 +243,7 @@ def _firing(recording: Recording, i: int) -> dict[str, Any]:
     rates_F = (recording.layer(i)[1][:_SHOWN_TOKENS] != 0).mean(0)
     return {
         "layer": i,
-        "fires": float(rates_F.mean()),
+        "fired": float(rates_F.mean()),
         "never": float((rates_F == 0).mean()),
         "always": float((rates_F == 1).mean()),
     }
@@ -282,7 +282,7 @@ def _sweep(step: Fit, recording: Recording, config: FalconConfig, params: Params
                 {
                     "layer": i,
                     "rank": row["rank"],
-                    "reads": row["read"] / config.d_ff,
+                    "read": row["read"] / config.d_ff,
                     "weights a token": row["weights"],
                     "chosen": row["rank"] == rank,
                 }
@@ -348,7 +348,7 @@ def _rows(predictor: Predictor, config: FalconConfig) -> list[dict[str, Any]]:
     names |= {"start_recall": "SVD recall", "start_energy": "SVD energy"}
     return [
         {"layer": i, "rank": rank, "threshold": threshold, "budget": budget}
-        | {"fires": found["fired"] / config.d_ff, "reads": found["read"] / config.d_ff}
+        | {"fired": found["fired"] / config.d_ff, "read": found["read"] / config.d_ff}
         | {name: found[key] for key, name in names.items() if key in found}
         for i, (rank, threshold, budget, found) in enumerate(columns)
     ]

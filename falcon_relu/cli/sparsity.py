@@ -42,8 +42,9 @@ _QUANTILES = 101  # points of the curve of neurons by how often they fire
 class Args(Devices):
     """Measure zeros, how often neurons fire, overlap from token to token, and the union of a batch's firing neurons.
 
-    With a predictor and the recording that it was fitted to, also the budgets for each allowed KL(dense || sparse), and
-    the KL measured with them on held-out text. Writes sparsity.json and sparsity.svg.
+    With a predictor and the recording that it was fitted to, also the budgets for each allowed KL(dense || sparse), the
+    KL measured with them on held-out text, and whether that kept within the allowed one. Writes sparsity.json and
+    sparsity.svg.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -101,7 +102,7 @@ def _run(args: Args, mesh: Mesh) -> None:
         write_json(args.out / "sparsity.json", found, replace=args.overwrite)
         _draw(args.out / "sparsity.svg", found, args.overwrite)
     shown = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in found["allowed"]]
-    union = [{"batch": row["batch"], "fires": row["fires"]} for row in found["union"]]
+    union = [{"batch": row["batch"], "fired": row["fired"]} for row in found["union"]]
     tables = {"layers": found["layers"], "neurons that fire in any sequence of a batch": union}
     if shown:
         tables["budgets for an allowed KL(dense || sparse)"] = shown
@@ -132,7 +133,7 @@ def _allowed(
             measured = compare_sparse(config, params, predictor, rows, dtype=dtype)
             names = ("kl", "agreement", "read", "fired", "sparse_loss", "dense_loss")
             table.append(
-                {"allowed kl": allowed}
+                {"allowed kl": allowed, "kept": measured["kl"] <= allowed}
                 | {name: measured[name] for name in names}
                 | {"budgets": list(predictor.budgets), "thresholds": list(predictor.thresholds)}
             )
@@ -156,7 +157,7 @@ def _draw(path: Path, found: dict[str, Any], overwrite: bool) -> None:
             neurons.legend()
         overlap.plot(layers, [row["overlap"] for row in found["layers"]], marker="o")
         overlap.set(title="Fired at the token before, too", xlabel="layer", ylabel="share of firing", ylim=(0, 1))
-        union.plot([row["batch"] for row in found["union"]], [row["fires"] for row in found["union"]], marker="o")
+        union.plot([row["batch"] for row in found["union"]], [row["fired"] for row in found["union"]], marker="o")
         union.set(title="Union over a batch", xlabel="sequences together", ylabel="share of neurons", ylim=(0, 1))
         for axes in allowed:
             read = [row["read"] for row in found["allowed"]]

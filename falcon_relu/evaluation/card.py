@@ -212,9 +212,13 @@ def _sparsity(sparsity: Sparsity | None) -> str:
         text += (
             f"From {100 * least.zeros:.1f} % (layer {least.layer}) to {100 * most.zeros:.1f} % (layer {most.layer}).\n"
         )
-    union = [[str(row.batch), f"{100 * row.fires:.1f} %"] for row in (sparsity.union if sparsity else ())]
+    union = [[str(row.batch), f"{100 * row.fired:.1f} %"] for row in (sparsity.union if sparsity else ())]
     allowed = [
-        [f"{row.allowed:g}", f"{row.kl:.4f}", f"{100 * row.read:.1f} %"]
+        [
+            f"{row.allowed:g}",
+            f"{row.kl:.4f}" + (" (not kept)" if row.kl > row.allowed else ""),
+            f"{100 * row.read:.1f} %",
+        ]
         for row in (sparsity.allowed if sparsity else ())
     ]
     text += "\n" + _table(["sequences decoded together", "neurons that fire in any"], union)

@@ -84,12 +84,12 @@ class Union:
     """Sequences decoded together, in `sparsity.json`."""
 
     batch: _Count
-    fires: _Share
+    fired: _Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Allowed:
-    """A budget for an allowed error, in `sparsity.json`."""
+    """The budgets for an allowed KL(dense || sparse), in `sparsity.json`."""
 
     allowed: Annotated[float, Field(validation_alias="allowed kl", ge=0, le=1e15)]
     kl: _Number

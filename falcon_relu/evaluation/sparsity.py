@@ -37,7 +37,7 @@ def measure_sparsity(
       - layers: a mapping for each layer: zeros; overlap, the share of the neurons firing at a token that fired at the
         one before as well; never and always, the share of neurons that fire at no and at every token; hot, the
         smallest share of the neurons that makes four fifths of the firings.
-      - union: a mapping for each of `UNIONS` up to the rows of a batch: batch; fires, the share of the neurons that
+      - union: a mapping for each of `UNIONS` up to the rows of a batch: batch; fired, the share of the neurons that
         fire in any of so many sequences at once; layers, the same for each layer.
       - rates_LxF: how often each neuron fires, numpy float64.
 
@@ -66,8 +66,8 @@ def measure_sparsity(
     union = []
     for n in UNIONS:
         if totals.get(f"groups_{n}"):  # no group where every batch is smaller
-            fires_L = totals[f"union_{n}_LxF"].mean(1) / totals[f"groups_{n}"]
-            union.append({"batch": n, "fires": float(fires_L.mean()), "layers": fires_L.tolist()})
+            fired_L = totals[f"union_{n}_LxF"].mean(1) / totals[f"groups_{n}"]
+            union.append({"batch": n, "fired": float(fired_L.mean()), "layers": fired_L.tolist()})
     return {
         "zeros": float(1 - rates_LxF.mean()),
         "tokens": int(totals["tokens"]),

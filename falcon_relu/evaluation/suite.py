@@ -8,12 +8,13 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import lm_eval
+import lm_eval.evaluator
 from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from falcon_relu.errors import FalconError
@@ -92,17 +93,20 @@ def evaluate(
     found: dict[str, Any] = {}
     if loaded:
         answering = model if isinstance(model, LM) else model()
+        # lm-eval asks git for the commit of the current folder, and git prints an error where that is no repository.
+        no_commit = mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None, create=True)
         try:
-            found = simple_evaluate(
-                model=answering,
-                tasks=list(loaded.values()),
-                task_manager=manager,
-                limit=limit,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=None,
-                fewshot_random_seed=seed,
-            )
+            with no_commit:
+                found = lm_eval.evaluator.simple_evaluate(
+                    model=answering,
+                    tasks=list(loaded.values()),
+                    task_manager=manager,
+                    limit=limit,
+                    random_seed=seed,
+                    numpy_random_seed=seed,
+                    torch_random_seed=None,
+                    fewshot_random_seed=seed,
+                )
         except FalconError:
             raise
         except Exception as error:  # of any kind, where questions lack what a task's own code takes from them

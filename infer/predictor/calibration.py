@@ -33,15 +33,13 @@ class Curve:
       threshold_P: the thresholds.
       read_P: neurons selected for a token, mean.
       recall_P: fraction of the neurons that fire that are selected.
-      mass_P: the same, neurons weighted by their contributions.
-      energy_P: the same, neurons weighted by their squared contributions.
+      energy_P: the same, neurons weighted by their squared contributions to the output.
       fired: neurons that fire for a token, mean.
     """
 
     threshold_P: np.ndarray
     read_P: np.ndarray
     recall_P: np.ndarray
-    mass_P: np.ndarray
     energy_P: np.ndarray
     fired: float
 
@@ -61,7 +59,6 @@ class Curve:
             "fired": self.fired,
             "recall": recall,
             "precision": recall * self.fired / read if read else 0.0,
-            "mass": float(self.mass_P[p]),
             "energy": float(self.energy_P[p]),
         }
 
@@ -69,17 +66,17 @@ class Curve:
 def measure(layer: LayerPredictor, recording: Recording, i: int) -> Curve:
     """The curve of layer `i`'s predictor on the recording's held-out tokens; read once, in chunks."""
     threshold_P = np.empty(0)
-    sums_4xQ = np.zeros((4, _POINTS + 1))
+    sums_3xQ = np.zeros((3, _POINTS + 1))
     for z_nxF, c_nxF in _scored(layer, recording, i):
         if not threshold_P.size:
             threshold_P = _grid(z_nxF)
         first_nxF = np.searchsorted(-threshold_P, -z_nxF).ravel()  # the first threshold to select each neuron, or P
-        for row, weight in zip(sums_4xQ, (np.ones_like(c_nxF), c_nxF > 0, c_nxF, c_nxF**2), strict=True):
+        for row, weight in zip(sums_3xQ, (np.ones_like(c_nxF), c_nxF > 0, c_nxF**2), strict=True):
             row += np.bincount(first_nxF, weight.ravel(), _POINTS + 1)
-    read_Q, fired_Q, mass_Q, energy_Q = np.cumsum(sums_4xQ, axis=1)
+    read_Q, fired_Q, energy_Q = np.cumsum(sums_3xQ, axis=1)
     tokens = len(recording.held_out)
-    recall_P, mass_P, energy_P = (q[:-1] / max(q[-1], 1e-30) for q in (fired_Q, mass_Q, energy_Q))
-    return Curve(threshold_P, read_Q[:-1] / tokens, recall_P, mass_P, energy_P, float(fired_Q[-1]) / tokens)
+    recall_P, energy_P = (q[:-1] / max(q[-1], 1e-30) for q in (fired_Q, energy_Q))
+    return Curve(threshold_P, read_Q[:-1] / tokens, recall_P, energy_P, float(fired_Q[-1]) / tokens)
 
 
 def calibrate_predictor(

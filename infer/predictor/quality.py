@@ -148,6 +148,8 @@ def reading_curve(
 ) -> Iterator[tuple[Predictor, dict[str, Any]]]:
     """Quality against neurons read: for each of `reads`, the predictor calibrated to it, and `compare_sparse` of it.
 
+    The results also hold the point of `reads`, as "target"; what was read and fired on the text is measured beside it.
+
     Args:
       config: the model.
       params: its parameters.
@@ -162,7 +164,7 @@ def reading_curve(
     firing = sum(curve.fired for curve in curves)
     for read in reads:
         point = calibrate_predictor(predictor, recording, neurons=read * firing, sensitivity=sensitivity, curves=curves)
-        yield point, {"read_over_firing": read} | compare_sparse(config, params, point, batches, dtype=dtype)
+        yield point, {"target": read} | compare_sparse(config, params, point, batches, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

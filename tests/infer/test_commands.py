@@ -60,7 +60,7 @@ def fitted(home) -> dict:
     model, tokens = home / "model", home / "tokens"
     recorded = figures(home, "predictor", "record", model, tokens, home / "recording", "--tokens", 6000)
     assert recorded["tokens"] == 6000
-    assert all(0.2 < row["fires"] < 0.8 for row in recorded["layers"])
+    assert all(0.2 < row["fired"] < 0.8 for row in recorded["layers"])
     how = ["--epochs", 3, "--batch", 64]
     return figures(home, "predictor", "fit", model, home / "recording", home / "predictor.safetensors", *how)
 
@@ -85,7 +85,7 @@ def test_fitting_sweeps_the_ranks_and_tells_the_baseline(fitted):
         assert least["chosen"]
         assert row["rank"] == least["rank"]
         assert row["recall"] > row["SVD recall"]
-        assert row["reads"] <= row["fires"]
+        assert row["read"] <= row["fired"]
 
 
 def test_calibration_meets_each_kind_of_target_and_draws_the_curve(home, fitted):
@@ -96,17 +96,17 @@ def test_calibration_meets_each_kind_of_target_and_draws_the_curve(home, fitted)
 
     def recall(found: dict) -> float:
         rows = found["held out"]
-        return sum(row["recall"] * row["fires"] for row in rows) / sum(row["fires"] for row in rows)
+        return sum(row["recall"] * row["fired"] for row in rows) / sum(row["fired"] for row in rows)
 
     by_recall = calibrated("recall", "--recall", 0.95, curve=(0.5, 1.0, 1.5))
     assert 0.95 <= recall(by_recall) < 0.96
     budget = 0.1  # MB: two layers whole are 0.13 and their predictors 0.02 or so
     by_bytes = calibrated("bytes", "--megabytes", budget)
-    reads = sum(row["reads"] for row in by_bytes["held out"]) * CONFIG.d_ff
+    reads = sum(row["read"] for row in by_bytes["held out"]) * CONFIG.d_ff
     total = 2 * (2 * CONFIG.d_model * reads + by_bytes["predictor weights"])
     assert 0.9 * budget * 1e6 < total <= budget * 1e6
     curve = by_recall["quality against neurons read"]
-    assert [row["read_over_firing"] for row in curve] == [0.5, 1.0, 1.5]
+    assert [row["target"] for row in curve] == [0.5, 1.0, 1.5]
     assert curve[0]["kl"] > curve[1]["kl"] > curve[2]["kl"] > 0
     assert curve[0]["read"] < curve[1]["read"] < curve[2]["read"]
 

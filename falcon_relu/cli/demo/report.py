@@ -15,8 +15,11 @@ import numpy as np
 from falcon_relu.cli.demo import charts
 from falcon_relu.cli.demo.charts import MISSING, Line, Rows, at
 from falcon_relu.files import write_aside
+from falcon_relu.progress import format_value
 
 Results = Mapping[str, Any]
+
+_CACHED_MB = 256  # weights below this may stay in a processor's caches, where times say nothing about large models
 
 
 def write_report(path: Path, results: Results) -> None:
@@ -55,12 +58,14 @@ def _templates() -> jinja2.Environment:
 
 
 def _show(value: Any, spec: str = "") -> Any:
-    """A number in a Python format; None, which the template shows as "not measured", where it is missing."""
+    """A number in a Python format, or with four significant digits for "digits"; None where it is missing."""
     if value is None or isinstance(value, jinja2.Undefined):
         return None
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return value if isinstance(value, str) else format(value, spec)
+    if isinstance(value, str):
+        return value
+    return format_value(value) if spec == "digits" else format(value, spec)
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def derived(results: Results) -> dict[str, Any]:
         "speedup": _combine(np.divide, sparse.get("tokens_per_second"), dense.get("tokens_per_second")),
         "bytes": _combine(np.divide, sparse.get("kilobytes_per_token"), dense.get("kilobytes_per_token")),
         "zeros": _mean(at(results, "zeros_by_layer.lm_kl")),
-        "active": _mean([row.get("active") for row in _rows(results, "predictor")]),
+        "fired": _mean([row.get("fired") for row in _rows(results, "predictor")]),
         "widths": _widths(_rows(results, "widths")),
         "short": _combine(np.multiply, 100, short),
         "mlp_share": _combine(np.divide, mlps, at(results, "model.parameters")),
@@ -113,16 +118,17 @@ def derived(results: Results) -> dict[str, Any]:
 
 
 def _widths(rows: Rows) -> dict[str, Any]:
-    """At real widths: the backend on which sparse decoding is fastest, and how it compares with dense there."""
+    """At a large model's widths: the backend on which sparse decoding is fastest, and how it compares with dense there.
+
+    `cached` tells that the widths are too small for that; then there is no `speedup`.
+    """
     timed = [row for row in rows if row.get("mode") == "sparse" and row.get("milliseconds")]
     sparse = min(timed, key=lambda row: row["milliseconds"], default={})
     same_backend = [row for row in rows if sparse and row.get("backend") == sparse.get("backend")]
     dense = _first(same_backend, "mode", "dense")
-    return {
-        "sparse": sparse,
-        "dense": dense,
-        "speedup": _combine(np.divide, dense.get("milliseconds"), sparse.get("milliseconds")),
-    }
+    cached = (dense.get("megabytes") or _CACHED_MB) < _CACHED_MB
+    speedup = _combine(np.divide, dense.get("milliseconds"), sparse.get("milliseconds"))
+    return {"sparse": sparse, "dense": dense, "cached": cached, "speedup": None if cached else speedup}
 
 
 def _first(rows: Rows, key: str, part: str) -> Mapping[str, Any]:
@@ -154,7 +160,7 @@ def _plots(results: Results) -> dict[str, str]:
     }
     zeros = [charts.line(rows, "layer", "zeros", label, color, marker="o") for (label, color), rows in layers.items()]
     level = {"teacher, held out": at(results, "derived.teacher.cross_entropy")}
-    firing = {"neurons that fire": at(results, "derived.active")}
+    firing = {"neurons that fire": at(results, "derived.fired")}
     against = {
         key: [
             charts.line(_rows(results, "tradeoff"), "read", key, "by neurons read", charts.KL, marker="o"),
@@ -203,7 +209,7 @@ def _plots(results: Results) -> dict[str, str]:
         ),
         "bytes": charts.bars("Bytes read for a token", "kB a token", decode, "kilobytes_per_token", ",.0f"),
         "speed": charts.bars("Speed", "tokens a second", decode, "tokens_per_second", ",.1f"),
-        "widths": charts.bars("Time for a token at real widths", "milliseconds", widths, "milliseconds", ",.1f"),
+        "widths": charts.bars("Time for a token, random weights", "milliseconds", widths, "milliseconds", ",.1f"),
         "seconds": charts.bars("Time by stage", "seconds", stages, "seconds", ",.1f"),
     }
 

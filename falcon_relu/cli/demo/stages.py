@@ -169,7 +169,7 @@ class Demo:
                 config, params, fitted, recording, rows, recipe.reads, sensitivity=weights
             ):
                 points.append(found | {"cross_entropy": found["sparse_loss"]})
-                if found["read_over_firing"] == recipe.read:
+                if found["target"] == recipe.read:
                     best = (predictor, points[-1])
                 advance()
         assert best is not None  # Recipe checks that `read` is among `reads`
@@ -235,7 +235,7 @@ class Demo:
                             "gb_s": rate / 1e9,
                             "memory_gb_s": found["bandwidth"] / 1e9,
                             "share_of_memory": rate / found["bandwidth"],
-                            "active": found["active"],
+                            "read": found["active"],
                         }
                     )
                 advance(note=backend)
@@ -363,6 +363,11 @@ def _processor_seconds() -> float:
 
 
 def _why(retained: float, recipe: Recipe) -> str:
+    if retained > 1:
+        return (
+            "The student has learnt from more text than so briefly trained a teacher; what the swap costs a fully "
+            "trained model cannot be told from that"
+        )
     if retained >= PUBLISHED_RETENTION:
         return ""
     return (
@@ -377,10 +382,10 @@ def _predictor_rows(predictor: Predictor, n_neurons: int) -> list[dict[str, Any]
             "layer": i,
             "rank": rank,
             "recall": found["recall"],
-            "mass_recall": found["mass"],
+            "energy": found["energy"],
             "precision": found["precision"],
-            "predicted": found["read"] / n_neurons,
-            "active": found["fired"] / n_neurons,
+            "read": found["read"] / n_neurons,
+            "fired": found["fired"] / n_neurons,
         }
         for i, (rank, found) in enumerate(zip(predictor.ranks, predictor.measured, strict=True))
     ]

@@ -34,7 +34,7 @@ def test_demo_measures_all_that_the_card_prints(finished_demo):
         quality["tuned with LM + KL"]["accuracy"] / quality["teacher (GELU)"]["accuracy"]
     )
     assert retained["met"] == (retained["lm_kl"] >= 0.973)
-    assert bool(retained["why"]) != retained["met"]
+    assert bool(retained["why"]) == (not retained["met"] or retained["lm_kl"] > 1)
     decoded = {(row["mode"], row["backend"]): row for row in results["decode"]}
     for (mode, backend), row in decoded.items():
         assert row["tokens_per_second"] > 0
@@ -44,7 +44,7 @@ def test_demo_measures_all_that_the_card_prints(finished_demo):
         assert (row["kilobytes_per_token"] < dense) == (mode != "dense")
     for sample in results["samples"]:
         assert sample["exact"] == sample["dense"]
-    assert [row["read_over_firing"] for row in results["tradeoff"]] == [0.5, 1.25]
+    assert [row["target"] for row in results["tradeoff"]] == [0.5, 1.25]
     assert results["tradeoff"][1]["kl"] < results["tradeoff"][0]["kl"]
 
 

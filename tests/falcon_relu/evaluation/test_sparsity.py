@@ -53,7 +53,7 @@ def test_statistics_are_those_of_a_plain_count() -> None:
     np.testing.assert_allclose(got["zeros"], 1 - got["rates_LxF"].mean())
 
     assert [row["batch"] for row in got["union"]] == [1, 2]  # the batches have two rows
-    np.testing.assert_allclose(got["union"][0]["fires"], 1 - got["zeros"])
+    np.testing.assert_allclose(got["union"][0]["fired"], 1 - got["zeros"])
     together = []
     for batch in batches:
         seen = observe(*(batch[k] for k in keys))

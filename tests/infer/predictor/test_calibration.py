@@ -105,7 +105,7 @@ def test_curve_ends_where_everything_is_read(tmp_path: Path) -> None:
     predictor, recording = noisy_predictor(np.random.default_rng(0), tmp_path / "r", (2.0,))
     curve = measure(predictor.layers[0], recording, 0)
     assert curve.read_P[-1] == 64
-    assert curve.recall_P[-1] == curve.mass_P[-1] == curve.energy_P[-1] == 1
+    assert curve.recall_P[-1] == curve.energy_P[-1] == 1
     assert all((np.diff(values) >= 0).all() for values in (curve.read_P, curve.recall_P, curve.energy_P))
     assert curve.energy_P[curve.covering(0.9)] >= 0.9 > curve.energy_P[curve.covering(0.9) - 1]
     assert curve.read_P[curve.reading(5.0)] <= 5.0 < curve.read_P[curve.reading(5.0) + 1]
