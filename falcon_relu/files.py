@@ -1,4 +1,4 @@
-"""Files and folders: what is written appears whole or not at all, what is read is a regular file."""
+"""Files and folders: writing them completely or not at all, locks against other writers, and reading regular files."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _HELD: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar("locks h
 def write_aside(
     target: Path, *, folder: bool = False, replace: bool = False, marker: str | None = None, nbytes: int = 0
 ) -> Iterator[Path]:
-    """Yields a hidden sibling path to write to; flushes it to disk and renames it to `target` once the block succeeds.
+    """Yields a hidden path beside `target` to write to; flushes it to disk and renames it to `target` at the end.
 
     When the block raises, what was written is removed and `target` stays as it was. What a killed process left under
-    the hidden name is removed by the next call. What is no regular file, such as /dev/stdout, is written through.
+    the hidden name is removed by the next call. A device or pipe, such as /dev/stdout, gets the content written to it.
 
     Args:
-      target: the finished file or folder; `lock(target)` is held meanwhile.
+      target: the file or folder to make; `lock(target)` is held meanwhile.
       folder: whether the block makes a folder rather than a file.
       replace: whether an existing `target` of the same kind may be replaced.
-      marker: as of `check_output`.
-      nbytes: that the caller is about to write; large things fail before they begin.
+      marker: see `check_output`.
+      nbytes: number of bytes that will be written; if the disk has less room, nothing is begun.
 
     Raises:
-      FalconError: as `check_output` and `lock`, or the disk is too full.
+      FalconError: as `check_output` and `lock`, or the disk has less than `nbytes` free.
     """
     target = Path(target)
     check_output(target, folder=folder, replace=replace, marker=marker)
@@ -51,7 +51,7 @@ def write_aside(
             yield Path(room) / "content"
             _write_through(Path(room) / "content", target)
         return
-    target = real_path(target)  # a link stays a link, to what is written now
+    target = real_path(target)  # of a link, what it leads to is replaced, and the link stays
     with lock(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = aside_path(target)
@@ -67,7 +67,7 @@ def write_aside(
         try:
             yield aside
             _flush(aside)
-            check_output(target, folder=folder, replace=replace, marker=marker)  # it may have appeared meanwhile
+            check_output(target, folder=folder, replace=replace, marker=marker)  # another program may have made it
             _exchange(aside, target)
         except BaseException:
             remove(aside)
@@ -75,16 +75,19 @@ def write_aside(
 
 
 def check_output(target: Path, *, folder: bool = False, replace: bool = False, marker: str | None = None) -> None:
-    """Refuses a path that could not be written, before any work is done for it.
+    """Refuses an output that cannot or may not be written; called before the work whose results it will hold.
 
     Args:
       target: a file or folder to be made.
       folder: whether it is to be a folder.
-      replace: whether an existing one of the same kind may be replaced, or gone on with.
-      marker: the file by which a folder that may be replaced is known; an empty folder may be replaced, too.
+      replace: whether it may exist already, as the same kind: to be replaced or, for a folder without `marker`, to be
+        added to.
+      marker: a file that shows that a folder was made by such a command; only such a folder, or an empty one, may be
+        replaced.
 
     Raises:
-      FalconError: it exists and may not be replaced, is of the other kind, or lies where nothing can be written.
+      FalconError: it exists and may not be replaced, is a file where a folder is needed or the reverse, or cannot be
+        made there.
     """
     target = Path(target)
     try:
@@ -105,38 +108,39 @@ def check_output(target: Path, *, folder: bool = False, replace: bool = False, m
                 "another path, or remove it yourself"
             )
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(_beside(real_path(target), "partial"))  # the longer name must be possible, too
+            os.lstat(_beside(real_path(target), "partial"))  # an error if this longer name is too long
         parent = next(p for p in real_path(target).parents if os.path.lexists(p))
         if not parent.is_dir():
             raise FalconError(f"{target} cannot be made: {parent} is not a folder")
-        going_on = kind == "folder" and marker is None
-        if not os.access(target if going_on else parent, os.W_OK | os.X_OK):
-            raise FalconError(f"{target} cannot be made: you may not write to {target if going_on else parent}")
+        written = target if kind == "folder" and marker is None else parent
+        if not os.access(written, os.W_OK | os.X_OK):
+            raise FalconError(f"{target} cannot be made: you may not write to {written}")
     except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a NUL in it
         raise FalconError(f"{target} cannot be made: {getattr(error, 'strerror', None) or error}") from None
 
 
 @contextlib.contextmanager
 def lock(target: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keeps other processes, and other threads of this one, from writing `target` while the block does.
+    """A context in which no other process, and no other thread of this one, can hold the lock of `target`.
 
-    The block may take the same lock, and that of anything in a folder, again. It is a hidden file beside `target`, held
-    with flock(2), which ends with the process, however that ends. (The library filelock leaves its file behind, beside
-    every output of the user's.) Disks without locks go without.
+    The lock is a hidden file beside `target`, locked with flock(2), which the system releases when the process ends,
+    however it ends. (The library filelock would leave such a file beside every output.) The code in the context may
+    take the same lock again, and, where `target` is a folder, those of files in it. On a disk that cannot lock files
+    nothing is locked.
 
     Args:
-      target: a file or folder, there or not.
-      shared: whether others may hold it at the same time, if they say the same.
+      target: a file or folder, which need not exist.
+      shared: whether others that ask for a shared lock may hold it at the same time.
 
     Raises:
-      FalconError: another one holds it.
+      FalconError: another process or thread holds it.
     """
     target = real_path(target)
     if not _HELD.get().isdisjoint((target, *target.parents)):
         yield
         return
     path = _beside(target, "lock")
-    if target.is_dir() and not os.access(target.parent, os.W_OK):  # as a disk that is mounted into a container
+    if target.is_dir() and not os.access(target.parent, os.W_OK):  # a disk mounted into a container, for example
         path = target / ".falcon-relu-lock"
     made = [parent for parent in path.parents if not parent.exists()]
     held = _locked(path, shared, target)
@@ -147,25 +151,25 @@ def lock(target: Path, *, shared: bool = False) -> Iterator[None]:
         _HELD.reset(before)
         with contextlib.suppress(OSError):
             if shared:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last one removes it
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error, suppressed, while others hold it
             path.unlink(missing_ok=True)
         os.close(held)
-        with contextlib.suppress(OSError):  # where nothing came of it, no empty folders stay
+        with contextlib.suppress(OSError):  # folders that were made for the lock file and are still empty
             for parent in made:
                 parent.rmdir()
 
 
 @contextlib.contextmanager
 def lock_part(folder: Path, index: int, count: int) -> Iterator[None]:
-    """`lock` for one of several jobs that fill a folder together: others may do other parts, none the same.
+    """The lock of one of several jobs that write parts of a folder: others may write other parts meanwhile.
 
     Args:
-      folder: what they fill.
-      index: which part, from 0.
-      count: of how many.
+      folder: the folder.
+      index: number of the job's part, counted from 0.
+      count: number of parts; 1 if the job writes the whole folder.
 
     Raises:
-      FalconError: another process does this part, or the folder whole; or as `check_output`.
+      FalconError: another process writes this part or the whole folder; or as `check_output`.
     """
     check_output(folder, folder=True, replace=True)
     with lock(Path(folder) / f"part {index} of {count}"), lock(folder, shared=count > 1):
@@ -173,28 +177,28 @@ def lock_part(folder: Path, index: int, count: int) -> Iterator[None]:
 
 
 def inherit_lock(target: Path) -> None:
-    """Says that the process that started this one holds `lock(target)` for both, as long as this one lives."""
+    """For a process whose parent holds `lock(target)`: from now on, `lock` treats it as held by this process, too."""
     _HELD.set(_HELD.get() | {real_path(target)})
 
 
 def aside_path(target: Path) -> Path:
-    """Where `write_aside(target)` lets its caller write."""
+    """The hidden path that `write_aside(target)` yields."""
     return _beside(real_path(target), "partial")
 
 
 def write_text(target: Path, text: str, *, replace: bool = True) -> None:
-    """Writes UTF-8 text, replacing an existing file in one step unless told not to."""
+    """Writes UTF-8 text with `write_aside`; an existing file is replaced only if `replace`."""
     with write_aside(target, replace=replace) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(target: Path, value: Any, *, replace: bool = True) -> None:
-    """Writes `value` as indented JSON, replacing an existing file in one step unless told not to."""
+    """Writes `value` as indented JSON with `write_aside`; an existing file is replaced only if `replace`."""
     write_text(target, json.dumps(value, indent=2) + "\n", replace=replace)
 
 
 def write_texts(target: Path, texts: Iterable[str]) -> None:
-    """Writes one JSON object a line, {"text": ...}, as `falcon-relu prepare` reads it; `target` changes in one step."""
+    """Writes a line {"text": ...} for each text, as `falcon-relu prepare` reads it; an existing file is replaced."""
     with write_aside(target, replace=True) as aside, aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
@@ -211,7 +215,7 @@ def remove(path: Path) -> None:
 
 
 def regular_file(path: Path) -> Path:
-    """`path`, made sure to be a regular file that may be read, or a link to one: a pipe or device would hang a reader.
+    """Returns `path` if it is a regular file that can be read, or a link to one; reading a pipe or device may hang.
 
     Raises:
       FalconError: it is missing, a folder, a device or pipe, a broken link, or may not be read.
@@ -262,7 +266,7 @@ def read_json(path: Path, *, limit: int = _TEXT_LIMIT) -> Any:
         raise FalconError(f"{path} is not valid JSON: {error}") from None
 
 
-# ---- how
+# ---- details
 
 
 def _beside(target: Path, what: str) -> Path:
@@ -270,7 +274,7 @@ def _beside(target: Path, what: str) -> Path:
 
 
 def real_path(path: str | Path) -> Path:
-    """The absolute path without links; a loop of links stays, for whoever opens it to refuse."""
+    """The absolute path without links; of links that form a loop, some stay, and opening the path is then an error."""
     return Path(os.path.realpath(path))
 
 
@@ -285,14 +289,14 @@ def _existing_kind(target: Path) -> str:
 
 
 def is_special(target: Path) -> bool:
-    """Whether a path leads to a device or pipe, or to a file that a process holds open, as /dev/stdout may."""
+    """Whether a path leads to a device or pipe, or, as /dev/stdout may, to a file that a process has opened."""
     return target.exists() and not target.is_dir() and (not target.is_file() or _open_file(target) is not None)
 
 
 def _open_file(target: Path) -> Path | None:
-    """/proc/PROCESS/fd/NUMBER that a path such as /dev/stdout or /dev/fd/3 leads to, if any."""
+    """The path /proc/PROCESS/fd/NUMBER that a path such as /dev/stdout or /dev/fd/3 leads to; None if it does not."""
     path = target.absolute()
-    for _ in range(40):  # links in a row, at most, as in the kernel
+    for _ in range(40):  # the kernel, too, follows at most 40 links
         path = real_path(path.parent) / path.name
         if path.parent.name == "fd" and path.is_relative_to("/proc"):
             return path
@@ -303,7 +307,7 @@ def _open_file(target: Path) -> Path | None:
 
 
 def _write_through(content: Path, target: Path) -> None:
-    """Adds to what is open already: a second opening would empty a log, or write over its end."""
+    """Appends the file `content` to a device, pipe or opened file; opening the latter anew could overwrite its end."""
     opened = _open_file(target)
     ours = opened is not None and opened.parent == Path(f"/proc/{os.getpid()}/fd")
     held = os.dup(int(opened.name)) if opened and ours else os.open(target, os.O_WRONLY | os.O_APPEND)
@@ -312,12 +316,12 @@ def _write_through(content: Path, target: Path) -> None:
 
 
 def _locked(path: Path, shared: bool, target: Path) -> int:
-    """A descriptor of the file, flock held."""
+    """Opens and locks the lock file `path` of `target`; returns its descriptor."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # another one removed the empty folder just now
+        except FileNotFoundError:  # another process has just removed the empty folder
             continue
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise FalconError(f"{target} cannot be made: {error.filename}: {error.strerror}") from None
@@ -332,11 +336,11 @@ def _locked(path: Path, shared: bool, target: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(held), path.stat()):
                 return held
-        os.close(held)  # its last holder removed the file just now
+        os.close(held)  # the process that held the lock has just removed this file: make a new one
 
 
 def _flush(path: Path) -> None:
-    """Has the disk hold a file, or a folder and all in it, before anything says that it is there."""
+    """Makes sure that a file, or a folder with all that is in it, is on the disk and not only in the system's cache."""
     if path.is_dir():
         for child in path.iterdir():
             _flush(child)
@@ -344,7 +348,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(held)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # disks that cannot flush, or no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # disks that cannot do it
             raise
     finally:
         os.close(held)
@@ -352,16 +356,16 @@ def _flush(path: Path) -> None:
 
 def _exchange(aside: Path, target: Path) -> None:
     if target.is_dir():
-        old = _beside(target, "old")  # a folder cannot be renamed over one that holds something
+        old = _beside(target, "old")  # a folder cannot be renamed to the name of one that is not empty
         remove(old)
-        shutil.move(target, old)  # a rename, or a copy where the folder is of a lower layer of an overlay
+        shutil.move(target, old)  # copies where a rename is impossible, as in a container's image
         aside.rename(target)
         remove(old)
     else:
         try:
             aside.replace(target)
         except OSError as error:
-            if error.errno not in (errno.EBUSY, errno.EXDEV):  # a file that is mounted by itself into a container
+            if error.errno not in (errno.EBUSY, errno.EXDEV):  # a single file mounted into a container
                 raise
             shutil.copyfile(aside, target)
             remove(aside)

@@ -1,4 +1,4 @@
-"""A run from its config to finished weights: load or resume, step, show, validate, save."""
+"""One training run: from its config, or its newest checkpoint, through all steps to the finished weights."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def run(config: TrainConfig, on_log: Callable[[MetricValues], None] | None = Non
 
       config.json        the settings of the latest start
       architecture.json  the student's config
-      starts.jsonl       a line each start: step, time, processes, mesh, device
-      log.jsonl          a line each `log_every` steps, each validation, each set of samples
-      tensorboard/       the same for TensorBoard, and traces
-      checkpoints/       one folder a step
+      starts.jsonl       a line for each start: step, time, processes, mesh, device
+      log.jsonl          a line every `log_every` steps, and for each validation and each set of samples
+      tensorboard/       the same for TensorBoard, and profiler traces
+      checkpoints/       a folder for each checkpoint, named by its step
       weights/           the finished student, native, float32
       metrics.json       the last validation, or the last step where there are no validation rows
 
@@ -48,14 +48,15 @@ def run(config: TrainConfig, on_log: Callable[[MetricValues], None] | None = Non
 
     Args:
       config: the run.
-      on_log: called in process 0 with every line of the log as it is written, for example to draw curves.
+      on_log: called in process 0 with each line of the log once it is written, for example to draw curves.
 
     Returns:
       The content of `metrics.json`.
 
     Raises:
-      FalconError: an input is missing, changed or does not fit, `out` holds another run or cannot be written, or too
-        many steps in a row were not finite. Once that is fixed, the run can be resumed.
+      FalconError: an input is missing, was changed or does not fit the model; `out` holds another run or cannot be
+        written; or the loss or a gradient was not finite for too many steps in a row. The run can be resumed after
+        that is fixed.
       Stopped: a signal came; the run can be resumed.
     """
     with stop_signals() as asked, held(config.out):
@@ -72,11 +73,21 @@ def run(config: TrainConfig, on_log: Callable[[MetricValues], None] | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A run and its data, before any array of the model's size is loaded."""
+    """All that a run needs except the parameters, which take most of the memory and are loaded last.
+
+    Attributes:
+      job: models, functions and shardings of the run.
+      manifests: manifests of the data.
+      rows: which rows of a training batch this process reads.
+      validation_rows: the same for a batch of validation rows.
+      batches: the training batches; resuming moves them to where the checkpoint was written.
+      samples: generates sample texts; None if the run has none.
+      resumes: whether the run starts from a checkpoint.
+    """
 
     job: Job
     manifests: Manifests
-    rows: Rows  # of a training batch
+    rows: Rows
     validation_rows: Rows
     batches: grain.DatasetIterator[Batch]
     samples: Samples | None
@@ -84,7 +95,7 @@ class _Prepared:
 
 
 def _prepare(config: TrainConfig, mesh: Mesh) -> _Prepared:
-    """Reads configs and manifests only, and refuses a run whose parts do not fit each other."""
+    """Reads the configs and manifests; raises FalconError if model, data and devices do not fit each other."""
     manifests = read_manifests(config.data)
     resumes = Checkpoints.exist(config.out / "checkpoints")
     job = make_job(
@@ -127,14 +138,14 @@ def _train(
 
 
 class _Loop:
-    """The steps of a run, and what is done between them.
+    """The steps of a run, with logging, validation and saving between them.
 
     Args:
       prepared: the run and its data.
-      teacher_params: parameters of an online teacher.
+      teacher_params: parameters of the teacher; None if there is none, or its predictions are cached.
       saved: the run's checkpoints.
       log: the run's log.
-      vote: tells whether to stop.
+      vote: tells after every step whether a signal came to any process, so that all stop after the same step.
     """
 
     def __init__(self, prepared: _Prepared, teacher_params: Params, saved: Checkpoints, log: RunLog, vote: StopVote):
@@ -150,7 +161,7 @@ class _Loop:
         pending: tuple[int, Metrics] | None = None
         tokens = config.data.batch_size * config.data.seq_len
         if self._validates_after(first) and first not in self._log.validated:
-            self.validate(state, first)  # the run was stopped before this validation was logged
+            self.validate(state, first)  # the run was stopped during this validation
         with progress(config.out.name, config.steps, "tokens", scale=tokens, done=first) as advance, trace:
             for step in range(first + 1, config.steps + 1):
                 batch = rows.to_global(next(self._prepared.batches))
@@ -158,13 +169,13 @@ class _Loop:
                 with jax.transfer_guard("disallow"):
                     state, metrics = self._step_fn(state, batch, self._teacher_params)
                 trace.after(step - first, metrics)
-                if pending is not None:  # the metrics of the step before are read while this one runs
+                if pending is not None:  # read the previous step's metrics while the devices compute this one
                     advance(1, watch.read(*pending))
                 pending = (step, metrics)
                 stopping, last = self._vote(), step == config.steps
                 saving = stopping or last or _due(step, config.checkpoint_every)
                 if saving or self._validates_after(step):
-                    advance(1, watch.read(*pending))  # so that the log has every step that a checkpoint holds
+                    advance(1, watch.read(*pending))  # a checkpoint of a step implies that it was logged
                     pending = None
                 if saving:
                     self._save(step, state)
@@ -178,10 +189,10 @@ class _Loop:
         return state
 
     def validate(self, state: TrainState, step: int) -> MetricValues:
-        """Means over the validation rows, logged.
+        """Measures and logs the means of the metrics over all validation rows.
 
         Raises:
-          Stopped: a signal came; the state is saved.
+          Stopped: a signal came; the state was saved.
         """
         config = self._job.config
         data = dataclasses.replace(config.data, batch_size=self._job.microbatch)
@@ -213,13 +224,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-# --- where a run starts ---
+# --- the state that a run starts from ---
 
 
 def _facts(prepared: _Prepared) -> dict[str, Any]:
-    """What a checkpoint keeps beside state and data position, and resuming compares.
+    """What is stored in a checkpoint to be compared when the run is resumed: data, architecture and settings.
 
-    There is no random state: all seeds are settings.
+    No random state is among them, since training draws nothing at random: all seeds are settings.
     """
     return {
         "data": prepared.manifests.digests(),
@@ -248,7 +259,7 @@ def _restored(prepared: _Prepared, saved: Checkpoints) -> TrainState:
     if changed:
         raise FalconError(
             f"{out} began with other rows than are there now in: {', '.join(changed)}. They were prepared again "
-            "or exchanged: bring the old ones back, or start a new run under another --out"
+            "or replaced: bring the old ones back, or start a new run under another --out"
         )
     for name, file in (("architecture", "architecture.json"), ("settings", "config.json")):
         if changed := [key for key in now[name] | facts[name] if now[name].get(key) != facts[name].get(key)]:

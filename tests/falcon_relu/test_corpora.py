@@ -50,6 +50,6 @@ def test_another_file_under_the_same_name_is_refused(tmp_path):
     folder = tmp_path / "archives" / "gensim-4.4.0"
     folder.mkdir(parents=True)
     (folder / "gensim.whl").write_bytes(b"not it")
-    with pytest.raises(FalconError, match="not the file that this project knows"):
+    with pytest.raises(FalconError, match="does not have the SHA-256"):
         next(corpora.documents("wikipedia-sample", tmp_path))
     assert not folder.exists()
