@@ -39,7 +39,7 @@ class Journal:
             self._answers = dict(found)
             if damaged := len(lines) - len(found):
                 note = (
-                    f"{path}: {damaged} damaged lines of {len(lines)} are left out; what they answered is asked again"
+                    f"{path}: {damaged} of {len(lines)} lines damaged and left out; what they answered is asked again"
                 )
                 console.print(note, style="yellow", soft_wrap=True)
         if write:

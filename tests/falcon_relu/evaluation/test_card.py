@@ -44,7 +44,11 @@ def test_numbers_stand_beside_each_other_and_what_is_missing_is_said():
             "data": {"web": {"splits": {"train": {"tokens": 1234567, "documents": 89}}}},
             "relu": results(0.5416),
             "original": results(0.5689, "of another time"),
-            "sparsity": {"zeros": 0.9, "layers": [{"layer": 0, "zeros": 0.8}, {"layer": 1, "zeros": 0.95}]},
+            "sparsity": {
+                "zeros": 0.9,
+                "layers": [{"layer": 0, "zeros": 0.8}, {"layer": 1, "zeros": 0.95}],
+                "allowed": [{"allowed kl": 0.01, "kl": kl, "read": 0.3} for kl in (0.02, 0.005)],
+            },
             "speeds": [DECODE | {"machine": {"cpu": "A CPU", "cores": 2, "memory_gb": 24.0}}, BENCH],
         }
     )
@@ -56,6 +60,7 @@ def test_numbers_stand_beside_each_other_and_what_is_missing_is_said():
     assert f"| tokens | {70 * 32 * 128:,} |" in card
     assert r"KL(teacher \|\| student) 0.5" in card
     assert "From 80.0 % (layer 0) to 95.0 % (layer 1)" in card
+    assert "| 0.01 | 0.0200 (not kept) | 30.0 % |\n| 0.01 | 0.0050 | 30.0 % |" in card
     assert "A CPU, 2 cores, 24 GB" in card
     assert f"| 7 | 3 | 9 | 12.5 | 1.5 | 0.25 | 2 | {MISSING} |" in card
     assert "| native | sparse | bf16 | 0.1 | 2.5 | 0.1 | 30 | 0.9 | 2.5 |" in card
