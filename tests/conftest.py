@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,13 @@ from falcon_relu.sharding import abstract_params, make_mesh, param_shardings, us
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiling is most of what the tests take: both workers, the processes that tests start and the next run share it.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+for option, value in (("jax_compilation_cache_dir", str(COMPILED)), ("jax_persistent_cache_min_compile_time_secs", 0)):
+    if option.upper() not in os.environ:
+        os.environ[option.upper()] = str(value)
+        jax.config.update(option, value)
 
 TINY = ("tiny-40b", "tiny-7b", "tiny-11b", "tiny-rw")
 
