@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon
 
 Leaf = tuple[str, ...]  # path of a parameter in the tree
+Index = tuple[slice, ...]  # a part of an array: from start to stop along every axis
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -147,6 +148,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """An array on the devices of a mesh; a process transfers only the shards that its own devices hold."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def place_parts(shape: Sequence[int], sharding: NamedSharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """An array on the devices of a mesh, of which each process reads the parts that its own devices hold, each once."""
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        spans = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
+        if spans not in parts:
+            parts[spans] = read(tuple(slice(*span) for span in spans))
+        return parts[spans]
+
+    return jax.make_array_from_callback(tuple(shape), sharding, part)
 
 
 def batch_shards() -> int:

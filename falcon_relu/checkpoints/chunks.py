@@ -19,6 +19,7 @@ import numpy as np
 from falcon_relu.checkpoints.schema import parse
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json
+from falcon_relu.sharding import Index
 
 METADATA = ".zarray"
 DTYPES = {"<f4": np.dtype(np.float32), "<f2": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -73,11 +74,10 @@ class Chunks:
             raise FalconError(f"{path}: chunks of {list(found.chunks)} do not fit an array of {list(shape)}")
         return cls(folder, found.shape, found.chunks, DTYPES[found.dtype], found.compressor is not None)
 
-    def names(self, layer: int | None = None) -> list[str]:
-        """The files, or those that hold some of the first axis at `layer`."""
-        grid = [range(-(-size // chunk)) for size, chunk in zip(self.shape, self.chunk, strict=True)]
-        if layer is not None:
-            grid[0] = range(layer // self.chunk[0], layer // self.chunk[0] + 1)
+    def names(self, part: Index | None = None) -> list[str]:
+        """The files, or those that hold some of a part of the array."""
+        part = part or tuple(slice(0, size) for size in self.shape)
+        grid = [range(s.start // chunk, -(-s.stop // chunk)) for s, chunk in zip(part, self.chunk, strict=True)]
         return [".".join(map(str, index)) for index in itertools.product(*grid)]
 
     def check_listed(self, digests: Mapping[str, tuple[int, int]]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from falcon_relu.checkpoints.hf_config import config_to_hf
 from falcon_relu.checkpoints.hf_files import write_shards
 from falcon_relu.checkpoints.hf_layout import EMBEDDING, hf_tensors
-from falcon_relu.checkpoints.load import open_hf, stored_dtypes, stream_hf
+from falcon_relu.checkpoints.load import open_model
 from falcon_relu.checkpoints.native import params_reader, params_writer
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError, check_number
@@ -43,11 +43,13 @@ def import_hf(
     Raises:
       FalconError: as `load_model`; or `out` exists, or a value does not fit `dtype`.
     """
-    config, headers = open_hf(source, activation)
-    dtypes = dict.fromkeys(param_shapes(config), np.dtype(dtype)) if dtype else stored_dtypes(config, headers)
-    with params_writer(out, config, dtypes, replace=replace) as write:
-        for tensor, array in stream_hf(config, headers, f"converting {source}"):
-            write(tensor.leaf, tensor.layer, cast(array, dtypes[tensor.leaf], tensor.name))
+    with open_model(source, activation=activation) as stored:
+        config = stored.config
+        dtypes = dict.fromkeys(param_shapes(config), np.dtype(dtype)) if dtype else stored.dtypes()
+        with params_writer(out, config, dtypes, replace=replace) as write:
+            for tensor in stored.tensors(f"converting {source}"):
+                array = stored.read(tensor, None)
+                write(tensor.leaf, tensor.layer, cast(array, dtypes[tensor.leaf], tensor.name))
     return config
 
 

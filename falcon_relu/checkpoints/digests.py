@@ -36,11 +36,24 @@ def check_digest(path: Path, wanted: Digest, advice: str) -> None:
     Raises:
       FalconError: it is missing, or was changed, or cut short.
     """
+    _check_size(path, wanted, advice)
+    if digest(path) != wanted:
+        raise FalconError(f"{path} is damaged: its checksum does not match; {advice}")
+
+
+def read_checked(path: Path, wanted: Digest, advice: str) -> bytes:
+    """The content of a file that fits into memory, read once; errors as `check_digest`."""
+    _check_size(path, wanted, advice)
+    content = path.read_bytes()
+    if (len(content), zlib.crc32(content)) != wanted:
+        raise FalconError(f"{path} is damaged: its checksum does not match; {advice}")
+    return content
+
+
+def _check_size(path: Path, wanted: Digest, advice: str) -> None:
     size = regular_file(path).stat().st_size
     if size != wanted[0]:
         raise FalconError(f"{path} is damaged: it has {size:,} bytes instead of {wanted[0]:,}; {advice}")
-    if digest(path) != wanted:
-        raise FalconError(f"{path} is damaged: its checksum does not match; {advice}")
 
 
 def bytes_digest(array: np.ndarray) -> Digest:

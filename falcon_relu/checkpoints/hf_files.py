@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,7 @@ from falcon_relu.checkpoints.torch_files import as_numpy, first_line, load_torch
 from falcon_relu.errors import FalconError
 from falcon_relu.files import regular_file, write_json
 from falcon_relu.progress import console
+from falcon_relu.sharding import Index
 
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -126,18 +128,32 @@ def read_headers(folder: Path) -> dict[str, Header]:
     return headers
 
 
-def read_tensors(headers: Mapping[str, Header]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors one at a time, file by file, with one file open; an array is valid until the next one is read.
+class TensorReader:
+    """Reads tensors, or parts of them, with one file open at a time: fastest in the order of the headers."""
 
-    Raises:
-      FalconError: a file is damaged.
-    """
-    for file in dict.fromkeys(header.file for header in headers.values()):
-        names = {header.stored_name: name for name, header in headers.items() if header.file == file}
-        with _open(file) as tensors:
-            for stored_name, (_, _, read) in tensors.items():
-                if stored_name in names:
-                    yield names[stored_name], read()
+    def __init__(self, headers: Mapping[str, Header]):
+        self._headers = headers
+        self._file: Path | None = None
+        self._tensors: _Tensors = {}
+        self._open = contextlib.ExitStack()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file = None
+        self._open.close()
+
+    def read(self, name: str, part: Index | None = None) -> np.ndarray:
+        """A tensor, or a part of it, of which nothing else is read; valid until the next one is read.
+
+        Raises:
+          FalconError: the file is damaged.
+        """
+        header = self._headers[name]
+        if header.file != self._file:
+            self.close()
+            self._tensors = self._open.enter_context(_open(header.file))
+            self._file = header.file
+        return self._tensors[header.stored_name][2](part)
 
 
 def write_shards(
@@ -174,7 +190,8 @@ def write_shards(
         write_json(folder / f"{_SAFETENSORS}.index.json", {"metadata": {"total_size": total}, "weight_map": index})
 
 
-_Tensors = dict[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]  # shape, dtype, read
+# By name: shape, dtype, and what reads the tensor or a part of it.
+_Tensors = dict[str, tuple[tuple[int, ...], np.dtype, Callable[[Index | None], np.ndarray]]]
 
 
 def _places(folder: Path, weights: str) -> tuple[Path, Path]:
@@ -236,7 +253,7 @@ def _open_safetensors(file: Path) -> Iterator[_Tensors]:
         for name in stored.keys():  # noqa: SIM118 - not a dict
             part = stored.get_slice(name)
             dtype = _dtype(file, name, _DTYPES.get(part.get_dtype(), part.get_dtype()))
-            tensors[name] = tuple(part.get_shape()), dtype, functools.partial(stored.get_tensor, name)
+            tensors[name] = tuple(part.get_shape()), dtype, functools.partial(_read_safetensors, stored, name)
         yield tensors
 
 
@@ -245,8 +262,17 @@ def _open_bin(file: Path) -> Iterator[_Tensors]:
     tensors: _Tensors = {}
     for name, tensor in load_torch(file).items():
         dtype = _dtype(file, name, str(tensor.dtype).removeprefix("torch."))
-        tensors[name] = tuple(tensor.shape), dtype, functools.partial(as_numpy, tensor)
+        tensors[name] = tuple(tensor.shape), dtype, functools.partial(_read_bin, tensor)
     yield tensors
+
+
+def _read_safetensors(stored: Any, name: str, part: Index | None) -> np.ndarray:
+    array: np.ndarray = stored.get_tensor(name) if part is None else stored.get_slice(name)[part]
+    return array
+
+
+def _read_bin(tensor: Any, part: Index | None) -> np.ndarray:
+    return as_numpy(tensor if part is None else tensor[part].contiguous())
 
 
 def _dtype(file: Path, name: str, dtype: str) -> np.dtype:

@@ -8,6 +8,7 @@ head in 7B and as many as query heads in RW.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
-from falcon_relu.sharding import Leaf, param_shapes
+from falcon_relu.sharding import Index, Leaf, param_shapes
 
 EMBEDDING = "transformer.word_embeddings.weight"
 HEAD = "lm_head.weight"
@@ -52,6 +53,35 @@ class HfTensor:
     def to_ours(self, x: np.ndarray) -> np.ndarray:
         """From `shape` to `our_shape`, same dtype."""
         return _transpose(x) if self.transposed else x.reshape(self.our_shape)
+
+    def part_in_file(self, index: Index) -> Index:
+        """The smallest part of the checkpoint's tensor that holds a part of ours."""
+        if self.transposed:
+            return index[::-1]
+        return tuple(_span(index[first:last], self.our_shape[first:last]) for first, last in self._axes())
+
+    def part_to_ours(self, x: np.ndarray, index: Index) -> np.ndarray:
+        """From what `part_in_file` named to our part at `index`, same dtype."""
+        if self.transposed:
+            return _transpose(x)
+        shape: list[int] = []
+        for (first, last), size in zip(self._axes(), x.shape, strict=True):
+            rest = self.our_shape[first + 1 : last]
+            shape += [size // math.prod(rest), *rest]
+        starts = {first for first, _ in self._axes()}
+        cut = tuple(slice(None) if axis in starts else part for axis, part in enumerate(index))
+        return x.reshape(shape)[cut]
+
+    def _axes(self) -> list[tuple[int, int]]:
+        """For each axis of the checkpoint's tensor, which of our axes (first, after the last) it is made of."""
+        found, first = [], 0
+        for size in self.shape:
+            last = first + 1
+            while math.prod(self.our_shape[first:last]) < size:
+                last += 1
+            found.append((first, last))
+            first = last
+        return found
 
     def to_hf(self, x: np.ndarray) -> np.ndarray:
         """From `our_shape` to `shape`, same dtype."""
@@ -115,6 +145,12 @@ def check_tensors(config: FalconConfig, found: Mapping[str, tuple[int, ...]]) ->
 def is_leftover(name: str) -> bool:
     """Whether a tensor is a buffer that old code stored and that is computed from the config."""
     return _LEFTOVER.fullmatch(name) is not None
+
+
+def _span(index: Index, sizes: tuple[int, ...]) -> slice:
+    """The range along an axis made of several that holds a part of them: as if only the first of them were cut."""
+    stride = math.prod(sizes[1:])
+    return slice(index[0].start * stride, index[0].stop * stride)
 
 
 def _transpose(x: np.ndarray) -> np.ndarray:

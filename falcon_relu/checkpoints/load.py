@@ -5,10 +5,10 @@ One tensor is in host memory at a time, beside the pages of its memory-mapped fi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from falcon_relu.checkpoints.hf_config import config_from_hf
-from falcon_relu.checkpoints.hf_files import Header, fetch_weights, locate, read_headers, read_tensors
+from falcon_relu.checkpoints.hf_files import Header, TensorReader, fetch_weights, locate, read_headers
 from falcon_relu.checkpoints.hf_layout import EMBEDDING, HEAD, HfTensor, check_tensors, hf_tensors, is_leftover
 from falcon_relu.checkpoints.native import is_native, params_reader, read_config
 from falcon_relu.config import Activation, FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import read_json
 from falcon_relu.progress import progress
-from falcon_relu.sharding import Leaf, param_shapes, param_shardings, place
+from falcon_relu.sharding import Index, Leaf, param_shapes, param_shardings, place_parts
 
 _BLOCK = 1 << 18  # numbers checked at a time, so that they stay in the cache
 _EXPONENTS: dict[np.dtype, Any] = {
@@ -47,7 +47,7 @@ def load_config(source: str | Path, *, activation: Activation | None = None) -> 
 def load_model(
     source: str | Path, *, activation: Activation | None = None, dtype: Any = jnp.float32, mesh: Mesh | None = None
 ) -> tuple[FalconConfig, Any]:
-    """Config and parameters of any checkpoint. Every process of a job calls it; each places its own shards.
+    """Config and parameters of any checkpoint. Every process of a job calls it; each reads and places its own shards.
 
     Args:
       source: folder of native weights, folder in the Hugging Face layout, or hub id `owner/name[@revision]`.
@@ -58,20 +58,39 @@ def load_model(
     Raises:
       FalconError: no such checkpoint, or it is damaged or incomplete, or its tensors do not match its config.
     """
-    config, pieces, dtypes = _open(source, activation, with_dtypes=dtype is None)
-    shapes = param_shapes(config)
-    shardings: dict[Leaf, NamedSharding] = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
+    with open_model(source, activation=activation) as stored:
+        config, shapes = stored.config, param_shapes(stored.config)
+        dtypes = stored.dtypes() if dtype is None else dict.fromkeys(shapes, dtype)
+        shardings: dict[Leaf, NamedSharding] = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
 
-    def zeros() -> dict[Leaf, jax.Array]:
-        return {leaf: jnp.zeros(shape, dtype or dtypes[leaf]) for leaf, shape in shapes.items()}
+        def zeros() -> dict[Leaf, jax.Array]:
+            return {leaf: jnp.zeros(shape, dtypes[leaf]) for leaf, shape in shapes.items()}
 
-    params = jax.jit(zeros, out_shardings=shardings or None)()
-    for tensor, array in pieces:
-        leaf, layer, sharding = tensor.leaf, tensor.layer, shardings.get(tensor.leaf)
-        part = _place(array, sharding, is_layer=layer is not None)
-        params[leaf] = _fill(sharding)(params[leaf], part, layer or 0)
-        params[leaf].block_until_ready()  # else tensors waiting for their transfer accumulate in host memory
+        params = jax.jit(zeros, out_shardings=shardings or None)()
+        for tensor in stored.tensors(f"loading {source}"):
+            leaf, layer, sharding = tensor.leaf, tensor.layer, shardings.get(tensor.leaf)
+            part = _place(tensor, functools.partial(stored.read, tensor), sharding)
+            params[leaf] = _fill(sharding)(params[leaf], part, layer or 0)
+            params[leaf].block_until_ready()  # else tensors waiting for their transfer accumulate in host memory
     return config, unflatten_dict(params)
+
+
+def layered_params(stored: StoredModel) -> Any:
+    """The tree "layers" of a model, whose leaves read one layer, as numpy, when they are indexed by its number."""
+    by_layer: dict[Leaf, dict[int, HfTensor]] = {}
+    for tensor in stored.table:
+        if tensor.layer is not None:
+            by_layer.setdefault(tensor.leaf, {})[tensor.layer] = tensor
+    return unflatten_dict({leaf: _Layers(stored, tensors) for leaf, tensors in by_layer.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    stored: StoredModel
+    tensors: Mapping[int, HfTensor]
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self.stored.read(self.tensors[layer], None)
 
 
 def stream_model(
@@ -82,20 +101,82 @@ def stream_model(
     Raises:
       FalconError: as `load_model`; some errors are raised during the iteration.
     """
-    config, pieces, _ = _open(source, activation)
-    return config, ((tensor.leaf, tensor.layer, array) for tensor, array in pieces)
+    stored = open_model(source, activation=activation)
+
+    def pieces() -> Iterator[tuple[Leaf, int | None, np.ndarray]]:
+        with stored:
+            for tensor in stored.tensors(f"loading {source}"):
+                yield tensor.leaf, tensor.layer, stored.read(tensor, None)
+
+    return stored.config, pieces()
 
 
-def _open(
-    source: str | Path, activation: Activation | None, with_dtypes: bool = False
-) -> tuple[FalconConfig, Iterator[tuple[HfTensor, np.ndarray]], dict[Leaf, np.dtype]]:
-    """The config, an iterator over the tensors and, if asked for, the stored dtype of each parameter."""
-    if not is_native(Path(source)):
-        config, headers = open_hf(source, activation)
-        dtypes = stored_dtypes(config, headers) if with_dtypes else {}
-        return config, stream_hf(config, headers, f"loading {source}"), dtypes
-    config, read, dtypes = params_reader(Path(source))
-    return _agreed(config, source, activation), _stream_native(config, read, f"loading {source}"), dtypes
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint whose parameters are read tensor by tensor, or part by part; made by `open_model`.
+
+    A context manager, which closes its files.
+
+    Attributes:
+      config: the model's.
+      table: its tensors, in the order in which they are read fastest.
+      read: (tensor, part) -> that part, or all of it for None, in the native layout; valid until the next one is read.
+        Raises FalconError where the file is damaged or a number is not finite.
+      dtypes: () -> the stored dtype of each parameter; raises FalconError where it differs from layer to layer.
+      close: closes the files.
+    """
+
+    config: FalconConfig
+    table: Sequence[HfTensor]
+    read: Callable[[HfTensor, Index | None], np.ndarray]
+    dtypes: Callable[[], dict[Leaf, np.dtype]]
+    close: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> StoredModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tensors(self, description: str) -> Iterator[HfTensor]:
+        """The tensors of `table`, with a line of progress."""
+        with progress(description, len(self.table), "tensors") as advance:
+            for tensor in self.table:
+                yield tensor
+                advance()
+
+
+def open_model(source: str | Path, *, activation: Activation | None = None) -> StoredModel:
+    """Any checkpoint, with names and shapes checked; no tensor is read yet. Arguments and errors as `load_model`."""
+    if is_native(Path(source)):
+        return _open_native(Path(source), activation)
+    config, headers = _open_hf(source, activation)
+    table, reader = hf_tensors(config), TensorReader(headers)
+    twin = {EMBEDDING: HEAD} if HEAD in headers and HEAD not in table else {}
+
+    def read(tensor: HfTensor, part: Index | None) -> np.ndarray:
+        place = None if part is None else tensor.part_in_file(part)
+        array = reader.read(tensor.name, place)
+        check_finite(tensor.name, array)
+        if tensor.name in twin and not _same_numbers(array, reader.read(twin[tensor.name], place)):
+            raise FalconError(
+                f"{HEAD} differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to false there"
+            )
+        return tensor.to_ours(array) if part is None else tensor.part_to_ours(array, part)
+
+    in_files = [table[name] for name in headers if name in table]
+    return StoredModel(config, in_files, read, lambda: _stored_dtypes(config, headers), reader.close)
+
+
+def _open_native(folder: Path, activation: Activation | None) -> StoredModel:
+    config, read_params, dtypes = params_reader(folder)
+
+    def read(tensor: HfTensor, part: Index | None) -> np.ndarray:
+        array = read_params(tensor.leaf, tensor.layer, part)
+        check_finite(parameter_name(tensor.leaf, tensor.layer), array)
+        return array
+
+    return StoredModel(_agreed(config, folder, activation), [*hf_tensors(config).values()], read, lambda: dtypes)
 
 
 def _agreed(config: FalconConfig, source: str | Path, activation: Activation | None) -> FalconConfig:
@@ -114,7 +195,7 @@ def _hf_config(folder: Path, source: str | Path, activation: Activation | None) 
     return config_from_hf(read_json(path, limit=1 << 24), activation, f"{source}: {path.name}")
 
 
-def open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconConfig, dict[str, Header]]:
+def _open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconConfig, dict[str, Header]]:
     """Config and tensor headers of a checkpoint, with names and shapes checked; no tensor is read.
 
     A tied model may store its matrix as the embedding, as the head, or both; here it is found as the embedding.
@@ -130,37 +211,12 @@ def open_hf(source: str | Path, activation: Activation | None) -> tuple[FalconCo
     return config, {name: header for name, header in headers.items() if not is_leftover(name)}
 
 
-def stream_hf(
-    config: FalconConfig, headers: dict[str, Header], description: str
-) -> Iterator[tuple[HfTensor, np.ndarray]]:
-    """Each tensor of a checkpoint in the native layout, in the order of the files.
-
-    Raises:
-      FalconError: a number is not finite, or the checkpoint of a tied model has a head that is not the embedding.
-    """
-    table = hf_tensors(config)
-    twins = {EMBEDDING, HEAD} if HEAD in headers and HEAD not in table else set()
-    digests = set()
-    with progress(description, len(headers), "tensors") as advance:
-        for name, array in read_tensors(headers):
-            check_finite(name, array)
-            if name in twins:
-                digests.add(_digest_of_numbers(array))
-            if name in table:
-                yield table[name], table[name].to_ours(array)
-            advance()
-    if len(digests) > 1:
-        raise FalconError(
-            f"{HEAD} differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to false there"
-        )
-
-
-def _digest_of_numbers(array: np.ndarray) -> bytes:
-    """A digest of the values as float32: the same for equal numbers in different dtypes."""
-    digest = hashlib.sha256()
-    for rows in np.array_split(array, max(1, array.nbytes >> 24)):
-        digest.update(np.ascontiguousarray(rows, np.float32).view(np.uint8).data)
-    return digest.digest()
+def _same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays hold equal numbers, in whatever dtypes."""
+    return all(
+        np.array_equal(a.astype(np.float32), b.astype(np.float32))
+        for a, b in zip(*(np.array_split(x, max(1, x.nbytes >> 24)) for x in (one, other)), strict=True)
+    )
 
 
 def parameter_name(leaf: Leaf, layer: int | None) -> str:
@@ -184,20 +240,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
         raise FalconError(f"{name} holds NaN or infinity: it comes from a run that diverged, or is damaged")
 
 
-def _stream_native(
-    config: FalconConfig, read: Callable[[Leaf, int | None], np.ndarray], description: str
-) -> Iterator[tuple[HfTensor, np.ndarray]]:
-    """Each tensor of native weights, in the order of the table."""
-    table = hf_tensors(config)
-    with progress(description, len(table), "tensors") as advance:
-        for tensor in table.values():
-            array = read(tensor.leaf, tensor.layer)
-            check_finite(parameter_name(tensor.leaf, tensor.layer), array)
-            yield tensor, array
-            advance()
-
-
-def stored_dtypes(config: FalconConfig, headers: Mapping[str, Header]) -> dict[Leaf, np.dtype]:
+def _stored_dtypes(config: FalconConfig, headers: Mapping[str, Header]) -> dict[Leaf, np.dtype]:
     """The dtype of each parameter in a checkpoint.
 
     Raises:
@@ -210,12 +253,12 @@ def stored_dtypes(config: FalconConfig, headers: Mapping[str, Header]) -> dict[L
     return dtypes
 
 
-def _place(array: np.ndarray, sharding: NamedSharding | None, is_layer: bool) -> jax.Array:
+def _place(tensor: HfTensor, read: Callable[[Index | None], np.ndarray], sharding: NamedSharding | None) -> jax.Array:
     """A parameter, or a layer of one, on the parameter's devices; on the default device without a sharding."""
     if sharding is None:
-        return jnp.asarray(array)
-    own = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if is_layer else sharding
-    return place(array, own)
+        return jnp.asarray(read(None))
+    spec = sharding.spec if tensor.layer is None else sharding.spec[1:]
+    return place_parts(tensor.our_shape, NamedSharding(sharding.mesh, PartitionSpec(*spec)), read)
 
 
 @functools.cache

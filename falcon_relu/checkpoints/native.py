@@ -23,20 +23,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from falcon_relu.checkpoints.chunks import DTYPES, METADATA, Chunks
-from falcon_relu.checkpoints.digests import Digests, bytes_digest, check_digest, digest
+from falcon_relu.checkpoints.digests import Digests, bytes_digest, digest, read_checked
 from falcon_relu.checkpoints.schema import parse, read_sealed, write_sealed
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import aside_path, real_path, write_aside
-from falcon_relu.sharding import Leaf, param_shapes
+from falcon_relu.model import largest_divisor
+from falcon_relu.sharding import Index, Leaf, param_shapes
 
-Read = Callable[[Leaf, int | None], np.ndarray]
+Read = Callable[..., np.ndarray]  # (leaf, layer or None, part or None), see `params_reader`
 
 _FORMAT = 2
 _MANIFEST = "falcon.json"
 _PARAMS = "params"
 _ADVICE = "convert or save the weights again, or copy them anew"
-_CHUNK_BYTES = 256 * 2**20  # what reading one layer of a stacked parameter reads at most beyond that layer
+_CHUNK_BYTES = 32 * 2**20  # of a file, uncompressed, at most: what a device reads beyond its own part
 _READERS = 8
 
 
@@ -117,11 +118,12 @@ def params_writer(
     with write_aside(path, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes) as aside:
         # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
         _save(aside, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
+        chunks = {leaf: _chunk(leaf, shape, np.dtype(dtypes[leaf]).itemsize) for leaf, shape in shapes.items()}
         stores = {
             leaf: ts.open(
                 _spec(aside, leaf)
                 | {
-                    "metadata": {"compressor": None, "chunks": [1, *shape[1:]] if leaf[0] == "layers" else shape},
+                    "metadata": {"compressor": None, "chunks": chunks[leaf]},
                     "store_data_equal_to_fill_value": True,
                 },
                 shape=shape,
@@ -138,18 +140,24 @@ def params_writer(
         def write(leaf: Leaf, layer: int | None, array: np.ndarray) -> None:
             store = stores[leaf] if layer is None else stores[leaf][layer]
             store.write(array, can_reference_source_data_indefinitely=True).result()
-            index = [0] * len(shapes[leaf])
-            index[0] = layer or 0  # a file holds one layer, uncompressed: its checksum is the array's
-            digests[_name(leaf)][".".join(map(str, index))] = bytes_digest(array)
+            axis = int(layer is not None)
+            rows = chunks[leaf][axis]
+            for first in range(0, len(array), rows):  # files are not compressed: each has the checksum of its rows
+                index = [0] * len(shapes[leaf])
+                index[0] = layer or 0
+                index[axis] = first // rows
+                digests[_name(leaf)][".".join(map(str, index))] = bytes_digest(array[first : first + rows])
 
         yield write
         _write_manifest(aside, config, digests)
 
 
 def params_reader(path: Path) -> tuple[FalconConfig, Read, dict[Leaf, np.dtype]]:
-    """Config, `read(leaf, layer)`, which reads one layer of a stacked parameter or a whole other one, and the dtypes.
+    """Config, a function that reads parameters, and their dtypes.
 
-    Every file is held against its checksum when it is first read.
+    `read(leaf, layer, part)` gives one layer of a stacked parameter or a whole other one (layer None), or a part of
+    that. It reads the files that hold some of it, each once if the parts of a layer are asked for one after the other,
+    and holds them against their checksums.
 
     Raises:
       FalconError: the folder is not whole or not of the config's shapes; or, on reading, it is damaged.
@@ -159,33 +167,65 @@ def params_reader(path: Path) -> tuple[FalconConfig, Read, dict[Leaf, np.dtype]]
     shapes = param_shapes(manifest.config)
     if wrong := sorted(manifest.arrays.keys() ^ {_name(leaf) for leaf in shapes}):
         raise FalconError(f"{path / _MANIFEST} and its config contradict each other about {wrong[0]}")
-    chunks: dict[Leaf, Chunks] = {}
+    arrays: dict[Leaf, _Array] = {}
     for leaf, shape in shapes.items():
         folder, digests = path / _PARAMS / _name(leaf), manifest.arrays[_name(leaf)]
         if METADATA not in digests:
             raise FalconError(f"{path / _MANIFEST} has no checksum of {_name(leaf)}/{METADATA}")
-        check_digest(folder / METADATA, digests[METADATA], _ADVICE)
-        chunks[leaf] = Chunks.open(folder, shape)
-        chunks[leaf].check_listed(digests)
-    spec = {"open": True, "fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
-    try:
-        stores = {leaf: ts.open(_spec(path, leaf) | spec).result() for leaf in shapes}
-    except ValueError as error:
-        raise FalconError(f"{path} is not whole: {str(error).split(' [')[0]}") from error
-    checked: set[Path] = set()
+        metadata = read_checked(folder / METADATA, digests[METADATA], _ADVICE)
+        chunks = Chunks.open(folder, shape)
+        chunks.check_listed(digests)
+        arrays[leaf] = _Array(chunks, digests, metadata)
 
-    def read(leaf: Leaf, layer: int | None) -> np.ndarray:
-        folder, digests = chunks[leaf].folder, manifest.arrays[_name(leaf)]
-        new = [folder / name for name in chunks[leaf].names(layer) if folder / name not in checked]
+    latest: list[_Array] = []
+
+    def read(leaf: Leaf, layer: int | None, part: Index | None = None) -> np.ndarray:
+        if latest and latest[-1] is not arrays[leaf]:
+            latest.pop().release()
+        latest[:] = [arrays[leaf]]
+        part = part or tuple(slice(0, size) for size in shapes[leaf][layer is not None :])
+        return arrays[leaf].read(part) if layer is None else arrays[leaf].read((slice(layer, layer + 1), *part))[0]
+
+    return manifest.config, read, {leaf: array.chunks.dtype for leaf, array in arrays.items()}
+
+
+class _Array:
+    """A stored array. Its files are read into memory, checked there, and decoded by TensorStore from there."""
+
+    def __init__(self, chunks: Chunks, digests: Digests, metadata: bytes):
+        self.chunks, self._digests, self._metadata = chunks, digests, metadata
+        self._store: Any = None
+        self._files: Any = None
+        self._held: set[str] = set()
+
+    def read(self, part: Index) -> np.ndarray:
+        """A part; the files that it needs stay in memory until another part does not need them."""
+        if self._store is None:
+            context, spec = ts.Context(), {"driver": "memory", "path": "array/"}
+            self._files = ts.KvStore.open(spec, context=context).result()
+            self._files.write(METADATA, self._metadata).result()
+            options: Any = {"driver": "zarr", "kvstore": spec, "open": True, "fill_missing_data_reads": False}
+            self._store = ts.open(options, context=context).result()
+        names = set(self.chunks.names(part))
+        for name in self._held - names:
+            self._files.delete_range(ts.KvStore.KeyRange(name, name + "\0")).result()
+        self._held &= names
         with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(lambda file: check_digest(file, digests[file.name], _ADVICE), new))
-        checked.update(new)
+            list(pool.map(self._fetch, sorted(names - self._held)))
         try:
-            return (stores[leaf] if layer is None else stores[leaf][layer]).read().result()
+            found: np.ndarray = self._store[part].read().result()
         except ValueError as error:
-            raise FalconError(f"{path} is damaged at {_name(leaf)}: {str(error).split(' [')[0]}") from error
+            raise FalconError(f"{self.chunks.folder} is damaged: {str(error).split(' [')[0]}") from error
+        return found
 
-    return manifest.config, read, {leaf: part.dtype for leaf, part in chunks.items()}
+    def release(self) -> None:
+        """Frees what `read` holds."""
+        self._store = self._files = None
+        self._held.clear()
+
+    def _fetch(self, name: str) -> None:
+        self._files.write(name, read_checked(self.chunks.folder / name, self._digests[name], _ADVICE)).result()
+        self._held.add(name)
 
 
 def _read_manifest(path: Path) -> _Manifest:
@@ -233,6 +273,14 @@ def _save(folder: Path, params: Any) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """Not Orbax's warning that there is no OCDBT, which we have asked for."""
     return "Skipping merge of OCDBT" not in record.msg
+
+
+def _chunk(leaf: Leaf, shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """The shape of what `params_writer` puts into a file: rows of one layer, or of a parameter without layers."""
+    *one, rows = (1, shape[1]) if leaf[0] == "layers" else (shape[0],)
+    rest = shape[len(one) + 1 :]
+    fitting = max(_CHUNK_BYTES // (math.prod(rest) * itemsize), 1)
+    return [*one, largest_divisor(rows, fitting), *rest]
 
 
 def _name(leaf: Leaf) -> str:

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
-from falcon_relu.checkpoints.load import load_config, load_model
+from falcon_relu.checkpoints.load import layered_params, load_config, load_model, open_model
 from falcon_relu.cli.devices import Devices, Dtype, on_devices, stored_as
 from falcon_relu.cli.outputs import Made, Output
+from falcon_relu.cli.prepare import parse_shard
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation, FalconConfig
-from falcon_relu.errors import check_number
+from falcon_relu.errors import FalconError, check_number
 from falcon_relu.model import Params
 from falcon_relu.progress import progress
 from falcon_relu.sharding import check_shared
@@ -28,6 +29,7 @@ from infer.predictor.predictor import (
     PredictorInput,
     export_powerinfer,
     import_powerinfer,
+    join_predictors,
     load_predictor,
     save_predictor,
 )
@@ -92,10 +94,26 @@ class Fit(_Step):
     """R of every layer; if not given, each layer takes the one at which a token reads least."""
     rank_energy: float = 0.99
     """Share of the squared contributions to be covered when ranks are compared."""
+    shard: str = "0/1"
+    """i/n: fit only the i-th of n ranges of layers, counted from 0, as one job of an array; `join` takes the parts."""
     how: Annotated[FitConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
         check_number("--rank-energy", self.rank_energy, above=0, high=1)
+
+    def written(self) -> list[Made]:
+        """What is written besides `json`."""
+        return [Made(self.out)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Join(_Step):
+    """Put the parts that the jobs of an array fitted together."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """Predictor file to make."""
+    parts: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Files of fit with --shard, in any order."""
 
     def written(self) -> list[Made]:
         """What is written besides `json`."""
@@ -182,7 +200,7 @@ class Args:
     """Predictors of which neurons fire: record, fit, calibrate; exchange them with PowerInfer."""
 
     step: Annotated[
-        tyro.conf.OmitSubcommandPrefixes[Record | Fit | Calibrate | Import | Export], tyro.conf.arg(name="")
+        tyro.conf.OmitSubcommandPrefixes[Record | Fit | Join | Calibrate | Import | Export], tyro.conf.arg(name="")
     ]
     """What to do; in the order of the list."""
 
@@ -201,6 +219,11 @@ def run(args: Args) -> None:
                 report(_record(step, mesh) if isinstance(step, Record) else _calibrate(step, mesh), step)
         case Fit():
             report(_fit(step), step)
+        case Join():
+            config = load_config(step.model, activation=step.activation)
+            predictor = join_predictors(step.parts, config)
+            save_predictor(predictor, step.out, replace=step.overwrite)
+            report(_sizes(predictor, config), step)
         case Import():
             config = load_config(step.model, activation=step.activation)
             predictor = import_powerinfer(step.source, config)
@@ -250,32 +273,36 @@ def _firing(recording: Recording, i: int) -> dict[str, Any]:
 
 
 def _fit(step: Fit) -> dict[str, Any]:
+    index, count = parse_shard(step.shard)
     recording = open_recording(step.recording)
-    recording.check(load_config(step.model, activation=step.activation))
-    if step.rank is not None:
-        check_rank(step.rank, recording.d_model)
-    config, params = load_model(step.model, activation=step.activation, dtype=None)
-    tried: list[dict[str, Any]] = []
-    if step.rank is None:
-        tried = _sweep(step, recording, config, params)
-    ranks = [
-        step.rank
-        if step.rank is not None
-        else next(row["rank"] for row in tried if row["layer"] == i and row["chosen"])
-        for i in range(config.n_layers)
-    ]
-    predictor = fit_predictor(recording, config, params, ranks, step.how)
-    save_predictor(predictor, step.out, replace=step.overwrite)
-    tables = {"ranks tried": tried, "held out, as many read as fire": _rows(predictor, config)}
+    with open_model(step.model, activation=step.activation) as stored:  # only the layers that are fitted are read
+        config, params = stored.config, layered_params(stored)
+        recording.check(config)
+        if step.rank is not None:
+            check_rank(step.rank, recording.d_model)
+        if not 0 <= index < count <= config.n_layers:
+            raise FalconError(f"--shard {step.shard}: i/n with i below n, and n at most the {config.n_layers} layers")
+        layers = range(config.n_layers * index // count, config.n_layers * (index + 1) // count)
+        tried: list[dict[str, Any]] = []
+        if step.rank is None:
+            tried = _sweep(step, recording, config, params, layers)
+        chosen = {row["layer"]: row["rank"] for row in tried if row["chosen"]}
+        ranks = [step.rank if step.rank is not None else chosen[i] for i in layers]
+        predictor = fit_predictor(recording, config, params, ranks, step.how, first_layer=layers.start)
+    first = layers.start if count > 1 else None
+    save_predictor(predictor, step.out, replace=step.overwrite, first_layer=first)
+    tables = {"ranks tried": tried, "held out, as many read as fire": _rows(predictor, config, layers.start)}
     return _sizes(predictor, config) | {name: table for name, table in tables.items() if table}
 
 
-def _sweep(step: Fit, recording: Recording, config: FalconConfig, params: Params) -> list[dict[str, Any]]:
+def _sweep(
+    step: Fit, recording: Recording, config: FalconConfig, params: Params, layers: range
+) -> list[dict[str, Any]]:
     """A row a layer and rank: D / 16 to D / 2, and what a token would read."""
     candidates = sorted({max(config.d_model // part // 2 * 2, 2) for part in (16, 8, 4, 2)})
     rows = []
-    with progress("choose ranks", config.n_layers, "layers") as advance:
-        for i in range(config.n_layers):
+    with progress("choose ranks", len(layers), "layers") as advance:
+        for i in layers:
             up_FxD = up_rows(config, params, i, recording.input)
             rank, tried = choose_rank(recording, i, up_FxD, candidates, energy=step.rank_energy, how=step.how)
             rows += [
@@ -341,7 +368,7 @@ def _sizes(predictor: Predictor, config: FalconConfig) -> dict[str, Any]:
     }
 
 
-def _rows(predictor: Predictor, config: FalconConfig) -> list[dict[str, Any]]:
+def _rows(predictor: Predictor, config: FalconConfig, first_layer: int = 0) -> list[dict[str, Any]]:
     """A row a layer: shares of the neurons that fire and are read; recall, energy, and those of the untrained SVD."""
     columns = zip(predictor.ranks, predictor.thresholds, predictor.budgets, predictor.measured, strict=True)
     names = {"recall": "recall", "precision": "precision", "energy": "energy"}
@@ -350,5 +377,5 @@ def _rows(predictor: Predictor, config: FalconConfig) -> list[dict[str, Any]]:
         {"layer": i, "rank": rank, "threshold": threshold, "budget": budget}
         | {"fired": found["fired"] / config.d_ff, "read": found["read"] / config.d_ff}
         | {name: found[key] for key, name in names.items() if key in found}
-        for i, (rank, threshold, budget, found) in enumerate(columns)
+        for i, (rank, threshold, budget, found) in enumerate(columns, first_layer)
     ]

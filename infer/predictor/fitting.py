@@ -64,7 +64,13 @@ class FitConfig:
 
 
 def fit_predictor(
-    recording: Recording, config: FalconConfig, params: Params, ranks: Sequence[int], how: FitConfig | None = None
+    recording: Recording,
+    config: FalconConfig,
+    params: Params,
+    ranks: Sequence[int],
+    how: FitConfig | None = None,
+    *,
+    first_layer: int = 0,
 ) -> Predictor:
     """Fits the predictors of all layers, in bfloat16, with thresholds at which as many neurons are read as fire.
 
@@ -74,9 +80,10 @@ def fit_predictor(
     Args:
       recording: recorded activations of the model.
       config: the model.
-      params: its parameters; `linear_start` is computed from them.
-      ranks: R of each layer, even.
+      params: its parameters, or `layered_params`; `linear_start` is computed from them.
+      ranks: R of each layer, even; of fewer layers than the model has, for a part of a predictor.
       how: settings.
+      first_layer: the layer of the first rank.
 
     Raises:
       FalconError: the recording is not of this model or too short, or a layer of it never fires.
@@ -86,8 +93,8 @@ def fit_predictor(
     for R in ranks:
         check_rank(R, config.d_model)
     layers, thresholds, measured = [], [], []
-    with progress("fit predictors", config.n_layers * how.epochs, "epochs") as advance:
-        for i, R in enumerate(ranks):
+    with progress("fit predictors", len(ranks) * how.epochs, "epochs") as advance:
+        for i, R in enumerate(ranks, first_layer):
             up_FxD = up_rows(config, params, i, recording.input)
             fitted = fit_layer(recording, i, up_FxD, R, how, functools.partial(advance, note=f"layer {i}"))
             layers.append(jax.tree.map(lambda w: w.astype(jnp.bfloat16), fitted))
@@ -155,11 +162,11 @@ def up_rows(config: FalconConfig, params: Params, i: int, input: PredictorInput)
     Before the LayerNorm that is W_up with the norm's scale and centring folded in.
     """
     layers = params["layers"]
-    up_FxD = layers["mlp"]["up"][i].astype(jnp.float32)
+    up_FxD = jnp.asarray(layers["mlp"]["up"][i], jnp.float32)
     if input == "mlp_input":
         return up_FxD
     norm = "attention_norm" if config.block == "parallel" else "mlp_norm"
-    up_FxD = up_FxD * layers[norm]["scale"][i].astype(jnp.float32)[None]
+    up_FxD = up_FxD * jnp.asarray(layers[norm]["scale"][i], jnp.float32)[None]
     return up_FxD - up_FxD.mean(1, keepdims=True)
 
 

@@ -8,6 +8,7 @@ with the highest logits.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,10 @@ _ADVICE = "copy or fit it again"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Metadata:
-    """Schema of a predictor file's metadata: the fields of Predictor without its maps, and the CRC-32 of every map."""
+    """Schema of a predictor file's metadata: the fields of Predictor without its maps, and the CRC-32 of every map.
+
+    `first_layer` is that of a file which holds some layers of a model only; None for a whole predictor.
+    """
 
     version: Literal[2]
     input: PredictorInput
@@ -49,6 +53,7 @@ class _Metadata:
     budgets: tuple[int, ...]
     measured: tuple[dict[str, float], ...]
     crc32: dict[str, int]
+    first_layer: int | None = None
 
 
 @struct.dataclass
@@ -134,13 +139,20 @@ def stack(layers: Sequence[LayerPredictor]) -> LayerPredictor:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(widen, layers))
 
 
-def save_predictor(predictor: Predictor, path: Path, *, replace: bool = False) -> None:
+def save_predictor(predictor: Predictor, path: Path, *, replace: bool = False, first_layer: int | None = None) -> None:
     """Writes one safetensors file: `layers.{i}.fc1.weight` [R, D], `layers.{i}.fc2.weight` [F, R], metadata.
+
+    Args:
+      predictor: what to write.
+      path: the file.
+      replace: whether an existing file may be replaced.
+      first_layer: of a part of a predictor, which `join_predictors` puts together with the others.
 
     Raises:
       FalconError: the file exists and may not be replaced.
     """
-    tensors = {name: tensor for i, layer in enumerate(predictor.layers) for name, tensor in _named(i, layer).items()}
+    layers = enumerate(predictor.layers, first_layer or 0)
+    tensors = {name: tensor for i, layer in layers for name, tensor in _named(i, layer).items()}
     metadata = {
         "version": _VERSION,
         "input": predictor.input,
@@ -149,6 +161,8 @@ def save_predictor(predictor: Predictor, path: Path, *, replace: bool = False) -
         "measured": [dict(metrics) for metrics in predictor.measured],
         "crc32": {name: bytes_digest(np.asarray(tensor))[1] for name, tensor in tensors.items()},
     }
+    if first_layer is not None:
+        metadata["first_layer"] = first_layer
     parse(_Metadata, metadata, "the predictor")
     with write_aside(path, replace=replace) as aside:
         save_file(tensors, aside, {_METADATA: json.dumps(seal(metadata))})
@@ -158,8 +172,41 @@ def load_predictor(path: Path, config: FalconConfig) -> Predictor:
     """Reads a predictor and checks that it is undamaged and fits the model.
 
     Raises:
-      FalconError: no such file, not a predictor, damaged, or made for another model; the message says which.
+      FalconError: no such file, not a predictor, a part of one, damaged, or made for another model; the message says
+        which.
     """
+    predictor, layers, is_part = _read(path, config)
+    if is_part:
+        raise FalconError(
+            f"{path} is a part of a predictor, layers {layers.start} to {layers.stop - 1} of {config.n_layers}: put "
+            "all parts together with falcon-relu predictor join"
+        )
+    return _checked(predictor, config, path)
+
+
+def join_predictors(paths: Sequence[Path], config: FalconConfig) -> Predictor:
+    """One predictor from files that hold some layers each, in any order.
+
+    Raises:
+      FalconError: as `load_predictor`, or a layer is missing or twice there, or the parts take different inputs.
+    """
+    parts = sorted((_read(path, config)[:2] for path in paths), key=lambda part: part[1].start)
+    held = [i for _, layers in parts for i in layers]
+    if held != [*range(config.n_layers)]:
+        wrong = next((i for i in range(config.n_layers) if held.count(i) != 1), 0)
+        raise FalconError(
+            f"the parts hold layer {wrong} {held.count(wrong)} times: give each part once, and all of them"
+        )
+    if len({part.input for part, _ in parts}) > 1:
+        raise FalconError("the parts were fitted to recordings of different inputs: fit all to one recording")
+    first, joined = parts[0][0], {}
+    for name in ("layers", "thresholds", "budgets", "measured"):
+        joined[name] = tuple(itertools.chain.from_iterable(getattr(part, name) for part, _ in parts))
+    return _checked(first.replace(**joined), config, paths[0])
+
+
+def _read(path: Path, config: FalconConfig) -> tuple[Predictor, range, bool]:
+    """What a predictor file holds: the predictor, its layers, and whether they are said to be a part of the model's."""
     try:
         with safe_open(regular_file(path), framework="flax") as file:
             text = (file.metadata() or {}).get(_METADATA)
@@ -175,10 +222,17 @@ def load_predictor(path: Path, config: FalconConfig) -> Predictor:
     except (ValueError, RecursionError):
         raise FalconError(f"{path} is damaged: its metadata are not JSON; {_ADVICE}") from None
     metadata = parse(_Metadata, unseal(stored, path, _ADVICE, version=("version", _VERSION)), path)
+    held, L = range(config.n_layers), config.n_layers
+    if (first := metadata.first_layer) is not None:
+        held = range(first, first + len(metadata.thresholds))
+        if not 0 <= held.start < held.stop <= L:
+            raise FalconError(f"{path} holds layers {held.start} to {held.stop - 1}, but the model has only {L} layers")
 
-    layers = tuple(_layer(tensors, f"layers.{i}.", config, path) for i in range(config.n_layers))
-    if unknown := sorted(tensors.keys() - {name for i, layer in enumerate(layers) for name in _named(i, layer)}):
-        raise FalconError(f"{path} holds {unknown[0][:80]!r}, but the model has only {config.n_layers} layers")
+    layers = tuple(_layer(tensors, f"layers.{i}.", config, path) for i in held)
+    if unknown := sorted(
+        tensors.keys() - {name for i, layer in zip(held, layers, strict=True) for name in _named(i, layer)}
+    ):
+        raise FalconError(f"{path} holds {unknown[0][:80]!r}, but the model has only {L} layers")
     for name, tensor in tensors.items():
         if metadata.crc32.get(name) != bytes_digest(np.asarray(tensor))[1]:
             raise FalconError(f"{path} is damaged: the checksum of {name} does not match; {_ADVICE}")
@@ -189,7 +243,7 @@ def load_predictor(path: Path, config: FalconConfig) -> Predictor:
         budgets=metadata.budgets,
         measured=metadata.measured,
     )
-    return _checked(predictor, config, path)
+    return predictor, held, first is not None
 
 
 def import_powerinfer(folder: Path, config: FalconConfig) -> Predictor:

@@ -88,6 +88,22 @@ def test_fitting_sweeps_the_ranks_and_tells_the_baseline(fitted):
         assert row["read"] <= row["fired"]
 
 
+def test_the_parts_that_jobs_of_an_array_fit_make_one_predictor(home, fitted, tmp_path, capsys):
+    model, how = home / "model", ["--rank", 4, "--epochs", 1, "--batch", 64]
+    whole, joined, parts = tmp_path / "whole", tmp_path / "joined", [tmp_path / "0", tmp_path / "1"]
+    figures(home, "predictor", "fit", model, home / "recording", whole, *how)
+    for i in (1, 0):
+        found = figures(home, "predictor", "fit", model, home / "recording", parts[i], *how, "--shard", f"{i}/2")
+        assert [row["layer"] for row in found["held out, as many read as fire"]] == [i]
+    capsys.readouterr()
+    assert main(["predictor", "join", *map(str, (model, joined, parts[0], parts[0]))]) == 1
+    assert "layer 0 2 times" in capsys.readouterr().err
+    assert main(["held-out", str(model), str(home / "tokens"), "--predictor", str(parts[1])]) == 1
+    assert "layers 1 to 1 of 2: put all parts together" in capsys.readouterr().err
+    figures(home, "predictor", "join", model, joined, parts[1], parts[0])
+    assert joined.read_bytes() == whole.read_bytes()
+
+
 def test_calibration_meets_each_kind_of_target_and_draws_the_curve(home, fitted):
     arguments = ["predictor", "calibrate", home / "model", home / "recording", home / "predictor.safetensors"]
 

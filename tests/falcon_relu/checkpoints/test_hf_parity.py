@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from falcon_relu.checkpoints.convert import export_hf, import_hf
-from falcon_relu.checkpoints.hf_files import read_headers, read_tensors
+from falcon_relu.checkpoints.hf_files import TensorReader, read_headers
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.config import family
 from falcon_relu.generation import Sampling, generate
@@ -122,7 +122,7 @@ def test_transformers_too_takes_one_file_before_the_shards_beside_it(tmp_path):
     arrays = hf_arrays()
     write_hf(shards, arrays)
     theirs = transformers.FalconForCausalLM.from_pretrained(shards).state_dict()
-    ours = dict(read_tensors(read_headers(shards)))
+    ours = TensorReader(read_headers(shards))
     for name, array in arrays.items():
-        np.testing.assert_array_equal(ours[name], array)
+        np.testing.assert_array_equal(ours.read(name), array)
         np.testing.assert_array_equal(theirs[name].numpy(), array)

@@ -22,6 +22,7 @@ import pytest
 from huggingface_hub import constants as hub_constants
 from safetensors.numpy import load_file, save_file
 
+from falcon_relu.checkpoints import native
 from falcon_relu.checkpoints.convert import export_hf, import_hf
 from falcon_relu.checkpoints.digests import digest
 from falcon_relu.checkpoints.hf_config import config_to_hf
@@ -88,7 +89,7 @@ def test_saved_parameters_come_back_on_any_mesh(name, tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["plain", "sharded"]
 
 
-def test_a_checkpoint_streams_onto_a_mesh_and_to_disk_alike(tiny_name, tmp_path):
+def test_a_checkpoint_streams_onto_a_mesh_and_to_disk_alike(tiny_name, tmp_path, monkeypatch):
     config, params = hf_folder(tmp_path / "hf", tiny_name, max_shard_bytes=100_000)
     mesh = make_mesh((1, 4, 2))
     loaded_config, loaded = load_model(tmp_path / "hf", mesh=mesh)
@@ -96,8 +97,11 @@ def test_a_checkpoint_streams_onto_a_mesh_and_to_disk_alike(tiny_name, tmp_path)
     assert_equal(loaded, params)
     assert jax.tree.map(lambda x: x.sharding, loaded) == param_shardings(config, mesh)
 
+    monkeypatch.setattr(native, "_CHUNK_BYTES", 5000)  # several files a layer
     import_hf(tmp_path / "hf", tmp_path / "native")
-    assert_equal(load_model(tmp_path / "native")[1], params)
+    assert len(list((tmp_path / "native" / "params" / "layers.mlp.up").glob("0.*"))) > 1
+    for target in (None, mesh):
+        assert_equal(load_model(tmp_path / "native", mesh=target)[1], params)
     with ocp.StandardCheckpointer() as plain_orbax:
         assert_equal(plain_orbax.restore(tmp_path / "native" / "params"), params)
     assert_equal(ocp_v1.load(tmp_path / "native" / "params"), params)
@@ -421,10 +425,27 @@ from falcon_relu.checkpoints.digests import digest
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.checkpoints.native import save_params
 from falcon_relu.sharding import make_mesh
+from falcon_relu.checkpoints import hf_files, native
 mesh = make_mesh((1, 2, 2))
+nbytes, files = [], []
+read_part, read_file = hf_files.TensorReader.read, native.read_checked
+def noted_part(self, name, part=None):
+    nbytes.append(read_part(self, name, part).nbytes)
+    return read_part(self, name, part)
+def noted_file(path, *more):
+    files.append(path)
+    return read_file(path, *more)
+hf_files.TensorReader.read, native.read_checked = noted_part, noted_file
 config, params = load_model(folder / "hf", mesh=mesh)
+whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+assert sum(nbytes) < 0.51 * whole, (sum(nbytes), whole)  # the half of each matrix, and the norms
 save_params(folder / "native", config, params)
 _, again = load_model(folder / "native", mesh=mesh)
+chunks = [path for path in files if path.name[0] != "."]
+stored = [path for path in (folder / "native" / "params").glob("*.*/[0-9]*")]
+size = lambda paths: sum(path.stat().st_size for path in paths)
+assert len(chunks) == len(set(chunks)) < len(stored), (len(chunks), len(stored))  # each once
+assert size(chunks) < 0.53 * size(stored), (size(chunks), size(stored))
 for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
     assert one.sharding == other.sharding
     for mine, same in zip(one.addressable_shards, other.addressable_shards, strict=True):
