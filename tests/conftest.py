@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.model import Falcon, Params
@@ -29,6 +30,10 @@ for option, value in (("jax_compilation_cache_dir", str(COMPILED)), ("jax_persis
     if option.upper() not in os.environ:
         os.environ[option.upper()] = str(value)
         jax.config.update(option, value)
+
+# No test fails because the machine is slow.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 TINY = ("tiny-40b", "tiny-7b", "tiny-11b", "tiny-rw")
 

@@ -58,8 +58,8 @@ LICENCES: Mapping[str, Licence] = {
 _LIMITATIONS = """\
 - What the base model's card says of its data, languages, stereotypes and mistakes holds here, too; none of it was
   measured again.
-- The MLPs' activation is not GELU. A program that loads the weights as GELU in silence gives nonsense: `config.json`
-  says `"activation": "{activation}"`, and a loader must obey it.
+- The MLPs' activation is the one that `config.json` states under `"activation"`{activation}. A program that ignores it
+  and computes GELU gives nonsense without an error.
 - Sparse decoding reads only the neurons that a predictor chooses. It is an approximation, whose cost is in the tables
   above where it was measured; exact decoding is not.
 - Assess risks and set up guardrails before any use that people depend on."""
@@ -94,7 +94,7 @@ def render(facts: Mapping[str, Any]) -> str:
         "## Speed\n",
         _speeds(f.speeds),
         "## Limitations\n",
-        _LIMITATIONS.format(activation=training.activation or "relu") + "\n",
+        _LIMITATIONS.format(activation=f" ({training.activation})" if training.activation else "") + "\n",
         "## Licence\n",
         f"{licence.text if licence else 'Licence of the base model: *not stated*.'}\n",
     ]

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -63,7 +63,6 @@ def _bytes_or_tokens(size):
 
 
 @pytest.mark.parametrize("name", ["small", "byte_fallback"])
-@settings(deadline=None)
 @given(data=st.data())
 def test_streamed_text_is_the_decoded_text(name, request, data):
     tokenizer = request.getfixturevalue(name)
@@ -84,7 +83,6 @@ def test_text_is_streamed_as_soon_as_it_is_certain(small, byte_fallback):
         assert sum(map(bool, pieces)) > 3
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_round_trip_and_no_half_characters(small, text):
     ids = small.encode(text)

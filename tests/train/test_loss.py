@@ -45,7 +45,7 @@ def _plain(config, hidden, head, targets, mask, teacher):
     return jnp.sum(loss * mask), {name: jnp.sum(value * mask) for name, value in metrics.items()}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     chunk=st.sampled_from([1, 3, 5, 12, 100]),
     lm=st.sampled_from([0.0, 1.0, 0.3]),
@@ -115,7 +115,7 @@ def test_a_cache_of_the_whole_vocabulary_gives_the_online_loss(temperature):
         assert np.linalg.norm(mine - theirs) <= 1e-2 * np.linalg.norm(theirs)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(k=st.integers(1, V - 1), temperature=st.sampled_from([1.0, 2.0, 0.7]), seed=st.integers(0, 1000))
 def test_a_cached_teacher_is_distilled_over_its_top_k_and_the_rest(k, temperature, seed):
     config = LossConfig(lm_weight=0.5, kd_weight=2.0, temperature=temperature, chunk=4)

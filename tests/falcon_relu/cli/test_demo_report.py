@@ -344,7 +344,7 @@ def test_what_differs_from_dense_is_marked():
     assert "<h4>sparse</h4><p>a qu<mark>iet day</mark></p>" in sample
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.text(), st.text(), st.text())
 def test_samples_come_back_as_they_were(prompt, dense, sparse):
     page = render({"samples": [{"prompt": prompt, "teacher": dense, "dense": dense, "exact": dense, "sparse": sparse}]})

@@ -82,7 +82,7 @@ def test_rows_score_alike_on_a_mesh():
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=20), st.integers(40, 70))
 def test_plan_holds_every_request_once_whole_and_unscored_in_its_prefix(pairs, context):
     requests = [Request([1] * 30 + before, after) for before, after in pairs]

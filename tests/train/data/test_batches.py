@@ -101,7 +101,7 @@ def test_sources_are_mixed_by_weight(config, folder):
     assert abs(counts[True] - 0.75 * 20 * B) <= 1
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(steps=st.integers(0, 25), before=st.sampled_from([1, 2, 3]), after=st.sampled_from([1, 4, 6]))
 def test_any_number_of_processes_and_any_point_of_resume_give_the_same_batches(config, steps, before, after):
     whole = take(train_batches(config), steps + 3)

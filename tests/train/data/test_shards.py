@@ -4,14 +4,13 @@ import resource
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from falcon_relu.errors import FalconError
 from train.data.shards import decode_row, encode_row, pack, token_dtype, write_shard
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=20), st.integers(2, 17), st.sampled_from([500, 65_536, 65_537]))
 def test_packing_keeps_every_token_and_every_boundary(lengths, seq_len, vocab_size):
     draw = np.random.default_rng(sum(lengths))
