@@ -365,14 +365,14 @@ def _processor_seconds() -> float:
 def _why(retained: float, recipe: Recipe) -> str:
     if retained > 1:
         return (
-            "The student has learnt from more text than so briefly trained a teacher; what the swap costs a fully "
-            "trained model cannot be told from that"
+            "The student was trained on more text than its briefly trained teacher, so that this does not tell what the "
+            "swap costs a fully trained model."
         )
     if retained >= PUBLISHED_RETENTION:
         return ""
     return (
         f"missed by {PUBLISHED_RETENTION - retained:.1%}: the student was tuned on {_trained_tokens(recipe.lm_kl):,} "
-        "tokens, the published one on about 5 billion"
+        "tokens, the published one on about 5 billion."
     )
 
 
