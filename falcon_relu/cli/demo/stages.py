@@ -365,8 +365,8 @@ def _processor_seconds() -> float:
 def _why(retained: float, recipe: Recipe) -> str:
     if retained > 1:
         return (
-            "The student was trained on more text than its briefly trained teacher, so that this does not tell what the "
-            "swap costs a fully trained model."
+            "The student was trained on more text than its briefly trained teacher, so that this does not tell what "
+            "the swap costs a fully trained model."
         )
     if retained >= PUBLISHED_RETENTION:
         return ""
