@@ -2,6 +2,10 @@
 
 import sys
 
-from falcon_relu.cli import main
+from train.processes import signals
+
+signals.catch()
+
+from falcon_relu.cli import main  # noqa: E402  (from here on signals are noted)
 
 sys.exit(main(["train", *sys.argv[1:]]))

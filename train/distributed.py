@@ -1,34 +1,31 @@
-"""Several processes as one run: how they find each other, decide together, and divide the rows of a batch."""
+"""Several processes as one run: how they find each other, wait for each other with a limit, and decide together."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import os
-import signal
+import re
 import socket
-import sys
 import traceback
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.progress import console
-from falcon_relu.sharding import batch_sharding, check_shared
-from train.data.batches import Batch
+from train.processes import signals
+from train.processes.lookout import Lookout
+from train.processes.signals import Stopped
 
 _MOST_SECONDS = 7 * 24 * 3600
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C came to one of the processes, and all have stopped after the same step."""
+_WAIT_SECONDS = 1800
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +37,9 @@ class DistributedConfig:
       coordinator: host:port of process 0, where the environment does not give it.
       num_processes: number of processes, with `coordinator`.
       process_id: number of this process, from 0, with `coordinator`.
-      heartbeat_seconds: time without a heartbeat from a process after which the others end.
+      heartbeat_seconds: time without a sign of life from a process after which the others end.
       start_seconds: time that the processes wait for each other at the start; machines may start one after the other.
+      wait_seconds: time that the others wait for a process that lives but is late: at a step, a checkpoint, a decision.
 
     The coordinator's port accepts any connection, without authentication: it must not be reachable from outside. It
     listens on the address of `coordinator` only.
@@ -56,6 +54,7 @@ class DistributedConfig:
     process_id: int | None = None
     heartbeat_seconds: int = 100
     start_seconds: int = 1800
+    wait_seconds: int = _WAIT_SECONDS
 
     def __post_init__(self) -> None:
         explicit = (self.coordinator, self.num_processes, self.process_id)
@@ -63,7 +62,7 @@ class DistributedConfig:
             raise FalconError(
                 "distributed: give either auto alone, or coordinator, num_processes and process_id together"
             )
-        for name in ("heartbeat_seconds", "start_seconds"):
+        for name in ("heartbeat_seconds", "start_seconds", "wait_seconds"):
             check_number(f"distributed.{name}", getattr(self, name), low=1, high=_MOST_SECONDS)
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
@@ -78,30 +77,55 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     """A context in which this process belongs to the run; only process 0 prints to the console.
 
     Must be entered before JAX uses a device. When its block fails in one of several processes, that process prints the
-    error and exits with status 1 at once: an orderly shutdown would wait for the others, which wait for this one.
+    error and exits with status 1 at once, and the others do too: an orderly shutdown would wait for the others, which
+    wait for this one. A stop signal before `signals.keep` ends all of them at once, with status 130.
 
     Raises:
       FalconError: the others could not be found or reached.
     """
+    global _lookout, _wait_seconds
     if not config.auto and config.coordinator is None:
         _check_alone()
+        signals.leave_with(signals.leave_now)
         yield
         return
     _initialize(config)
     console.quiet = jax.process_index() != 0
+    _wait_seconds = config.wait_seconds
+    lookout = Lookout(
+        _client(), jax.process_index(), jax.process_count(), config.heartbeat_seconds, config.wait_seconds
+    )
+    lookout.start()
+    signals.leave_with(lookout.leave)
+    _lookout = lookout
     try:
-        yield
-        jax.distributed.shutdown()
+        try:
+            yield
+        except Stopped:  # all processes raise it after the same step
+            _part(lookout)
+            raise
+        _part(lookout)
     except Stopped:
-        jax.distributed.shutdown()
         raise
     except BaseException as error:
-        _say(error)
-        os._exit(1)
+        lookout.end(1, _explained(error))
+    finally:
+        _lookout = None
+
+
+def _part(lookout: Lookout) -> None:
+    """Shuts JAX down in all processes together."""
+    wait_for_all("the end of the run")
+    lookout.stop()
+    jax.distributed.shutdown()
+
+
+_lookout: Lookout | None = None
+_wait_seconds: float = _WAIT_SECONDS
 
 
 def _initialize(config: DistributedConfig) -> None:
-    # Otherwise JAX handles SIGTERM; here StopVote does.
+    # Otherwise JAX handles SIGTERM; here `signals` does.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -110,7 +134,7 @@ def _initialize(config: DistributedConfig) -> None:
             config.process_id,
             cluster_detection_method=None if config.auto else "deactivate",
             initialization_timeout=config.start_seconds,
-            heartbeat_timeout_seconds=config.heartbeat_seconds,
+            heartbeat_timeout_seconds=2 * config.heartbeat_seconds + 10,  # the lookout is first, with a better message
             coordinator_bind_address=_bind_address(config),
         )
     except (ValueError, RuntimeError) as error:
@@ -157,60 +181,107 @@ def _check_alone() -> None:
         )
 
 
-def _say(error: BaseException) -> None:
+def _explained(error: BaseException) -> str:
     if isinstance(error, FalconError):
-        text = str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        text = "interrupted before the others had stopped; the run goes on from its last checkpoint"
-    else:
-        traceback.print_exception(error)
-        text = (
-            "failed as shown above. If another process failed first, that is the cause: see its output. Start all "
-            "processes again, the run goes on from its last checkpoint"
-        )
-    print(f"process {jax.process_index()} of {jax.process_count()}: {text}", file=sys.stderr, flush=True)
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before the others had stopped; the run goes on from its last checkpoint"
+    traceback.print_exception(error)
+    behind = _lookout.behind() if _lookout is not None else ""
+    return (
+        f"failed as shown above{behind and ': ' + behind}. Start all processes again, the run goes on from its last "
+        "checkpoint"
+    )
 
 
-# --- decisions of all processes ---
+# --- waits and decisions of all processes ---
 
 
-def all_agree(ok: bool) -> bool:
-    """Whether `ok` is true in every process; every process must call it."""
-    return bool(np.all(multihost_utils.process_allgather(np.array([ok]))))
+def reached(where: str, *, together: bool = True) -> None:
+    """Tells the other processes where this one is; see `Lookout.reached`."""
+    if _lookout is not None:
+        _lookout.reached(where, together=together)
 
 
-def check_same(value: bytes, what: str) -> None:
-    """Makes sure that the first 4 bytes of `value` are the same in every process; every process must call it.
+def gather(text: str, where: str) -> list[str]:
+    """The text of every process, by their numbers; every process must call it with the same `where`.
+
+    Raises:
+      FalconError: a process did not come in time; the message names it.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    reached(where, together=False)  # the barrier below has its own limit
+    client, rank, number = _client(), jax.process_index(), next(_numbers)
+    folder = f"relu-falcon/gather/{number}/"
+    client.key_value_set(f"{folder}{rank}", text)
+    try:
+        client.wait_at_barrier(f"{folder}{where}", int(_wait_seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(folder)}
+        late = sorted(set(range(jax.process_count())) - came)
+        raise FalconError(
+            f"{where}: {_processes(late) if late else 'not all processes'} did not come within {_wait_seconds:g} s "
+            f"(--distributed.wait-seconds; {str(error).splitlines()[0]}). Start all processes again: the run goes on "
+            "from its last checkpoint"
+        ) from None
+    said = {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(folder)}
+    if number:  # all have read what was said before
+        client.key_value_delete(f"relu-falcon/gather/{number - 1}/{rank}")
+    return [said[rank] for rank in sorted(said)]
+
+
+_numbers = itertools.count()
+
+
+def _client() -> Any:
+    """JAX's client of the coordinator: barriers and stored values, both with limits; no public name leads to it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _processes(ranks: list[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def late_processes(error: BaseException | None) -> str | None:
+    """The processes that an error of JAX's barriers names as late, also where a library wrapped it; else None."""
+    while error is not None:
+        if found := re.search(r"task names:\s*([^#]*)", str(error)):
+            return _processes([int(rank) for rank in re.findall(r"(\d+)\s*$", found[1].split("\n\n")[0], re.M)])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def wait_seconds() -> float:
+    """How long processes wait for one that is late."""
+    return _wait_seconds
+
+
+def all_agree(ok: bool, where: str) -> bool:
+    """Whether `ok` is true in every process; as `gather`."""
+    return all(json.loads(one) for one in gather(json.dumps(bool(ok)), where))
+
+
+def check_same(value: str, what: str) -> None:
+    """Makes sure that `value` is the same in every process; as `gather`.
 
     Raises:
       FalconError: they differ.
     """
-    number = np.array([int.from_bytes(value[:4], "little")], np.uint32)
-    if len(np.unique(multihost_utils.process_allgather(number))) > 1:
+    if len(set(gather(value, f"the comparison of their {what}"))) > 1:
         raise FalconError(f"the processes of this run were not started with the same {what}")
 
 
+def of_first(value: Any, where: str) -> Any:
+    """What process 0 gives, a value that JSON can hold; as `gather`."""
+    return json.loads(gather(json.dumps(value), where)[0])
+
+
 def wait_for_all(where: str) -> None:
-    """Waits until every process has called this with the same `where`."""
-    multihost_utils.sync_global_devices(where)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function: whether SIGTERM or Ctrl-C was received; a second Ctrl-C interrupts at once."""
-    came: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if came and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    """Waits until every process has called this with the same `where`; as `gather`."""
+    gather("", where)
 
 
 class StopVote:
@@ -238,41 +309,4 @@ class StopVote:
 
     def at_once(self) -> bool:
         """Whether to stop now, as of this step; waits for all processes."""
-        return not all_agree(not self._asked())
-
-
-# --- rows ---
-
-
-class Rows:
-    """Which rows of every global batch the devices of this process hold, and how they become global arrays.
-
-    Attributes:
-      own: the rows, ascending; the same in processes whose devices hold different parts of the same model replica.
-      parts: number of parts into which the devices divide a batch.
-    """
-
-    def __init__(self, mesh: Mesh, batch_size: int):
-        """Determines the rows.
-
-        Raises:
-          FalconError: the batch cannot be divided evenly.
-        """
-        self.parts = check_shared(mesh, batch_size)
-        self._sharding = batch_sharding(mesh)
-        self._batch_size = batch_size
-        held = self._sharding.addressable_devices_indices_map((batch_size,)).values()
-        self.own = np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
-
-    def to_global(self, batch: Batch) -> Batch:
-        """Global arrays [B, ...], sharded over the mesh, from this process's rows of each."""
-
-        def place(rows: np.ndarray) -> jax.Array:
-            def block(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(self._batch_size)
-                first = int(np.searchsorted(self.own, start))
-                return rows[first : first + stop - start]
-
-            return jax.make_array_from_callback((self._batch_size, *rows.shape[1:]), self._sharding, block)
-
-        return jax.tree.map(place, batch)
+        return not all_agree(not self._asked(), "the first step")

@@ -19,11 +19,14 @@ from falcon_relu.progress import progress
 from falcon_relu.sharding import init_params, make_mesh, use_mesh
 from train.config import TrainConfig, deciding_settings
 from train.data.batches import Batch, Manifests, read_manifests, train_batches, validation_batches
-from train.distributed import Rows, Stopped, StopVote, stop_signals
+from train.data.rows import Rows
+from train.distributed import StopVote, reached, wait_for_all
 from train.folder.checkpoints import Checkpoints, writing
 from train.folder.claim import claim, finish, finished_metrics, held, note_start, read_architecture, write_architecture
 from train.folder.log import MetricValues, RunLog
 from train.job import Job, make_job
+from train.processes import signals
+from train.processes.signals import Stopped
 from train.state import TrainState, init_state
 from train.step import Metrics
 from train.validation import run_validation
@@ -44,7 +47,8 @@ def run(config: TrainConfig, on_log: Callable[[MetricValues], None] | None = Non
       weights/           the finished student, native, float32
       metrics.json       the last validation, or the last step where there are no validation rows
 
-    SIGTERM and Ctrl-C to any process save a checkpoint and stop all of them after the same step.
+    SIGTERM and Ctrl-C to any process save a checkpoint and stop all of them after the same step. In `falcon-relu train`
+    they end the processes at once, in whatever they are, before this start's first step: there is nothing to save yet.
 
     Args:
       config: the run.
@@ -59,7 +63,7 @@ def run(config: TrainConfig, on_log: Callable[[MetricValues], None] | None = Non
         that is fixed.
       Stopped: a signal came; the run can be resumed.
     """
-    with stop_signals() as asked, held(config.out):
+    with signals.stop_signals() as asked, held(config.out):
         metrics = finished_metrics(config)
         if metrics is not None:
             return metrics
@@ -121,7 +125,9 @@ def _train(
     prepared: _Prepared, saved: Checkpoints, vote: StopVote, on_log: Callable[[MetricValues], None] | None
 ) -> MetricValues:
     job, config = prepared.job, prepared.job.config
+    reached("the start of the student", together=False)
     state = _restored(prepared, saved) if prepared.resumes else _fresh(job)
+    reached("the loading of the teacher", together=False)
     teacher_params = _load_teacher(job)
     if vote.at_once():
         raise Stopped  # there is nothing to save yet
@@ -131,6 +137,7 @@ def _train(
         loop = _Loop(prepared, teacher_params, saved, log, vote)
         state = loop.steps(state)
         metrics = loop.validate(state, config.steps) if prepared.manifests.rows("validation") else log.last
+    reached("the weights at the end", together=False)
     with writing(f"the weights to {config.out}"):
         save_params(config.out / "weights", job.student.config, state.params, replace=True)
         finish(config.out, metrics)
@@ -151,7 +158,7 @@ class _Loop:
     def __init__(self, prepared: _Prepared, teacher_params: Params, saved: Checkpoints, log: RunLog, vote: StopVote):
         self._prepared, self._job, self._teacher_params = prepared, prepared.job, teacher_params
         self._saved, self._log, self._vote = saved, log, vote
-        self._step_fn, self._validation_fn = prepared.job.train_step(), prepared.job.validation_step()
+        self._validation_fn = prepared.job.validation_step()
 
     def steps(self, state: TrainState) -> TrainState:
         """Runs the remaining steps; saves, logs and validates as the config asks, and stops at a signal."""
@@ -159,15 +166,18 @@ class _Loop:
         first = int(jax.device_get(state.step))
         watch, trace = Watch(config, self._log, self._job.flops), Trace(config.out, config.profile)
         pending: tuple[int, Metrics] | None = None
+        update: Any = None
         tokens = config.data.batch_size * config.data.seq_len
         if self._validates_after(first) and first not in self._log.validated:
             self.validate(state, first)  # the run was stopped during this validation
         with progress(config.out.name, config.steps, "tokens", scale=tokens, done=first) as advance, trace:
             for step in range(first + 1, config.steps + 1):
+                reached(f"step {step}")
                 batch = rows.to_global(next(self._prepared.batches))
+                update = update or self._compiled(state, batch)
                 trace.before(step - first)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = self._step_fn(state, batch, self._teacher_params)
+                    state, metrics = update(state, batch, self._teacher_params)
                 trace.after(step - first, metrics)
                 if pending is not None:  # read the previous step's metrics while the devices compute this one
                     advance(1, watch.read(*pending))
@@ -185,8 +195,17 @@ class _Loop:
                 if self._validates_after(step):
                     self.validate(state, step)
                 if self._prepared.samples is not None and _due(step, config.samples.every):
+                    reached(f"the samples after step {step}")
                     self._log.samples(step, self._prepared.samples.texts(state.params))
         return state
+
+    def _compiled(self, state: TrainState, batch: Batch) -> Any:
+        """The training step; first compiled by all processes, as devices do not wait long for each other at first."""
+        program: Any = self._job.train_step()
+        compiled = program.lower(state, batch, self._teacher_params).compile()
+        wait_for_all("the compiling of the training step")
+        signals.keep()  # from here on there is work to save
+        return compiled
 
     def validate(self, state: TrainState, step: int) -> MetricValues:
         """Measures and logs the means of the metrics over all validation rows.
@@ -200,6 +219,7 @@ class _Loop:
 
         def batches() -> Iterator[Batch]:
             for batch in validation_batches(data, rows.own, self._prepared.manifests):
+                reached(f"the validation after step {step}")
                 if self._vote():
                     self._save(step, state)
                     raise Stopped
@@ -217,6 +237,7 @@ class _Loop:
         return has_rows and 0 < step < config.steps and _due(step, config.validate_every)
 
     def _save(self, step: int, state: TrainState) -> None:
+        reached(f"the checkpoint of step {step}")
         self._saved.save(step, state, _facts(self._prepared) | {"position": self._prepared.batches.get_state()})
 
 

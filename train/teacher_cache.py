@@ -20,9 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_model
@@ -46,6 +44,7 @@ from train.data.shards import (
     write_shared,
 )
 from train.data.teacher_shards import TEACHER_CACHE, LogProbDtype, TeacherManifest, encode_targets
+from train.distributed import of_first
 from train.folder.checkpoints import fingerprint
 from train.loss import CachedTeacher
 
@@ -153,8 +152,8 @@ def write_teacher_cache(config: TeacherCacheConfig, shard: tuple[int, int] = (0,
             for path, manifest in zip(config.tokens, tokens, strict=True)
         ]
         own = [(folder, file) for folder in folders for file in folder.files()][index::count]
-        unfinished = np.array([first and not folder.is_finished(file) for folder, file in own], np.int32)
-        unfinished = multihost_utils.broadcast_one_to_all(unfinished)  # the others may see an older state of the disk
+        unfinished = [first and not folder.is_finished(file) for folder, file in own]
+        unfinished = of_first(unfinished, "a look at what is cached")  # the others may see an older state of the disk
         missing = [one for one, wanted in zip(own, unfinished, strict=True) if wanted]
         rows, all_rows = (sum(file.rows for _, file in files) for files in (missing, own))
         size = 0

@@ -16,7 +16,7 @@ from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon, Params
 from falcon_relu.sharding import make_mesh, use_mesh
 from train.data.batches import Batch, DataConfig, Manifests, validation_batches
-from train.distributed import Rows
+from train.data.rows import Rows
 from train.folder.log import MetricValues
 from train.loss import LossConfig
 from train.step import make_validation_step, means

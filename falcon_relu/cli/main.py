@@ -20,6 +20,7 @@ from falcon_relu.cli.terminal import ReaderGoneError, standard_streams
 from falcon_relu.errors import FalconError, check_text
 from falcon_relu.progress import Console
 from falcon_relu.progress import console as stderr
+from train.processes import signals
 
 # Every module below has a dataclass `Args`, whose docstring is the help text, and `run(args)`; those that start from
 # a config also have `defaults(config_name)`.
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       the output is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] == ["train"]:
+        signals.catch()
     try:
         with standard_streams():
             return _main(arguments)

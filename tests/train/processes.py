@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -85,6 +86,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], ti
             output, _ = process.communicate()
             raise AssertionError(f"status {process.returncode} while waited for:\n{output[-4000:]}")
         time.sleep(0.002)
+
+
+def takes_signals(process: subprocess.Popen[str]) -> bool:
+    """Whether SIGTERM no longer ends the process as it would any program: Python has begun, and caught it (Linux)."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def last_step(out: Path) -> int:

@@ -17,7 +17,8 @@ from falcon_relu.tokenizer import train_bpe
 from tests.train.data.texts import prepare_texts
 from train.config import OptimizerConfig, TrainConfig
 from train.data.batches import DataConfig, Source
-from train.distributed import Rows, Stopped
+from train.data.rows import Rows
+from train.processes.signals import Stopped
 
 TEXT = [
     f"The number {i} is {'even' if i % 2 == 0 else 'odd'}, and after the number {i} comes the number {i + 1}."

@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -18,7 +21,8 @@ from falcon_relu.sharding import make_mesh
 from tests.train import processes
 from tests.train.runs import config_of, lose_a_file, make_data, run_until_stopped
 from train.data.batches import DataConfig
-from train.distributed import DistributedConfig, Rows
+from train.data.rows import Rows
+from train.distributed import DistributedConfig
 from train.folder.log import read_log
 
 STEPS = 60
@@ -51,15 +55,22 @@ def assert_same_run(config, alone):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *params)
 
 
-def test_two_processes_train_as_one_does_and_outlive_the_death_of_one(tmp_path, data, alone):
+def freeze(pair: list[subprocess.Popen[str]], frozen: int) -> None:
+    """Stops one of two processes for good: the other must end, and say why."""
+    pair[frozen].send_signal(signal.SIGSTOP)
+    status, output = processes.finish(pair[1 - frozen])
+    pair[frozen].kill()
+    pair[frozen].communicate()
+    assert status == 1, output
+    assert re.search(rf"process {frozen} \(.*\) has not been heard of for 10 s .*; it was at", output), output
+
+
+def test_two_processes_train_as_one_does_and_end_when_one_is_stopped_for_good(tmp_path, data, alone):
     config, cache = dataclasses.replace(alone, out=tmp_path / "run"), tmp_path / "compiled"
     pair = processes.start_two(config, cache=cache)
     processes.wait_until(lambda: max(processes.whole_checkpoints(config.out), default=0) >= 10, pair[0])
-    pair[1].kill()
-    status, output = processes.finish(pair[0])
-    assert status != 0, output
+    freeze(pair, 1)
     assert not (config.out / "metrics.json").exists()
-    pair[1].communicate()
 
     pair = processes.start_two_as_slurm(config, cache=cache)
     (status, first), (other_status, second) = map(processes.finish, pair)
@@ -75,7 +86,9 @@ def test_from_one_process_to_two_and_back(tmp_path, data, alone, monkeypatch):
     run_until_stopped(monkeypatch, config, 12)
     lose_a_file(config.out / "checkpoints" / "12")
     pair = processes.start_two(config, cache=cache)
-    processes.wait_until(lambda: len(processes.starts(config.out)) > 1, pair[0])
+    processes.wait_until(
+        lambda: len(processes.starts(config.out)) > 1 and processes.last_step(config.out) > 10, pair[0]
+    )
     pair[1].send_signal(signal.SIGTERM)
     ends = [processes.finish(process) for process in pair]
     assert [status for status, _ in ends] == [130, 130], ends
@@ -86,6 +99,86 @@ def test_from_one_process_to_two_and_back(tmp_path, data, alone, monkeypatch):
     train.loop.run(config)
     assert processes.starts(config.out) == [0, 10, stopped]
     assert_same_run(config, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_told_to_stop_or_stopped_for_good_at_random_end_with_the_same_bits(tmp_path, data):
+    """SIGTERM comes to one of the two only."""
+    cache, draw = tmp_path / "compiled", random.Random(13)
+    straight = config_of(tmp_path / "straight", data, steps=STEPS, checkpoint_every=5, validate_every=15)
+    ends = [processes.finish(process) for process in processes.start_two(straight, cache=cache)]
+    assert [status for status, _ in ends] == [0, 0], ends
+    run = dataclasses.replace(straight, out=tmp_path / "run")
+    moments = [("starting", signal.SIGTERM)] * 3 + [("compiling", signal.SIGTERM)] * 2
+    moments += [("stepping", signal.SIGTERM)] * 3 + [("starting", signal.SIGSTOP), *[("stepping", signal.SIGSTOP)] * 2]
+    for number, (moment, sign) in enumerate(draw.sample(moments, len(moments))):
+        chosen, before, whole = number % 2, len(processes.starts(run.out)), processes.whole_checkpoints(run.out)
+        pair = processes.start_two(run, cache=tmp_path / f"compiled {number}" if moment == "compiling" else cache)
+        if moment == "starting":
+            processes.wait_until(lambda one=pair[chosen]: processes.takes_signals(one), pair[chosen])
+            time.sleep(draw.uniform(0, 6) if sign == signal.SIGTERM else 6)
+        else:
+            processes.wait_until(lambda before=before: len(processes.starts(run.out)) > before, pair[0])
+        if moment == "stepping":
+            target = max(whole, default=0) + draw.randint(1, 5)
+            processes.wait_until(lambda target=target: processes.last_step(run.out) >= target, pair[0])
+        time.sleep(draw.uniform(0, 1 if moment == "compiling" else 0.05))
+        if sign == signal.SIGSTOP:
+            freeze(pair, chosen)
+        else:
+            pair[chosen].send_signal(sign)
+            ends = [processes.finish(process) for process in pair]
+            assert [status for status, _ in ends] == [130, 130], (moment, ends)
+            kept = max(processes.whole_checkpoints(run.out), default=0)
+            assert kept == processes.last_step(run.out) or kept == max(whole, default=0), (moment, whole, kept)
+        assert set(whole[-1:]) <= set(processes.whole_checkpoints(run.out)), (moment, whole)
+    ends = [processes.finish(process) for process in processes.start_two(run, cache=cache)]
+    assert [status for status, _ in ends] == [0, 0], ends
+    jax.tree.map(np.testing.assert_array_equal, *(load_model(config.out / "weights")[1] for config in (run, straight)))
+
+
+LATE = """
+import sys, time
+import numpy as np
+from falcon_relu.errors import FalconError
+from train.distributed import DistributedConfig, joined, reached, wait_for_all
+rank = int(sys.argv[2])
+how = DistributedConfig(coordinator=sys.argv[1], num_processes=2, process_id=rank, wait_seconds=4)
+with joined(how):
+    from jax.experimental import multihost_utils
+    wait_for_all("the start")
+    multihost_utils.process_allgather(np.array(rank))
+    reached("step 1")
+    if rank == 1:
+        time.sleep(600)
+    try:
+        wait_for_all("the vote")
+    except FalconError as error:
+        print(error, file=sys.stderr, flush=True)
+    reached("step 2")
+    multihost_utils.process_allgather(np.array(rank))
+"""
+
+
+def test_a_process_that_lives_but_does_not_come_is_named():
+    """By the wait at a barrier, and in a collective by the thread that watches the others."""
+    address = f"127.0.0.1:{processes.free_port()}"
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE, address, str(rank)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        )
+        for rank in range(2)
+    ]
+    said, other = (one.communicate(timeout=300)[1] for one in pair)
+    assert [one.returncode for one in pair] == [1, 1], said + other
+    assert "the vote: process 1 did not come within 4 s" in said, said
+    assert re.search(
+        r"process 1 \(.*\) lives but is late: it has been at step 1 for 4 s .* is at (step 2|the vote)", said
+    )
+    assert re.search(r"process 0 \(.*\) ended with an error, see its output", other), other
 
 
 def test_every_row_is_held_whichever_way_the_mesh_lies():

@@ -14,19 +14,16 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from falcon_relu.checkpoints.schema import seal, unseal
 from falcon_relu.errors import FalconError
 from falcon_relu.files import real_path
-from train.distributed import all_agree, wait_for_all
+from train.distributed import all_agree, late_processes, of_first, wait_for_all, wait_seconds
 from train.state import TrainState
 
 _DAMAGED = ".damaged"
 _UNFINISHED = "*.orbax-checkpoint-tmp"
-_MOST_LISTED = 1024
 
 
 class Checkpoints:
@@ -43,7 +40,12 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, keep_every: int = 0):
         self._folder = real_path(folder)
         _report_failures_once()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            create=True,
+            async_options=ocp.AsyncOptions(timeout_secs=int(wait_seconds())),
+        )
         _remove_unfinished(self._folder)
         with writing(f"checkpoints to {self._folder}"):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -106,15 +108,12 @@ class Checkpoints:
     def exist(folder: Path) -> bool:
         """Whether process 0 sees a finished checkpoint in a folder; every process must call it."""
         here = folder.is_dir() and any(path.name.isdigit() and path.is_dir() for path in folder.iterdir())
-        return bool(multihost_utils.broadcast_one_to_all(np.array(here)))
+        return bool(of_first(here, f"a look at {folder}"))
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints that process 0 sees, newest first."""
-        steps = np.full(_MOST_LISTED, -1)
-        if jax.process_index() == 0:
-            found = sorted(self._manager.all_steps(), reverse=True)[:_MOST_LISTED]
-            steps[: len(found)] = found
-        return [int(step) for step in multihost_utils.broadcast_one_to_all(steps) if step >= 0]
+        found = sorted(self._manager.all_steps(), reverse=True) if jax.process_index() == 0 else []
+        return list(of_first(found, f"the list of checkpoints in {self._folder}"))
 
     def _read(self, step: int, abstract: TrainState) -> tuple[Any, dict[str, Any], str | None]:
         """State, facts, and why they cannot be used, None if they can, the same in all processes.
@@ -132,7 +131,7 @@ class Checkpoints:
             jax.block_until_ready(state)
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files
             problem = _first_line(error)
-        if not all_agree(problem is None):
+        if not all_agree(problem is None, f"the reading of checkpoint {step}"):
             return None, {}, problem or "another process could not read its part"
         try:
             facts = unseal(facts, "facts", "")
@@ -153,7 +152,7 @@ class Checkpoints:
                     number += 1
                     target = self._folder / f"{step}{_DAMAGED}{number}"
                 (self._folder / str(step)).rename(target)
-        wait_for_all("set damaged checkpoints aside")
+        wait_for_all("the renaming of damaged checkpoints")
         if steps:
             self._manager.reload()
 
@@ -183,7 +182,7 @@ def _remove_unfinished(folder: Path) -> None:
     if jax.process_index() == 0:
         for path in folder.glob(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)  # Orbax never reads what cannot be removed, and overwrites it
-    wait_for_all("remove unfinished checkpoints")
+    wait_for_all("the removal of unfinished checkpoints")
 
 
 @contextlib.contextmanager
@@ -199,6 +198,11 @@ def writing(what: str) -> Iterator[None]:
         raise
     except Exception as problem:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # each of Orbax's other tasks would log the same error
+        if late := late_processes(problem):
+            raise FalconError(
+                f"could not write {what}: {late} did not come within {wait_seconds():g} s "
+                "(--distributed.wait-seconds). Start all processes again: the run goes on from its last checkpoint"
+            ) from problem
         reason = _first_line(problem)
         in_the_way = isinstance(problem, IsADirectoryError | NotADirectoryError | FileExistsError | PermissionError)
         raise FalconError(

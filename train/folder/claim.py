@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -45,7 +44,7 @@ def held(out: Path) -> Iterator[None]:
                 stack.enter_context(lock(out))
             except (FalconError, OSError) as error:
                 problem = error
-        if not all_agree(problem is None):
+        if not all_agree(problem is None, f"the lock of {out}"):
             raise FalconError(str(problem or f"{out}: process 0 could not lock the folder; see its error"))
         yield
 
@@ -60,7 +59,7 @@ def finished_metrics(config: TrainConfig) -> dict[str, Any] | None:
         finished run without weights and checkpoints.
     """
     wanted = config.as_json()
-    check_same(hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).digest(), "settings")
+    check_same(json.dumps(wanted, sort_keys=True), "settings")
     for name in (_CONFIG, _ARCHITECTURE, _STARTS, _METRICS, LOG):
         check_output(config.out / name, replace=True)
         if (config.out / name).exists():
@@ -75,10 +74,10 @@ def finished_metrics(config: TrainConfig) -> dict[str, Any] | None:
                 f"{config.out} holds a run with other settings ({', '.join(changed)}); choose another --out, or remove "
                 "it"
             )
-    if not all_agree((config.out / _METRICS).exists()):
+    if not all_agree((config.out / _METRICS).exists(), f"a look at {config.out / _METRICS}"):
         return None
     metrics = _read_metrics(config.out / _METRICS)
-    if all_agree((config.out / "weights").is_dir()):
+    if all_agree((config.out / "weights").is_dir(), f"a look at {config.out / 'weights'}"):
         return metrics
     if not Checkpoints.exist(config.out / "checkpoints"):
         raise FalconError(
@@ -104,12 +103,12 @@ def claim(config: TrainConfig) -> None:
       FalconError: the folder cannot be written, or is not on a disk that all processes share.
     """
     path = config.out / _CONFIG
-    wait_for_all("looked at the folder")
+    wait_for_all(f"a look at {config.out}")
     if jax.process_index() == 0:
         with writing(str(path)):
             write_json(path, config.as_json())
-    wait_for_all("claimed the folder")
-    if not all_agree(_appears(path)):
+    wait_for_all(f"the settings in {config.out}")
+    if not all_agree(_appears(path), f"a look at {path}"):
         raise FalconError(f"{config.out} is not on a disk that all {jax.process_count()} processes share")
 
 
