@@ -166,6 +166,7 @@ class Attention(nn.Module):
                 use_alibi=c.position == "alibi",
                 query_chunk=self.query_chunk,
             )
+        _sow(self, "activations", "heads", lambda: y_BxTxKxGxH.reshape(*y_BxTxKxGxH.shape[:2], -1))
         y_BxTxD = jnp.einsum("btkgh,dkgh->btd", y_BxTxKxGxH, out_DxKxGxH)
         if c.use_bias:
             y_BxTxD = y_BxTxD + parameter(self, "out_bias", (D,), ("norm",), 0.0).astype(self.dtype)[None, None]
@@ -241,6 +242,7 @@ class Block(nn.Module):
             case "sequential":
                 residual = x_BxTxD + attention_output
                 mlp_input = LayerNorm(c.norm_eps, self.dtype, name="mlp_norm")(residual)
+        _sow(self, "activations", "attention_input", lambda: attention_input)
         _sow(self, "activations", "block_input", lambda: x_BxTxD)
         _sow(self, "activations", "mlp_input", lambda: mlp_input)
         kept_BxTxF = None

@@ -96,7 +96,8 @@ class Falcon(nn.Module):
         themselves if None.
 
     `apply(..., mutable=["activations"])` also returns, stacked over layers, `neurons` [L, B, T, F] (after the
-    activation), `block_input` and `mlp_input` [L, B, T, D]; `mutable=["statistics"]` returns `active` [L, B, T], the
+    activation), `block_input`, `attention_input` and `mlp_input` [L, B, T, D], and `heads` [L, B, T, N * H], the
+    attention's outputs before the output projection; `mutable=["statistics"]` returns `active` [L, B, T], the
     number of neurons that are not zero, and with `select` also `kept`, the number chosen; `mutable=["magnitudes"]`
     returns `mean` [L, B, T] float32, the mean absolute activation. What is not asked for is not computed.
     """

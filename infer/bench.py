@@ -22,9 +22,10 @@ from falcon_relu.config import FalconConfig, family
 from infer import kernels
 from infer.generation import read_prompts
 from infer.step import MODES, DecodeState, Mode, decode_step, step_bytes, unembed
-from infer.weights.formats import Format, Rows, quantise, rows_like
+from infer.weights.formats import Format, Rows, rows_like
 from infer.weights.layout import DecodeWeights, Formats, Norm, skeleton
 from infer.weights.memory import free_memory, huge_empty
+from infer.weights.rounding import quantise
 
 _PATTERN_ROWS = 2048  # distinct random rows; a matrix repeats them, which costs the memory the same
 _LEAST_READ = 256 << 20  # bytes of a reading: more than the last-level caches hold

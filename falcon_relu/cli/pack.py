@@ -12,7 +12,9 @@ from falcon_relu.checkpoints.load import load_config
 from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
+from falcon_relu.errors import FalconError
 from infer.predictor.predictor import load_predictor
+from infer.predictor.recording import Recording, open_recording
 from infer.weights.layout import Formats, weights_from_checkpoint
 from infer.weights.storage import save_weights
 
@@ -33,6 +35,8 @@ class Args(Output):
     "int8,head=bf16" (kinds: attention, mlp, predictor, head)."""
     predictor: Path | None = None
     """Predictor file to pack with it, for sparse decoding."""
+    calibration: Path | None = None
+    """Recording of the model (falcon-relu predictor record): int4 matrices are rounded for their inputs in it."""
     activation: Activation | None = None
     """MLP activation, where a Hugging Face config does not state it."""
 
@@ -47,7 +51,8 @@ def run(args: Args) -> None:
     predictor = None
     if args.predictor is not None:
         predictor = load_predictor(args.predictor, load_config(args.model, activation=args.activation))
-    weights = weights_from_checkpoint(args.model, formats, predictor, activation=args.activation)
+    recording = calibration(args.calibration, formats)
+    weights = weights_from_checkpoint(args.model, formats, predictor, activation=args.activation, recording=recording)
     save_weights(weights, args.out, replace=args.overwrite)
     report(
         {
@@ -58,3 +63,16 @@ def run(args: Args) -> None:
         },
         args,
     )
+
+
+def calibration(folder: Path | None, formats: Formats) -> Recording | None:
+    """The recording for `--calibration`.
+
+    Raises:
+      FalconError: it cannot be opened, or no matrix is to be int4.
+    """
+    if folder is None:
+        return None
+    if "int4" not in dataclasses.asdict(formats).values():
+        raise FalconError(f"--calibration is for int4 matrices, and format {formats} has none; leave it out")
+    return open_recording(folder)

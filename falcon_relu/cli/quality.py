@@ -13,6 +13,7 @@ import tyro
 
 from falcon_relu.checkpoints.load import load_config
 from falcon_relu.cli.outputs import Output
+from falcon_relu.cli.pack import calibration
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation
 from falcon_relu.errors import FalconError, check_number
@@ -44,6 +45,8 @@ class Args(Output):
     """Number format to measure."""
     reference: str = "bf16"
     """Number format to compare with."""
+    calibration: Path | None = None
+    """Recording of the model, for the measured format: int4 matrices are rounded for their inputs in it."""
     tokens: int = 4096
     """Number of tokens to decode, rounded up to whole rows of the data."""
     batch: int = 1
@@ -65,9 +68,10 @@ def run(args: Args) -> None:
     rows = list(_rows(args))
     config = load_config(args.model, activation=args.activation)
     predictor = None if args.predictor is None else load_predictor(args.predictor, config)
+    recording = calibration(args.calibration, formats)
     reference, small = (
-        weights_from_checkpoint(args.model, f, predictor, activation=args.activation)
-        for f in (reference_formats, formats)
+        weights_from_checkpoint(args.model, f, predictor, activation=args.activation, recording=of)
+        for f, of in ((reference_formats, None), (formats, recording))
     )
     settings = _settings(reference, small, str(reference_formats), str(formats))
     found = measure_quality(reference, settings, track(rows, "decode", "batches"), backend=args.backend)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import math
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,9 @@ import numpy as np
 from falcon_relu.errors import FalconError
 from infer.kernels import matmul
 from infer.weights.formats import Array, Rows
+from infer.weights.library import native_library
 
 _TARGETS = ("rows_dot", "weighted_row_sum", "rows_product", "select", "attend", "read_rows")
-_INTERFACE = 3  # of the calls, as in infer/native/dispatch.cc
 _FORCED = "FALCON_RELU_ISA"  # environment variable that chooses the instruction set
 
 
@@ -33,15 +31,7 @@ def missing() -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    here = Path(__file__).parents[1]
-    found = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := here / f"_native{suffix}").exists()]
-    if not found:
-        failed = here / "_native_failed.txt"  # by setup.py
-        reason = f": {failed.read_text(encoding='utf-8').strip()}" if failed.exists() else ""
-        raise OSError(f"they were not built when the package was installed{reason}")
-    library = ctypes.CDLL(str(found[0]))
-    if getattr(library, "falcon_interface", lambda: 1)() != _INTERFACE:
-        raise OSError("they were built from another version of the sources (python setup.py build_ext --inplace)")
+    library = native_library()
     for name in ("falcon_instruction_sets", "falcon_instruction_set"):
         getattr(library, name).restype = ctypes.c_char_p
     library.falcon_use_instruction_set.restype = ctypes.c_bool

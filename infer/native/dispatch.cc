@@ -36,9 +36,9 @@ const Products* products() {
 
 }  // namespace falcon
 
-// Version of the calls' arguments and results. infer/kernels/native.py has the same number and refuses a library with another one.
+// Version of the calls' arguments and results. infer/weights/library.py has the same number and refuses a library with another one.
 // Increase both with every change.
-extern "C" int falcon_interface() { return 3; }
+extern "C" int falcon_interface() { return 4; }
 
 // Names of the instruction sets that this CPU has, best first, separated by commas.
 extern "C" const char* falcon_instruction_sets() {

@@ -1,4 +1,8 @@
-"""Recordings: the inputs of a model's MLPs on real text and each neuron's contribution, two files a layer on disk."""
+"""Recordings: what goes into a model's matrices on real text, as files on disk.
+
+Of all tokens: the input of each layer that predictors read, and each neuron's contribution. Of the first tokens also
+the inputs of the other matrices, for rounding them (`infer.weights.rounding`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import struct
 
 from falcon_relu.checkpoints.digests import Digest, check_digest
 from falcon_relu.checkpoints.schema import parse, read_sealed, write_sealed
@@ -33,15 +38,22 @@ Batch = Mapping[
 INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
 
-_VERSION = 2
+_VERSION = 3
 _MANIFEST = "recording.json"
 _ADVICE = "record it again"
 _PIECE_BYTES = 512 << 20  # memory of a device for the activations of all layers at once
+_MATRIX_TOKENS = 8192  # whose inputs of matrices are recorded
+
+# Matrices whose inputs are recorded, by name as in `infer.weights.layout`; "head" once, the others in every layer.
+MATRICES = ("qkv", "out", "up")
+HEAD = "head"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A folder of recorded activations; D * 2 + F bytes for each token and layer.
+    """A folder of recorded activations.
+
+    D * 2 + F bytes for each token and layer, and of the first 8,192 tokens the inputs of matrices, about D * 6.
 
     Attributes:
       folder: where its files are.
@@ -50,6 +62,7 @@ class Recording:
       n_layers: L.
       d_model: D.
       d_ff: F.
+      heads: number of columns of the output projection, N * H.
       files: size in bytes and CRC-32 of every file by name, checked when it is first read.
 
     Raises:
@@ -62,14 +75,18 @@ class Recording:
     n_layers: int
     d_model: int
     d_ff: int
+    heads: int
     files: Mapping[str, Digest]
 
     def __post_init__(self) -> None:
         check_number("tokens of a recording", self.tokens, low=10, high=1 << 40)
-        for name, most in (("n_layers", 1 << 12), ("d_model", 1 << 20), ("d_ff", 1 << 24)):
+        for name, most in (("n_layers", 1 << 12), ("d_model", 1 << 20), ("d_ff", 1 << 24), ("heads", 1 << 20)):
             check_number(f"{name} of a recording", getattr(self, name), low=1, high=most)
-        sizes = {}
+        sizes = {_matrix_inputs(HEAD): self.matrix_tokens * self.d_model * INPUT_DTYPE.itemsize}
         for i in range(self.n_layers):
+            for matrix in MATRICES:
+                nbytes = self.matrix_tokens * self._columns(matrix) * INPUT_DTYPE.itemsize
+                sizes[_matrix_inputs(matrix, i)] = nbytes
             sizes[_inputs(i)] = self.tokens * self.d_model * INPUT_DTYPE.itemsize
             sizes[_contributions(i)] = self.tokens * self.d_ff * CONTRIBUTION_DTYPE.itemsize
         if sizes != {name: size for name, (size, _) in self.files.items()}:
@@ -82,9 +99,10 @@ class Recording:
 
     def check(self, config: FalconConfig) -> None:
         """Raises FalconError unless this is a recording of such a model."""
-        sizes, needed = ((c.n_layers, c.d_model, c.d_ff) for c in (self, config))
+        sizes = self.n_layers, self.d_model, self.d_ff, self.heads
+        needed = config.n_layers, config.d_model, config.d_ff, config.n_heads * config.head_dim
         if sizes != needed:
-            raise FalconError(f"{self.folder} is of a model with L, D, F = {sizes}; this one has {needed}")
+            raise FalconError(f"{self.folder} is of a model with L, D, F, N * H = {sizes}; this one has {needed}")
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs [N, D] in bfloat16 and contributions [N, F] in float8_e5m2 of layer `i`, memory-mapped.
@@ -95,14 +113,31 @@ class Recording:
         Raises:
           FalconError: a file is missing or damaged.
         """
-        inputs, contributions = _inputs(i), _contributions(i)
-        for name in (inputs, contributions):
-            path = regular_file(self.folder / name)
-            _check_once(path, self.files[name], path.stat().st_mtime_ns)
         return (
-            np.memmap(self.folder / inputs, INPUT_DTYPE, "r", shape=(self.tokens, self.d_model)),
-            np.memmap(self.folder / contributions, CONTRIBUTION_DTYPE, "r", shape=(self.tokens, self.d_ff)),
+            self._open(_inputs(i), INPUT_DTYPE, self.tokens, self.d_model),
+            self._open(_contributions(i), CONTRIBUTION_DTYPE, self.tokens, self.d_ff),
         )
+
+    def matrix_inputs(self, matrix: str, i: int | None = None) -> np.ndarray:
+        """What a matrix of `MATRICES` of layer `i`, or the head, is multiplied with: [n, columns] in bfloat16.
+
+        Raises:
+          FalconError: the file is missing or damaged.
+        """
+        return self._open(_matrix_inputs(matrix, i), INPUT_DTYPE, self.matrix_tokens, self._columns(matrix))
+
+    @property
+    def matrix_tokens(self) -> int:
+        """Number of tokens of which the inputs of matrices were recorded, the first ones."""
+        return min(self.tokens, _MATRIX_TOKENS)
+
+    def _columns(self, matrix: str) -> int:
+        return self.heads if matrix == "out" else self.d_model
+
+    def _open(self, name: str, dtype: np.dtype, *shape: int) -> np.ndarray:
+        path = regular_file(self.folder / name)
+        _check_once(path, self.files[name], path.stat().st_mtime_ns)
+        return np.memmap(path, dtype, "r", shape=shape)
 
 
 @functools.cache
@@ -155,21 +190,29 @@ def record_activations(
         sizes[name] += data.nbytes
 
     check_number("tokens to record", tokens, low=10)  # a tenth is held out
-    done, nbytes = 0, tokens * config.n_layers * (INPUT_DTYPE.itemsize * config.d_model + config.d_ff)
+    heads = config.n_heads * config.head_dim
+    of_matrices = min(tokens, _MATRIX_TOKENS) * INPUT_DTYPE.itemsize * (2 * config.d_model + heads)
+    done, nbytes = 0, tokens * (INPUT_DTYPE.itemsize * config.d_model + config.d_ff) + of_matrices
     first = jax.process_index() == 0
     with (
-        write_aside(folder, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes)
+        write_aside(folder, folder=True, replace=replace, marker=_MANIFEST, nbytes=config.n_layers * nbytes)
         if first
         else contextlib.nullcontext() as aside,
         progress("record", tokens, "tokens") as advance,
     ):
         if aside is not None:
             aside.mkdir()
-        for arrays in _observed(config, params, batches, input, dtype):
-            kept = min(tokens - done, arrays[0].shape[1])
-            for i, (x_NxD, c_NxF) in enumerate(zip(*arrays, strict=True)):
+        for seen in _observed(config, params, batches, input, dtype):
+            kept, of_matrix = (min(most - done, seen.input_LxNxD.shape[1]) for most in (tokens, _MATRIX_TOKENS))
+            for i, (x_NxD, c_NxF) in enumerate(zip(seen.input_LxNxD, seen.contribution_LxNxF, strict=True)):
                 append(aside, _inputs(i), x_NxD[:kept])
                 append(aside, _contributions(i), c_NxF[:kept])
+            if of_matrix > 0:
+                rows = slice(min(kept, of_matrix))
+                append(aside, _matrix_inputs(HEAD), seen.head_NxD[rows])
+                for matrix, x_LxNxC in seen.matrices.items():
+                    for i, x_NxC in enumerate(x_LxNxC):
+                        append(aside, _matrix_inputs(matrix, i), x_NxC[rows])
             done += kept
             advance(kept)
             if done == tokens:
@@ -182,6 +225,7 @@ def record_activations(
             "n_layers": config.n_layers,
             "d_model": config.d_model,
             "d_ff": config.d_ff,
+            "heads": heads,
             "files": {name: (size, checksums[name]) for name, size in sizes.items()},
         }
         if aside is not None:
@@ -206,10 +250,32 @@ def open_recording(folder: Path) -> Recording:
     return recording
 
 
+@struct.dataclass
+class Seen:
+    """Activations of a piece of text; where there is [B, C] at first, padding is left out later: [N].
+
+    Attributes:
+      input_LxNxD: what predictors read, as recorded.
+      contribution_LxNxF: the neurons' contributions, as recorded.
+      matrices: inputs of each of `MATRICES`, [L, B, C, columns].
+      head_NxD: inputs of the head, [B, C, D].
+    """
+
+    input_LxNxD: Any
+    contribution_LxNxF: Any
+    matrices: dict[str, Any]
+    head_NxD: Any
+
+    def without_padding(self, used_BxC: np.ndarray) -> Seen:
+        """The tokens in use."""
+        layers = jax.tree.map(lambda a: a[:, used_BxC], self.replace(head_NxD=None))  # type: ignore[attr-defined]
+        return layers.replace(head_NxD=self.head_NxD[used_BxC])
+
+
 def _observed(
     config: FalconConfig, params: Params, batches: Iterable[Batch], input: PredictorInput, dtype: Any
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs [L, N, D] and contributions [L, N, F] of the tokens that are not padding, a chunk of positions at a time.
+) -> Iterator[Seen]:
+    """Activations of the tokens that are not padding, a chunk of positions at a time.
 
     At 40B, the activations of all layers at all positions do not fit into memory; a KV cache carries the context from
     one chunk of a batch to the next.
@@ -221,12 +287,12 @@ def _observed(
     for batch in batches:
         arrays_BxT = [np.asarray(batch[k]) for k in BATCH_KEYS]
         B, T = arrays_BxT[0].shape
-        C = max(min(T, piece_bytes // (4 * config.n_layers * B * config.d_ff)), 1)
+        C = max(min(T, piece_bytes // (4 * config.n_layers * B * (config.d_ff + 2 * config.d_model))), 1)
         cache = empty_cache(config, B, -(-T // C) * C, dtype)
         for start in range(0, T, C):
             piece = [_padded(a_BxT[:, start : start + C], C) for a_BxT in arrays_BxT]
             seen, cache = observe_piece(model, input, params, lengths_LxF, cache, *piece)
-            yield tuple(a[:, piece[-1] != 0] for a in on_host(seen))
+            yield on_host(seen).without_padding(piece[-1] != 0)
 
 
 def _padded(a_BxN: np.ndarray, C: int) -> np.ndarray:
@@ -243,15 +309,24 @@ def empty_cache(config: FalconConfig, B: int, S: int, dtype: Any) -> KVCache:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def observe_piece(
     model: Falcon, input: PredictorInput, params: Params, lengths_LxF: jax.Array, cache: KVCache, *piece: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
-    """The program behind `record_activations`: inputs [L, B, C, D], contributions [L, B, C, F], and the cache."""
-    (_, cache), variables = model.apply({"params": params}, *piece, cache, method="hidden", mutable=["activations"])
+) -> tuple[Seen, KVCache]:
+    """The program behind `record_activations`: the activations, and the cache."""
+    (hidden_BxCxD, cache), variables = model.apply(
+        {"params": params}, *piece, cache, method="hidden", mutable=["activations"]
+    )
     seen = variables["activations"]["layers"]
     h_LxBxCxF = jnp.abs(seen["mlp"]["neurons"].astype(jnp.float32))
     finite = jnp.finfo(CONTRIBUTION_DTYPE)
     c_LxBxCxF = jnp.clip(h_LxBxCxF * lengths_LxF[:, None, None], float(finite.smallest_subnormal), float(finite.max))
     c_LxBxCxF = jnp.where(h_LxBxCxF > 0, c_LxBxCxF, 0).astype(CONTRIBUTION_DTYPE)
-    return (seen[input].astype(INPUT_DTYPE), c_LxBxCxF), cache.sharded()
+    matrices = {"qkv": seen["attention_input"], "out": seen["attention"]["heads"], "up": seen["mlp_input"]}
+    matrices = {matrix: matrices[matrix].astype(INPUT_DTYPE) for matrix in MATRICES}
+    return Seen(
+        input_LxNxD=seen[input].astype(INPUT_DTYPE),
+        contribution_LxNxF=c_LxBxCxF,
+        matrices=matrices,
+        head_NxD=hidden_BxCxD.astype(INPUT_DTYPE),
+    ), cache.sharded()
 
 
 def _row_lengths(w_LxFxD: jax.Array) -> jax.Array:
@@ -264,3 +339,7 @@ def _inputs(i: int) -> str:
 
 def _contributions(i: int) -> str:
     return f"{i:03}.contributions"
+
+
+def _matrix_inputs(matrix: str, i: int | None = None) -> str:
+    return f"{matrix}.inputs" if i is None else f"{i:03}.{matrix}.inputs"

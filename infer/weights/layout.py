@@ -18,7 +18,9 @@ from falcon_relu.errors import FalconError
 from falcon_relu.model import Params
 from falcon_relu.sharding import Leaf
 from infer.predictor.predictor import Predictor, PredictorInput
-from infer.weights.formats import Array, Format, Rows, quantise, rows_like
+from infer.predictor.recording import Recording
+from infer.weights.convert import convert_matrix, convert_predictor
+from infer.weights.formats import Array, Format, Rows, rows_like
 from infer.weights.memory import need_memory
 
 Kind = Literal["attention", "mlp", "predictor", "head"]
@@ -183,19 +185,24 @@ class DecodeWeights:
         predictor = first.up.format if first.predictor is None else first.predictor.fc1.format
         return Formats(attention=first.qkv.format, mlp=first.up.format, predictor=predictor, head=self.embedding.format)
 
-    def with_predictor(self, predictor: Predictor, format: Format = "bf16") -> DecodeWeights:
+    def with_predictor(
+        self, predictor: Predictor, format: Format = "bf16", recording: Recording | None = None
+    ) -> DecodeWeights:
         """The same weights with these predictors; nothing else is copied.
+
+        With a recording of the input that they read, int4 maps are rounded for it.
 
         Raises:
           FalconError: the predictor has another number of layers or other widths than the model.
         """
         check_predictor(predictor, self.config)
+        if recording is not None and recording.input != predictor.input:
+            recording = None
         layers = tuple(
             dataclasses.replace(
                 layer,
                 predictor=PredictorWeights(
-                    _rows(f"layers.{i}.predictor.fc1", maps.fc1_RxD, format),
-                    _rows(f"layers.{i}.predictor.fc2", maps.fc2_FxR, format),
+                    *convert_predictor(i, maps, format, recording),
                     jnp.float32(threshold),
                     jnp.int32(budget),
                 ),
@@ -208,9 +215,15 @@ class DecodeWeights:
 
 
 def weights_from_params(
-    params: Params, config: FalconConfig, formats: Formats | None = None, predictor: Predictor | None = None
+    params: Params,
+    config: FalconConfig,
+    formats: Formats | None = None,
+    predictor: Predictor | None = None,
+    recording: Recording | None = None,
 ) -> DecodeWeights:
     """Decode weights from the Flax parameters of `falcon_relu.model`, converted matrix by matrix.
+
+    With a recording of the model, int4 matrices are rounded for their inputs in it.
 
     Raises:
       FalconError: a number is not finite or does not fit its format, or the predictor does not fit the model.
@@ -221,7 +234,7 @@ def weights_from_params(
         for leaf, array in leaves.items()
         for layer in (range(config.n_layers) if leaf[0] == "layers" else (None,))
     )
-    return from_pieces(config, pieces, formats, predictor)
+    return from_pieces(config, pieces, formats, predictor, recording)
 
 
 def weights_from_checkpoint(
@@ -230,6 +243,7 @@ def weights_from_checkpoint(
     predictor: Predictor | None = None,
     *,
     activation: Activation | None = None,
+    recording: Recording | None = None,
 ) -> DecodeWeights:
     """Decode weights from a checkpoint, one tensor at a time: no second copy of the model is in memory.
 
@@ -238,13 +252,14 @@ def weights_from_checkpoint(
       formats: number formats; bf16 if None.
       predictor: its predictor, for sparse decoding.
       activation: the MLP activation, where a Hugging Face config does not name it.
+      recording: of the model, for int4.
 
     Raises:
       FalconError: as `load_model` and `weights_from_params`, or there is too little memory.
     """
     config, pieces = stream_model(source, activation=activation)
     need_memory(skeleton(config, formats or Formats()).nbytes, f"the weights of {source}")
-    return from_pieces(config, pieces, formats, predictor)
+    return from_pieces(config, pieces, formats, predictor, recording)
 
 
 def from_pieces(
@@ -252,8 +267,11 @@ def from_pieces(
     pieces: Iterable[tuple[Leaf, int | None, Array]],
     formats: Formats | None = None,
     predictor: Predictor | None = None,
+    recording: Recording | None = None,
 ) -> DecodeWeights:
     """Decode weights from all parameters of a model, split by layer, in any order; see `weights_from_params`."""
+    if recording is not None:
+        recording.check(config)
     shapes = skeleton(config, formats or Formats())
     found: dict[tuple[Leaf, int | None], Any] = {}
     places = {_OURS[name]: name for name in _OURS}
@@ -262,7 +280,8 @@ def from_pieces(
         wanted = _get(part, places[leaf])
         name = parameter_name(leaf, layer)
         if isinstance(wanted, Rows):
-            found[leaf, layer] = _rows(name, array.reshape(wanted.shape), wanted.format)
+            matrix = array.reshape(wanted.shape)
+            found[leaf, layer] = convert_matrix(name, places[leaf], layer, matrix, wanted.format, recording)
         else:
             check_finite(name, np.asarray(array))
             found[leaf, layer] = jnp.asarray(array, jnp.float32).reshape(wanted.shape)
@@ -279,7 +298,9 @@ def from_pieces(
 
     layers = tuple(fill(part, i) for i, part in enumerate(shapes.layers))
     weights = dataclasses.replace(fill(shapes, None), layers=layers)
-    return weights if predictor is None else weights.with_predictor(predictor, (formats or Formats()).predictor)
+    if predictor is None:
+        return weights
+    return weights.with_predictor(predictor, (formats or Formats()).predictor, recording)
 
 
 def skeleton(
@@ -366,16 +387,3 @@ def check_predictor(predictor: Predictor, config: FalconConfig) -> None:
                 f"the predictor of layer {i} has maps of {maps.fc1_RxD.shape} and {maps.fc2_FxR.shape}; the model "
                 f"needs (R, {config.d_model}) and ({config.d_ff}, R)"
             )
-
-
-def _rows(name: str, matrix: Array, format: Format) -> Rows:
-    """A matrix in `format` as arrays of the CPU device, which uses aligned memory without a copy.
-
-    Raises:
-      FalconError: a number is not finite or does not fit the format; the message has the matrix's name.
-    """
-    try:
-        rows = quantise(matrix, format)
-    except FalconError as error:
-        raise FalconError(f"{name}: {error}") from None
-    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), rows)

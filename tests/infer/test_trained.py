@@ -26,6 +26,7 @@ from infer.predictor.quality import compare_sparse, sensitivity
 from infer.predictor.recording import record_activations
 from infer.quality import DecodeSetting, measure_quality, one_kind, teacher_forced
 from infer.weights.layout import Formats, weights_from_params
+from tests.benchmarks import int4_kl
 from tests.conftest import same_but_for_ties
 from tests.infer import trained
 from tests.infer.test_step import BACKENDS, covering_predictor
@@ -109,6 +110,22 @@ def test_int8_costs_less_than_the_limit_and_every_kind_of_matrix_is_told_apart(m
     assert sum(found[kind]["kl"] for kind in kinds) == pytest.approx(found["all"]["kl"], rel=0.5)  # errors add up
     assert found["exact"]["kl"] < 1e-6
     assert found["exact"]["fired"] < 0.6
+
+
+def test_int4_costs_less_than_q4_0_and_with_a_recording_less_than_two_thirds(model, fitted):
+    """Each kind of matrix too; `python -m tests.benchmarks.int4_kl` prints the whole table."""
+    pytest.importorskip("gguf")
+    reference = int4_kl.bf16(model.params)
+    batches = list(validation_batches(trained.data(model.folder)))[:8]
+    ways = {how: int4_kl.rounded(model.config, reference, how, fitted[1]) for how in int4_kl.HOWS}
+    ways |= {m: int4_kl.rounded(model.config, reference, "int4, calibrated", fitted[1], [m]) for m in int4_kl.MATRICES}
+    found = int4_kl.compare(model.config, reference, ways, batches)
+    q4_0, plain, calibrated = (found[how] for how in int4_kl.HOWS)
+    assert plain["kl"] <= q4_0["kl"]
+    assert calibrated["kl"] <= 0.5 * q4_0["kl"]
+    assert calibrated["agreement"] > max(plain["agreement"], q4_0["agreement"])
+    for matrix in int4_kl.MATRICES:
+        assert 0 < found[matrix]["kl"] < calibrated["kl"]
 
 
 def validation_rows(model: Trained, tokens: int) -> list[np.ndarray]:

@@ -102,8 +102,9 @@ def cases(tmp_path_factory) -> dict[str, Case]:
     rng = np.random.default_rng(0)
     write_recording(root / "recording", [(rng.normal(size=(30, 16)), rng.normal(size=(30, 24)) ** 2) for _ in range(2)])
     files = {p.name: digest(p) for p in (root / "recording").iterdir()}
-    fields = {"input": "mlp_input", "tokens": 30, "n_layers": 2, "d_model": 16, "d_ff": 24, "files": files}
-    (root / "recording" / "recording.json").write_text(json.dumps(seal({"version": 2, **fields})))
+    fields = {"input": "mlp_input", "tokens": 30, "n_layers": 2, "d_model": 16, "d_ff": 24, "heads": 16}
+    fields["files"] = files
+    (root / "recording" / "recording.json").write_text(json.dumps(seal({"version": 3, **fields})))
     read_predictor = lambda path: of_predictor(load_predictor(path / "p.safetensors", CONFIG))  # noqa: E731
     found = {
         "hf config": Case(hf, numbers, "config.json", False),

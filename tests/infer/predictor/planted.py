@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from falcon_relu.checkpoints.digests import digest
-from infer.predictor.recording import CONTRIBUTION_DTYPE, INPUT_DTYPE, Batch, Recording
+from infer.predictor.recording import CONTRIBUTION_DTYPE, INPUT_DTYPE, MATRICES, Batch, Recording
 
 
 def write_recording(folder: Path, layers: list[tuple[np.ndarray, np.ndarray]]) -> Recording:
@@ -16,9 +16,13 @@ def write_recording(folder: Path, layers: list[tuple[np.ndarray, np.ndarray]]) -
     for i, (x_NxD, c_NxF) in enumerate(layers):
         x_NxD.astype(INPUT_DTYPE).tofile(folder / f"{i:03}.inputs")
         c_NxF.astype(CONTRIBUTION_DTYPE).tofile(folder / f"{i:03}.contributions")
+        for matrix in MATRICES:
+            x_NxD[:8192].astype(INPUT_DTYPE).tofile(folder / f"{i:03}.{matrix}.inputs")
+    x_NxD[:8192].astype(INPUT_DTYPE).tofile(folder / "head.inputs")
     (N, D), F = layers[0][0].shape, layers[0][1].shape[1]
     files = {path.name: digest(path) for path in folder.iterdir()}
-    return Recording(folder=folder, input="mlp_input", tokens=N, n_layers=len(layers), d_model=D, d_ff=F, files=files)
+    sizes = {"n_layers": len(layers), "d_model": D, "d_ff": F, "heads": D}
+    return Recording(folder=folder, input="mlp_input", tokens=N, files=files, **sizes)
 
 
 def planted_layer(

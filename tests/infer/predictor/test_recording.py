@@ -41,6 +41,16 @@ def test_recording_holds_what_the_model_saw_without_padding(tmp_path: Path, inpu
         # Another program: a few neurons within rounding of 0 may fire in one of them alone.
         assert ((contributions_NxF.astype(np.float32) != 0) != (h_NxF[:tokens] != 0)).sum() <= 3
         np.testing.assert_allclose(contributions_NxF.astype(np.float32), c_NxF, rtol=0.13, atol=1e-4)
+        for matrix, of in (
+            ("qkv", lambda s: s["attention_input"]),
+            ("out", lambda s: s["attention"]["heads"]),
+            ("up", lambda s: s["mlp_input"]),
+        ):
+            x_NxC = np.concatenate([np.asarray(of(s)[i])[r] for s, r in zip(layers, real, strict=True)])[:tokens]
+            np.testing.assert_allclose(made.matrix_inputs(matrix, i).astype(np.float32), x_NxC, rtol=1e-2, atol=1e-4)
+    hidden = Falcon(CONFIG).apply({"params": params}, *(batches[0][k] for k in BATCH_KEYS), method="hidden")[real[0]]
+    head_inputs = made.matrix_inputs("head")[: len(hidden)].astype(np.float32)
+    np.testing.assert_allclose(head_inputs, hidden, rtol=1e-2, atol=1e-3)
 
 
 def test_contributions_out_of_range_still_tell_what_fires(tmp_path: Path) -> None:
@@ -88,7 +98,7 @@ def test_pieces_on_a_mesh_see_the_context_before_them_and_are_no_larger_than_all
     batches = [random_batch(seed, CONFIG.vocab_size, B=2) for seed in range(2)]
     at_once = record_activations(CONFIG, params, batches, tmp_path / "whole", tokens=112, input="mlp_input")
     monkeypatch.setattr(
-        infer.predictor.recording, "_PIECE_BYTES", 5 * 4 * CONFIG.n_layers * 2 * CONFIG.d_ff // 8
+        infer.predictor.recording, "_PIECE_BYTES", 5 * 4 * CONFIG.n_layers * 2 * (CONFIG.d_ff + 2 * CONFIG.d_model) // 8
     )  # 5 positions, T is 32
     pieces, original = [], infer.predictor.recording.observe_piece
 

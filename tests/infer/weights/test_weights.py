@@ -12,9 +12,9 @@ from falcon_relu.checkpoints import native
 from falcon_relu.checkpoints.schema import write_sealed
 from falcon_relu.errors import FalconError
 from infer.weights import memory, storage
-from infer.weights.formats import quantise
 from infer.weights.layout import Formats, weights_from_checkpoint, weights_from_params
 from infer.weights.memory import huge_empty
+from infer.weights.rounding import quantise
 from tests.infer.test_step import covering_predictor, relu_model
 
 
