@@ -104,12 +104,12 @@ def generate(
     check_prompts(prompts, model.config.vocab_size, model.config.max_positions, sampling.max_new_tokens)
     tokens_BxT, lengths_B = pad_prompts(prompts, padded_length(max(map(len, prompts))))
     key, program = jax.random.key(sampling.seed), sampling.of_program()
-    carry = _read_prompts(model, program, params, tokens_BxT, lengths_B)
+    carry = read_prompts(model, program, params, tokens_BxT, lengths_B)
     N = sampling.max_new_tokens
     last = N if until is None else 0
     while True:
         last = min(last + _STEPS_BETWEEN_LOOKS, N)
-        carry = _add_tokens(model, program, params, lengths_B, carry, last, key)
+        carry = add_tokens(model, program, params, lengths_B, carry, last, key)
         rows, done_B = _new_tokens(carry), on_host(carry.done_B)
         if until is not None:
             done_B = np.array([done or until(row) for row, done in zip(rows, done_B, strict=True)])
@@ -171,9 +171,10 @@ def _new_tokens(carry: _Carry) -> list[list[int]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_prompts(
+def read_prompts(
     model: Falcon, sampling: Sampling, params: Params, tokens_BxT: jax.Array, lengths_B: jax.Array
 ) -> _Carry:
+    """Fills the cache with the prompts, and works out the logits of each one's first new token."""
     B, T = tokens_BxT.shape
     N = sampling.max_new_tokens
     apply: Any = functools.partial(model.apply, {"params": params})
@@ -188,7 +189,7 @@ def _read_prompts(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _add_tokens(
+def add_tokens(
     model: Falcon,
     sampling: Sampling,
     params: Params,

@@ -15,7 +15,7 @@ import numpy as np
 from flax.core import meta
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
@@ -25,6 +25,19 @@ Leaf = tuple[str, ...]  # path of a parameter in the tree
 Index = tuple[slice, ...]  # a part of an array: from start to stop along every axis
 
 MESH_AXES = ("data", "fsdp", "tensor")
+
+
+class MeshError(FalconError):
+    """Something does not fit the devices of a mesh.
+
+    Attributes:
+      what: the fault, without what to do.
+    """
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what}: {remedy}")
+        self.what = what
+
 
 # Parameters are sharded over `tensor` along heads, neurons or vocabulary, and over `fsdp` along neurons (whole rows,
 # which all-gather without a transposition) or else along D. Between blocks the residual stream is sharded over `tensor`
@@ -46,21 +59,43 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh; a size of -1 takes the devices that are left.
+def mesh_sizes(shape: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
+    """The sizes of a (data, fsdp, tensor) mesh; a size of -1 takes the devices that are left.
 
     Raises:
-      FalconError: the shape does not fit the number of devices.
+      MeshError: the shape does not fit the number of devices.
+    """
+    named = math.prod(size for size in shape if size != -1)
+    data, fsdp, tensor = (devices // named if size == -1 else size for size in shape)
+    if data * fsdp * tensor != devices:
+        raise MeshError(
+            f"mesh {shape} over {MESH_AXES} does not fit {devices} devices",
+            f"choose one whose product is {devices}, or give a single -1, which takes the devices that are left",
+        )
+    return data, fsdp, tensor
+
+
+def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh, see `mesh_sizes`.
+
+    Raises:
+      MeshError: the shape does not fit the number of devices, or not the torus that they form.
     """
     devices = jax.devices() if devices is None else devices
-    named = math.prod(size for size in shape if size != -1)
-    sizes = tuple(len(devices) // named if size == -1 else size for size in shape)
-    if math.prod(sizes) != len(devices):
-        raise FalconError(
-            f"mesh {shape} over {MESH_AXES} does not fit {len(devices)} devices: choose one whose product is "
-            f"{len(devices)}, or give a single -1, which takes the devices that are left"
-        )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    sizes = mesh_sizes(shape, len(devices))
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError as error:  # TPUs alone
+        edges = [max(places) + 1 for places in zip(*(device.coords for device in devices), strict=True)]
+        raise MeshError(
+            f"mesh {sizes} over {MESH_AXES} cannot be laid on a torus of {' x '.join(map(str, edges))} chips",
+            "every size must be the product of some of its edges",
+        ) from error
+
+
+def abstract_mesh(sizes: tuple[int, int, int]) -> Any:
+    """A mesh without devices, for shapes and shardings; typed Any, since it serves where a Mesh is asked for."""
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextmanager
@@ -191,11 +226,15 @@ def on_host(arrays: Any) -> Any:
 
 def init_params(config: FalconConfig, seed: int, mesh: Mesh | None = None) -> Any:
     """Randomly initialised float32 parameters, created sharded over `mesh` if one is given."""
+    return init_program(config, mesh)(jax.random.key(seed))
+
+
+def init_program(config: FalconConfig, mesh: Mesh | None = None) -> Any:
+    """The jitted (key) -> randomly initialised float32 parameters, sharded over `mesh` if one is given."""
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def init(key: jax.Array) -> Any:
-        return meta.unbox(Falcon(config).init(key, tokens)["params"])
+        with nn.logical_axis_rules(()):
+            return meta.unbox(Falcon(config).init(key, tokens)["params"])
 
-    out = None if mesh is None else param_shardings(config, mesh)
-    with nn.logical_axis_rules(()):
-        return jax.jit(init, out_shardings=out)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=None if mesh is None else param_shardings(config, mesh))

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from falcon_relu.config import Activation, FalconConfig, family
 from falcon_relu.errors import FalconError
 from falcon_relu.model import Falcon, Params
-from falcon_relu.sharding import MESH_AXES, abstract_params, batch_sharding, param_shardings
+from falcon_relu.sharding import MESH_AXES, MeshError, abstract_params, batch_sharding, param_shardings
 from train.config import TrainConfig
 from train.data.batches import Batch, Manifests
 from train.data.teacher_shards import TeacherManifest
@@ -108,15 +108,6 @@ class Job:
             batch["teacher"] = {name: whole(array.shape[1:], array.dtype) for name, array in targets.items()}
         return batch
 
-    def programs(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """What the run executes that takes the model's size: jitted function and abstract arguments, by name."""
-        state, teacher = self.abstract_state(), self.abstract_teacher()
-        batch, rows = self.abstract_batch(self.config.data.batch_size), self.abstract_batch(self.microbatch)
-        return {
-            "training step": (self.train_step(), (state, batch, teacher)),
-            "validation": (self.validation_step(), (state.params, rows, teacher)),
-        }
-
 
 def make_job(
     config: TrainConfig,
@@ -200,23 +191,21 @@ def _check_mesh(config: TrainConfig, student: FalconConfig, mesh: Mesh) -> None:
     """Every device must have as many rows of a microbatch, and as many layers of the state, as the others."""
     data, fsdp, tensor = (mesh.shape[axis] for axis in MESH_AXES)
     batch, pieces, parts = config.data.batch_size, config.microbatches, data * fsdp
-    problems = []
+    what, choose = [], []
     if batch // pieces % parts:
+        what.append(
+            f"a microbatch of {batch // pieces} rows (batch_size {batch} / microbatches {pieces}) by the {parts} "
+            "devices along data and fsdp"
+        )
         good = [n for n in range(1, batch + 1) if batch % (n * parts) == 0]
-        advice = f"--microbatches {min(good, key=lambda n: abs(n - pieces))}, " if good else ""
-        problems.append(
-            f"a microbatch of {batch // pieces} rows (batch_size {batch} / microbatches {pieces}) cannot be shared "
-            f"evenly by the {parts} devices along data and fsdp: change {advice}--data.batch-size or --mesh"
-        )
+        nearest = min(good, key=lambda n: abs(n - pieces), default=None)
+        choose.append("another --data.batch-size" if nearest is None else f"--microbatches {nearest}")
     if student.n_layers % data:
+        what.append(f"{student.n_layers} layers of parameters and moments by the {data} devices along data")
         good_data = math.gcd(data, student.n_layers)
-        problems.append(
-            f"{student.n_layers} layers cannot be shared evenly by the {data} devices along data, so that each would "
-            "hold the float32 parameters and optimizer state of all layers: choose "
-            f"--mesh {good_data} {fsdp * data // good_data} {tensor}"
-        )
-    if problems:
-        raise FalconError("; ".join(problems))
+        choose.append(f"--mesh {good_data} {fsdp * data // good_data} {tensor}")
+    if what:
+        raise MeshError(f"cannot be shared evenly: {', and '.join(what)}", f"choose {' '.join(choose)}")
 
 
 def _check_vocabularies(

@@ -116,7 +116,7 @@ def _prepare(config: TrainConfig, mesh: Mesh) -> _Prepared:
         rows=rows,
         validation_rows=Rows(mesh, job.microbatch),
         batches=train_batches(config.data, rows.own, manifests),
-        samples=Samples(config.samples, job.student, rows.parts) if config.samples.every else None,
+        samples=Samples(config.samples, job.student, mesh) if config.samples.every else None,
         resumes=resumes,
     )
 
@@ -261,14 +261,17 @@ def _facts(prepared: _Prepared) -> dict[str, Any]:
 
 
 def _fresh(job: Job) -> TrainState:
+    state = init_state(job.student.config, job.optimizer, _first_params(job), job.shardings)
+    write_architecture(job.config.out, job.student.config)
+    return state
+
+
+def _first_params(job: Job) -> Params:
     config, mesh = job.config, job.mesh
     if config.model is not None:
-        params = init_params(family(config.model), config.seed, mesh)
-    else:
-        assert config.init_from is not None
-        _, params = load_model(config.init_from, activation=config.init_activation, mesh=mesh)
-    write_architecture(config.out, job.student.config)
-    return init_state(job.student.config, job.optimizer, params, job.shardings)
+        return init_params(family(config.model), config.seed, mesh)
+    assert config.init_from is not None
+    return load_model(config.init_from, activation=config.init_activation, mesh=mesh)[1]
 
 
 def _restored(prepared: _Prepared, saved: Checkpoints) -> TrainState:

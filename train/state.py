@@ -98,9 +98,14 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, from float32 parameters that it takes over."""
     params = jax.device_put(params, shardings.params)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    opt_state = moments_program(optimizer, shardings)(params)
     zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings.step)
     return TrainState(step=zero(), params=params, opt_state=opt_state, bad_steps=zero(), skipped=zero())
+
+
+def moments_program(optimizer: optax.GradientTransformation, shardings: TrainState) -> Any:
+    """The jitted (parameters) -> the optimizer's state before the first step."""
+    return jax.jit(optimizer.init, out_shardings=shardings.opt_state)
 
 
 def abstract_state(config: FalconConfig, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

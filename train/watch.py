@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from falcon_relu.errors import FalconError
-from falcon_relu.generation import generate
+from falcon_relu.generation import check_prompts, generate
 from falcon_relu.model import Falcon, Params
-from falcon_relu.sharding import working_copy
+from falcon_relu.sharding import param_shardings, working_copy
 from falcon_relu.tokenizer import Tokenizer
 from train.config import SamplesConfig, TrainConfig
 from train.flops import peak_flops
@@ -86,13 +88,13 @@ class Samples:
     Args:
       config: what to continue and how.
       model: the student.
-      multiple: prompts are repeated up to a multiple of it, the devices that share a batch.
+      mesh: devices of the run.
 
     Raises:
-      FalconError: the tokenizer cannot be read or does not fit the model, or a prompt has no tokens.
+      FalconError: the tokenizer cannot be read or does not fit the model, or a prompt cannot be continued.
     """
 
-    def __init__(self, config: SamplesConfig, model: Falcon, multiple: int):
+    def __init__(self, config: SamplesConfig, model: Falcon, mesh: Mesh):
         assert config.tokenizer is not None
         self._config, self._model = config, model
         self._tokenizer = Tokenizer(config.tokenizer)
@@ -100,15 +102,29 @@ class Samples:
         prompts = [self._tokenizer.encode(prompt) for prompt in config.prompts]
         if [] in prompts:
             raise FalconError(f"samples: the prompt {config.prompts[prompts.index([])]!r} has no tokens")
-        self._prompts = (prompts * multiple)[: -(-len(prompts) // multiple) * multiple]
-        # Generation reads all layers for every token, so it uses a copy that is not sharded over `data`.
-        self._copy = jax.jit(functools.partial(working_copy, model.config, dtype=model.dtype))
+        check_prompts(prompts, model.config.vocab_size, model.config.max_positions, config.sampling.max_new_tokens)
+        self._prompts, self._copy = repeated(prompts, mesh), sampling_copy(model, mesh)
 
     def texts(self, params: Params) -> dict[str, str]:
         """Continuations under `params`, by their prompts."""
         ids = generate(self._model, self._copy(params), self._prompts, self._config.sampling)
         # not strict: drops the repeated prompts
         return dict(zip(self._config.prompts, map(self._tokenizer.decode, ids), strict=False))
+
+
+def sampling_copy(model: Falcon, mesh: Mesh) -> Any:
+    """The jitted (parameters) -> the copy that texts are generated with.
+
+    Generation reads all layers for every token, so they are not sharded over `data`.
+    """
+    shardings = param_shardings(model.config, mesh)
+    return jax.jit(functools.partial(working_copy, model.config, dtype=model.dtype), out_shardings=shardings)
+
+
+def repeated(prompts: list[Any], mesh: Mesh) -> list[Any]:
+    """The prompts, and the first ones again until the devices that share a batch have as many each."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return (prompts * parts)[: -(-len(prompts) // parts) * parts]
 
 
 class Trace:

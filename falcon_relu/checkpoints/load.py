@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,16 +64,31 @@ def load_model(
         dtypes = stored.dtypes() if dtype is None else dict.fromkeys(shapes, dtype)
         shardings: dict[Leaf, NamedSharding] = {} if mesh is None else flatten_dict(param_shardings(config, mesh))
 
-        def zeros() -> dict[Leaf, jax.Array]:
-            return {leaf: jnp.zeros(shape, dtypes[leaf]) for leaf, shape in shapes.items()}
-
-        params = jax.jit(zeros, out_shardings=shardings or None)()
+        params = _zeros(shapes, dtypes, shardings)()
         for tensor in stored.tensors(f"loading {source}"):
             leaf, layer, sharding = tensor.leaf, tensor.layer, shardings.get(tensor.leaf)
             part = _place(tensor, functools.partial(stored.read, tensor), sharding)
             params[leaf] = _fill(sharding)(params[leaf], part, layer or 0)
             params[leaf].block_until_ready()  # else tensors waiting for their transfer accumulate in host memory
     return config, unflatten_dict(params)
+
+
+def loading_programs(config: FalconConfig, dtype: Any, mesh: Mesh) -> Iterator[tuple[Any, tuple[Any, ...], Any]]:
+    """What `load_model` executes on a mesh: (jitted function, shapes of its arguments, shapes of the other parameters).
+
+    First the one that makes all parameters; then, of those that fill them, the one of the largest parameter that comes
+    layer by layer, and the one of the largest that comes whole. They are taken to be stored in float32.
+    """
+    shapes = param_shapes(config)
+    shardings: dict[Leaf, NamedSharding] = flatten_dict(param_shardings(config, mesh))
+    yield _zeros(shapes, dict.fromkeys(shapes, dtype), shardings), (), ()
+    whole = {leaf: jax.ShapeDtypeStruct(shapes[leaf], dtype, sharding=shardings[leaf]) for leaf in shapes}
+    for layered in (True, False):
+        kind = [leaf for leaf in shapes if (leaf[0] == "layers") == layered]
+        leaf = max(kind, key=lambda leaf: math.prod(shardings[leaf].shard_shape(shapes[leaf])))
+        own = _piece_sharding(shardings[leaf], layered)
+        piece = jax.ShapeDtypeStruct(shapes[leaf][1:] if layered else shapes[leaf], jnp.float32, sharding=own)
+        yield _fill(shardings[leaf]), (whole[leaf], piece, 0), [whole[name] for name in shapes if name != leaf]
 
 
 def layered_params(stored: StoredModel) -> Any:
@@ -257,8 +273,22 @@ def _place(tensor: HfTensor, read: Callable[[Index | None], np.ndarray], shardin
     """A parameter, or a layer of one, on the parameter's devices; on the default device without a sharding."""
     if sharding is None:
         return jnp.asarray(read(None))
-    spec = sharding.spec if tensor.layer is None else sharding.spec[1:]
-    return place_parts(tensor.our_shape, NamedSharding(sharding.mesh, PartitionSpec(*spec)), read)
+    return place_parts(tensor.our_shape, _piece_sharding(sharding, tensor.layer is not None), read)
+
+
+def _piece_sharding(sharding: NamedSharding, is_layer: bool) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if is_layer else sharding
+
+
+def _zeros(
+    shapes: Mapping[Leaf, tuple[int, ...]], dtypes: Mapping[Leaf, Any], shardings: Mapping[Leaf, NamedSharding]
+) -> Callable[[], dict[Leaf, jax.Array]]:
+    """() -> parameters of these shapes and dtypes, all zero."""
+
+    def zeros() -> dict[Leaf, jax.Array]:
+        return {leaf: jnp.zeros(shape, dtypes[leaf]) for leaf, shape in shapes.items()}
+
+    return jax.jit(zeros, out_shardings=dict(shardings) or None)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from falcon_relu.cli.report import report
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.files import write_text
 from falcon_relu.progress import console
+from falcon_relu.sharding import MeshError
 from train.config import TrainConfig
 from train.flops import A100, Chip
 from train.plan.compile import topology_devices, virtual_devices
@@ -54,8 +55,10 @@ class Args(Output):
     """Share of the peak that matrix products are assumed to reach."""
     tokens: float = Assumptions.tokens
     """Tokens of the run whose time is predicted."""
+    disk_gb_s: float = Assumptions.disk_gb_s
+    """1e9 bytes a second that all machines together write to the shared disk."""
     text: Path | None = None
-    """Also write the compiled program to this file."""
+    """Also write the compiled training step to this file."""
 
     def __post_init__(self) -> None:
         for name in ("devices", "devices_per_node"):
@@ -91,15 +94,15 @@ def run(args: Args) -> None:
             network_gb_s=args.device_network_gb_s,
         )
         devices = virtual_devices(args.devices)
-    assumptions = Assumptions(efficiency=args.efficiency, tokens=args.tokens)
+    assumptions = Assumptions(efficiency=args.efficiency, tokens=args.tokens, disk_gb_s=args.disk_gb_s)
     try:
         results, program = plan_run(args.run, devices, chip, assumptions, console.print)
-    except FalconError as error:
+    except MeshError as error:
         made_for = f"_{chip.topology}_{len(devices)}"
         named = [name for name in config_names(TrainConfig) if name.endswith(made_for)]
-        raise FalconError(
-            f"{error}; made for {args.topology}: --config {', '.join(named)}" if named else str(error)
-        ) from None
+        if not named:
+            raise
+        raise FalconError(f"{error.what}; take --config {named[0]}, made for {args.topology}") from None
     if args.text is not None and program is not None:
         write_text(args.text, program.text, replace=args.overwrite)
     report(results, args)

@@ -100,9 +100,9 @@ def test_another_seed_compiles_nothing():
     params, model = random_params(config), Falcon(config)
     how = Sampling(max_new_tokens=3, temperature=1.5)
     generate(model, params, [[1]], how)
-    programs = generation._add_tokens._cache_size(), generation._read_prompts._cache_size()
+    programs = generation.add_tokens._cache_size(), generation.read_prompts._cache_size()
     generate(model, params, [[1]], dataclasses.replace(how, seed=7))
-    assert programs == (generation._add_tokens._cache_size(), generation._read_prompts._cache_size())
+    assert programs == (generation.add_tokens._cache_size(), generation.read_prompts._cache_size())
 
 
 @pytest.mark.parametrize(

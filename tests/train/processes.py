@@ -48,12 +48,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_two(config: TrainConfig, *arguments: str, cache: Path | None = None) -> list[subprocess.Popen[str]]:
-    """Starts two processes of one run with four devices each, told of each other by flags."""
+def start_two(
+    config: TrainConfig, *arguments: str, devices: int = 4, cache: Path | None = None
+) -> list[subprocess.Popen[str]]:
+    """Starts two processes of one run with so many devices each, told of each other by flags."""
     where = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", "2"]
     where += ["--distributed.heartbeat-seconds", "10"]
     return [
-        start(config, *where, "--distributed.process-id", str(i), *arguments, devices=4, cache=cache) for i in range(2)
+        start(config, *where, "--distributed.process-id", str(i), *arguments, devices=devices, cache=cache)
+        for i in range(2)
     ]
 
 

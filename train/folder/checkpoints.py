@@ -215,12 +215,13 @@ def writing(what: str) -> Iterator[None]:
 
 def fingerprint(state: TrainState) -> dict[str, int]:
     """A checksum of each leaf that does not depend on the mesh: a weighted sum of its words modulo 2^32."""
-    sums = jax.device_get(_sums(state))
+    sums = jax.device_get(checksums(state))
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
 
 
 @jax.jit
-def _sums(state: TrainState) -> Any:
+def checksums(state: TrainState) -> Any:
+    """What `fingerprint` reads."""
     return jax.tree.map(_weighted_sum, state)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -25,11 +26,13 @@ from falcon_relu.checkpoints.load import load_config
 from falcon_relu.checkpoints.native import is_native
 from falcon_relu.config import Activation, FalconConfig, family
 from falcon_relu.errors import FalconError
-from falcon_relu.sharding import RULES, make_mesh
+from falcon_relu.sharding import RULES, abstract_mesh, make_mesh, mesh_sizes
 from train.config import TrainConfig
 from train.data.batches import read_manifests
 from train.flops import TPUS, Chip
 from train.job import Job, make_job
+from train.plan.programs import Planned, programs
+from train.watch import Samples
 
 # Hub ids whose architecture is known without a download.
 _HUB = {
@@ -46,14 +49,14 @@ class Program:
     """A compiled program of a run.
 
     Attributes:
-      name: as in `Job.programs`.
-      text: the compiled module.
-      memory: bytes on a device while the program runs, by what they are used for.
+      planned: what it is.
+      compiled: None where arrays are only copied to the hosts.
+      memory: bytes on a device while it runs, by what they are used for.
       seconds: duration of the compilation.
     """
 
-    name: str
-    text: str
+    planned: Planned
+    compiled: jax.stages.Compiled | None
     memory: dict[str, float]
     seconds: float
 
@@ -61,6 +64,11 @@ class Program:
     def bytes(self) -> float:
         """Bytes on one device."""
         return sum(self.memory.values())
+
+    @property
+    def text(self) -> str:
+        """The compiled module."""
+        return "" if self.compiled is None else self.compiled.as_text() or ""
 
 
 class TooLargeError(Exception):
@@ -123,7 +131,7 @@ def read_config(source: str, activation: Activation | None) -> FalconConfig:
 
 
 def planned_job(config: TrainConfig, devices: Sequence[jax.Device]) -> Job:
-    """The job that `train` would make of `config` on these devices; the data is checked if its folders are here.
+    """The job that `train` would make of `config` on these devices; data and tokenizer are checked if they are here.
 
     Raises:
       FalconError: `train` would refuse to start; the same errors as there.
@@ -131,7 +139,13 @@ def planned_job(config: TrainConfig, devices: Sequence[jax.Device]) -> Job:
     narrow = jnp.float16 if devices[0].platform == "cpu" else jnp.bfloat16
     here = all(Path(source.path).is_dir() for source in config.data.sources)
     manifests = read_manifests(config.data) if here else None
-    return make_job(config, make_mesh(config.mesh, devices), read_config, manifests=manifests, narrow=narrow)
+    sizes = mesh_sizes(config.mesh, len(devices))
+    job = functools.partial(make_job, config, read_config=read_config, manifests=manifests, narrow=narrow)
+    job(mesh=abstract_mesh(sizes))  # says more of what does not fit than laying the devices out
+    made = job(mesh=make_mesh(sizes, devices))
+    if config.samples.every and config.samples.tokenizer is not None and config.samples.tokenizer.exists():
+        Samples(config.samples, made.student, made.mesh)
+    return made
 
 
 def compile_programs(job: Job) -> Iterator[Program]:
@@ -141,32 +155,45 @@ def compile_programs(job: Job) -> Iterator[Program]:
       TooLargeError: the compiler knows the device's memory, and a program does not fit in.
     """
     mesh: Any = job.mesh
-    state, teacher = job.abstract_state(), job.abstract_teacher()
-    resident = {
-        "parameters, float32": _bytes_per_device(state.params),
-        "Adam moments, float32": _bytes_per_device(state.opt_state),
-        "teacher": _bytes_per_device(teacher),
-    }
+    compiled: dict[Any, jax.stages.Compiled] = {}  # by function and arguments
+    generator, made = programs(job), None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
-        for name, (function, arguments) in job.programs().items():
-            start = time.perf_counter()
-            lowered: Any = function.lower(*arguments)  # type: ignore[attr-defined]
+        while True:
             try:
-                compiled = lowered.compile()
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" in str(error):
-                    raise TooLargeError(f"{name}: {first_line(error)}") from error
-                raise
-            stats = compiled.memory_analysis()
-            # Validation does not take the optimizer's state as an argument, but it stays in memory.
-            taken = sum(resident.values()) - (0 if name == "training step" else resident["Adam moments, float32"])
-            memory = resident | {
-                "batch and counters": stats.argument_size_in_bytes - taken,
+                planned = generator.send(made)
+            except StopIteration:
+                return
+            start = time.perf_counter()
+            memory = {"beside": bytes_per_device(planned.beside)}
+            if planned.function is None:
+                yield Program(planned, None, memory, 0.0)
+                continue
+            key = (planned.function, *map(id, jax.tree.leaves(planned.arguments)))
+            lowered: Any = planned.function.lower(*planned.arguments)
+            if key not in compiled:
+                compiled[key] = _compile(planned.phase, lowered)
+            made = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                lowered.out_info,
+                compiled[key].output_shardings,
+            )
+            stats: Any = compiled[key].memory_analysis()
+            memory |= {
+                "arguments": stats.argument_size_in_bytes,
                 "gradients, activations, gathered weights": stats.temp_size_in_bytes,
-                "results beside the donated state": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+                "results beside donated arguments": stats.output_size_in_bytes - stats.alias_size_in_bytes,
                 "code": stats.generated_code_size_in_bytes,
             }
-            yield Program(name, compiled.as_text(), memory, time.perf_counter() - start)
+            yield Program(planned, compiled[key], memory, time.perf_counter() - start)
+
+
+def _compile(name: str, lowered: Any) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise TooLargeError(f"{name}: {first_line(error)}") from error
+        raise
 
 
 def first_line(error: Exception) -> str:
@@ -174,6 +201,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _bytes_per_device(tree: Any) -> float:
+def bytes_per_device(tree: Any) -> float:
+    """Bytes that a device holds of arrays with shardings."""
     leaves = jax.tree.leaves(tree)
     return float(sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,16 +12,17 @@ import jax
 
 from falcon_relu.errors import check_number
 from falcon_relu.model import largest_divisor
-from falcon_relu.sharding import make_mesh
+from falcon_relu.sharding import MeshError, mesh_sizes
 from train.config import TrainConfig
 from train.flops import Chip
 from train.job import Job
 from train.plan import hlo
-from train.plan.compile import Program, TooLargeError, compile_programs, planned_job
+from train.plan.compile import Program, TooLargeError, bytes_per_device, compile_programs, planned_job
 
 Report = dict[str, Any]
 
 GB = 1e9
+_STEPS_TO_STOP = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,18 +32,21 @@ class Assumptions:
     Attributes:
       efficiency: share of a chip's peak that matrix products reach.
       tokens: of the whole run.
+      disk_gb_s: 1e9 bytes a second that all hosts together write to the shared disk.
     """
 
     efficiency: float = 0.6
     tokens: float = 5e9
+    disk_gb_s: float = 5.0
 
     def __post_init__(self) -> None:
         check_number("efficiency", self.efficiency, above=0, high=1)
         check_number("tokens", self.tokens, above=0)
+        check_number("disk_gb_s", self.disk_gb_s, above=0)
 
 
 def summarise(job: Job, programs: Sequence[Program], chip: Chip, assumptions: Assumptions) -> Report:
-    """Memory, FLOPs, collectives and time of the training step, and the memory of the other programs; per device.
+    """Memory, FLOPs, collectives and time of the training step, and the memory of all programs; per device.
 
     Args:
       job: the run.
@@ -52,7 +57,8 @@ def summarise(job: Job, programs: Sequence[Program], chip: Chip, assumptions: As
     config, n, step = job.config, job.mesh.size, programs[0]
     work = hlo.count(step.text)
     needed = job.flops / n
-    largest = max(program.bytes for program in programs)
+    peaks = _peaks(programs, -(-n // _host(job, chip)))
+    largest = max(peak["GB a device"] for peak in peaks)
     products = work.flops / (chip.tflops * 1e12 * assumptions.efficiency)
     crossing = sum(c.bytes * c.times / (_bandwidth(chip, c.group) * GB) for c in work.collectives)
     hidden, exposed = max(products, crossing), products + crossing
@@ -74,9 +80,9 @@ def summarise(job: Job, programs: Sequence[Program], chip: Chip, assumptions: As
         "batch": f"{config.data.batch_size} x {config.data.seq_len} in {config.microbatches} microbatches",
         "remat, attention, chunks": f"{config.remat}, {config.attention}, queries {config.query_chunk}, "
         f"loss {config.loss.chunk}",
-        "fits": largest <= chip.memory_gb * GB,
+        "fits": largest <= chip.memory_gb,
         "GB of": chip.memory_gb,
-        "GB a device": largest / GB,
+        "GB a device": largest,
         "hardware TFLOPs a step": work.flops / 1e12,
         "model TFLOPs a step": needed / 1e12,
         "hardware / model FLOPs": work.flops / needed,
@@ -84,15 +90,71 @@ def summarise(job: Job, programs: Sequence[Program], chip: Chip, assumptions: As
         "assumed TFLOP/s": chip.tflops,
         "assumed GB/s": f"{chip.link_gb_s:g}"
         + (f" within {chip.node} devices, {chip.network_gb_s:g} beyond" if chip.node else ""),
+        "assumed GB/s to disk": assumptions.disk_gb_s,
+        "seconds from a stop signal to the end": seconds_to_stop(job, exposed, assumptions.disk_gb_s),
         "seconds to compile": sum(program.seconds for program in programs),
-        "programs": [{"program": program.name, "GB a device": program.bytes / GB} for program in programs],
-        "memory": [{"of a device": name, "GB": size / GB} for name, size in step.memory.items()],
+        "programs": peaks,
+        "memory of a training step": [
+            {"of a device": name, "GB": size / GB} for name, size in _parts_of_step(job, step).items()
+        ],
         "collectives": [{"kind": kind, "GB a step": kinds.get(kind, 0.0) / GB} for kind in hlo.COLLECTIVES],
         f"{assumptions.tokens:.3g} tokens, {steps:,.0f} steps": [
             {"collectives": "hidden behind products", **run(hidden)},
             {"collectives": "not hidden at all", **run(exposed)},
         ],
     }
+
+
+def seconds_to_stop(job: Job, step: float, disk_gb_s: float) -> float:
+    """How long a run takes at most to save and end after a stop signal.
+
+    The step in which the signal comes and the two after it are finished, see `StopVote`; then a checkpoint is written,
+    once the one before it has been. Validation and loading stop sooner; sample texts are finished first.
+
+    Args:
+      job: the run.
+      step: seconds a step.
+      disk_gb_s: 1e9 bytes a second that reach the disk.
+    """
+    checkpoint = _bytes(job.abstract_state()) / (disk_gb_s * GB)
+    return max(_STEPS_TO_STOP * step, checkpoint) + checkpoint
+
+
+def _peaks(programs: Sequence[Program], hosts: int) -> list[Report]:
+    """A line for each phase of a run: its largest program, and what is copied to a host in it."""
+    rows: dict[str, Report] = {}
+    for program in programs:
+        planned = program.planned
+        size = max(program.bytes / GB, rows.get(planned.phase, {}).get("GB a device", 0.0))
+        rows[planned.phase] = {
+            "program": planned.phase,
+            "when": planned.when,
+            "GB a device": size,
+            "GB copied to each host": _bytes(planned.to_host) / hosts / GB,
+        }
+    return list(rows.values())
+
+
+def _parts_of_step(job: Job, step: Program) -> dict[str, float]:
+    """The memory of a training step, its arguments divided by what they are."""
+    state = job.abstract_state()
+    known = {
+        "parameters, float32": bytes_per_device(state.params),
+        "Adam moments, float32": bytes_per_device(state.opt_state),
+        "teacher": bytes_per_device(job.abstract_teacher()),
+    }
+    others = {name: size for name, size in step.memory.items() if name not in ("arguments", "beside")}
+    return known | {"batch and counters": step.memory["arguments"] - sum(known.values())} | others
+
+
+def _bytes(tree: Any) -> float:
+    return float(sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(tree)))
+
+
+def _host(job: Job, chip: Chip) -> int:
+    """Devices of a host."""
+    devices: Any = job.mesh.devices.flat
+    return chip.node or sum(device.process_index == devices[0].process_index for device in devices)
 
 
 def lighter(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
@@ -145,14 +207,19 @@ def plan_run(
       The report of the first attempt that fits, or of the last one, with "tried" listing all; and its training step,
       None if the compiler gave none.
     """
-    config = dataclasses.replace(config, mesh=tuple(make_mesh(config.mesh, devices).shape.values()))
+    config = dataclasses.replace(config, mesh=mesh_sizes(config.mesh, len(devices)))
     tried: list[Report] = []
     report: Report = {"fits": False}
     step = None
     changes = ""
     for change, attempt in [("", config), *lighter(config)]:
         changes = f"{changes} {change}".strip()
-        job = planned_job(attempt, devices)
+        try:
+            job = planned_job(attempt, devices)
+        except MeshError:
+            if attempt is config:
+                raise
+            continue  # a torus does not take every mesh
         note(f"compiling {changes or 'as configured'}")
         programs: list[Program] = []
         try:
@@ -171,9 +238,12 @@ def plan_run(
 
 
 def _bandwidth(chip: Chip, group: tuple[int, ...]) -> float:
-    if chip.node is None or len({device // chip.node for device in group}) == 1:
+    if chip.node is None:
         return chip.link_gb_s
-    return chip.network_gb_s
+    nodes = Counter(device // chip.node for device in group)
+    if len(nodes) == 1:
+        return chip.link_gb_s
+    return min(chip.link_gb_s, chip.network_gb_s * max(nodes.values()))  # each device of a node uses its own adapter
 
 
 def _used_gb(error: Exception) -> float | None:

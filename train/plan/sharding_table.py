@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from falcon_relu.sharding import MESH_AXES, abstract_params, param_axes, param_shardings
+from falcon_relu.sharding import abstract_mesh, abstract_params, param_axes, param_shardings
 from train.config import TrainConfig
 from train.job import make_job
 from train.plan.compile import read_config
@@ -26,7 +26,7 @@ def sharding_table(config: TrainConfig, mesh_shape: tuple[int, int, int]) -> lis
     Returns:
       Rows of array, shape, dtype, logical axes, PartitionSpec (all text) and bytes a device (int).
     """
-    mesh: Any = AbstractMesh(mesh_shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = abstract_mesh(mesh_shape)
     job = make_job(config, mesh, read_config)
     student, state = job.student.config, job.abstract_state()
     axes = {_path(path): spec for path, spec in _leaves(param_axes(student))}
