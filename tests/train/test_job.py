@@ -90,7 +90,7 @@ def test_what_a_run_holds_while_it_executes_a_program_is_what_the_plan_names(tmp
         make = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *arguments: watched(phase, make(*arguments)))
 
-    watch_made("training step", Job, "train_step")
+    watch_made("training step", train.loop._Loop, "_compiled")
     watch_made("validation", Job, "validation_step")
     watch_made("loading the student", train.state, "moments_program")
     watch_made("samples", train.watch, "sampling_copy")
