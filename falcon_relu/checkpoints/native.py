@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.files import aside_path, real_path, write_aside
 from falcon_relu.model import largest_divisor
-from falcon_relu.sharding import Index, Leaf, param_shapes
+from falcon_relu.sharding import Index, Leaf, param_axes, param_shapes
 
 Read = Callable[..., np.ndarray]  # (leaf, layer or None, part or None), see `params_reader`
 
@@ -37,7 +37,7 @@ _FORMAT = 2
 _MANIFEST = "falcon.json"
 _PARAMS = "params"
 _ADVICE = "convert or save the weights again, or copy them anew"
-_CHUNK_BYTES = 32 * 2**20  # of a file, uncompressed, at most: what a device reads beyond its own part
+_CHUNK_BYTES = 16 * 2**20  # of a file, uncompressed, at most: what a device reads beyond its own part
 _READERS = 8
 
 
@@ -118,7 +118,10 @@ def params_writer(
     with write_aside(path, folder=True, replace=replace, marker=_MANIFEST, nbytes=nbytes) as aside:
         # Orbax lays out the tree with an empty stand-in for every array; the arrays themselves then follow.
         _save(aside, unflatten_dict({leaf: np.zeros(1, np.int8) for leaf in shapes}))
-        chunks = {leaf: _chunk(leaf, shape, np.dtype(dtypes[leaf]).itemsize) for leaf, shape in shapes.items()}
+        axes = {leaf: _split_axis(leaf, spec) for leaf, spec in flatten_dict(param_axes(config)).items()}
+        chunks = {
+            leaf: _chunk(leaf, shape, axes[leaf], np.dtype(dtypes[leaf]).itemsize) for leaf, shape in shapes.items()
+        }
         stores = {
             leaf: ts.open(
                 _spec(aside, leaf)
@@ -140,13 +143,13 @@ def params_writer(
         def write(leaf: Leaf, layer: int | None, array: np.ndarray) -> None:
             store = stores[leaf] if layer is None else stores[leaf][layer]
             store.write(array, can_reference_source_data_indefinitely=True).result()
-            axis = int(layer is not None)
-            rows = chunks[leaf][axis]
-            for first in range(0, len(array), rows):  # files are not compressed: each has the checksum of its rows
+            axis, size = axes[leaf], chunks[leaf][axes[leaf]]
+            split = axis - (layer is not None)  # of the array given
+            for number, part in enumerate(np.split(array, range(size, array.shape[split], size), split)):
                 index = [0] * len(shapes[leaf])
                 index[0] = layer or 0
-                index[axis] = first // rows
-                digests[_name(leaf)][".".join(map(str, index))] = bytes_digest(array[first : first + rows])
+                index[axis] = number
+                digests[_name(leaf)][".".join(map(str, index))] = bytes_digest(part)  # files are not compressed
 
         yield write
         _write_manifest(aside, config, digests)
@@ -275,12 +278,18 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "Skipping merge of OCDBT" not in record.msg
 
 
-def _chunk(leaf: Leaf, shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """The shape of what `params_writer` puts into a file: rows of one layer, or of a parameter without layers."""
-    *one, rows = (1, shape[1]) if leaf[0] == "layers" else (shape[0],)
-    rest = shape[len(one) + 1 :]
-    fitting = max(_CHUNK_BYTES // (math.prod(rest) * itemsize), 1)
-    return [*one, largest_divisor(rows, fitting), *rest]
+def _split_axis(leaf: Leaf, axes: Sequence[str | None]) -> int:
+    """The axis along which `params_writer` divides a layer into files: the one that is sharded over most devices."""
+    names = list(axes)
+    return next((names.index(name) for name in ("mlp", "embed") if name in names), int(leaf[0] == "layers"))
+
+
+def _chunk(leaf: Leaf, shape: tuple[int, ...], axis: int, itemsize: int) -> list[int]:
+    """The shape of what `params_writer` puts into a file: a part of one layer, or of a parameter without layers."""
+    chunk = [1, *shape[1:]] if leaf[0] == "layers" else list(shape)
+    others = math.prod(chunk) // chunk[axis]
+    chunk[axis] = largest_divisor(shape[axis], max(_CHUNK_BYTES // (others * itemsize), 1))
+    return chunk
 
 
 def _name(leaf: Leaf) -> str:
