@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import signal
@@ -57,6 +58,23 @@ def sharded(config: FalconConfig, params: Params, shape: tuple[int, int, int] = 
     mesh = make_mesh(shape)
     with use_mesh(mesh):
         yield jax.device_put(params, param_shardings(config, mesh))
+
+
+@contextlib.contextmanager
+def opened_files() -> Iterator[collections.Counter[str]]:
+    """A context in which files that Python opens are counted by their path."""
+    counts: collections.Counter[str] = collections.Counter()
+    going = True
+
+    def note(event: str, arguments: tuple) -> None:
+        if going and event == "open" and isinstance(arguments[0], str | os.PathLike):
+            counts[os.path.realpath(arguments[0])] += 1
+
+    sys.addaudithook(note)
+    try:
+        yield counts
+    finally:
+        going = False
 
 
 def same_but_for_ties(model: Falcon, params: Params, prompt: list[int], found: list[int], expected: list[int]) -> bool:

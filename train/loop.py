@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_config, load_model
@@ -126,9 +128,10 @@ def _train(
 ) -> MetricValues:
     job, config = prepared.job, prepared.job.config
     reached("the start of the student", together=False)
-    state = _restored(prepared, saved) if prepared.resumes else _fresh(job)
+    state, teacher_params = (_restored(prepared, saved), None) if prepared.resumes else _fresh(job)
     reached("the loading of the teacher", together=False)
-    teacher_params = _load_teacher(job)
+    if teacher_params is None:
+        teacher_params = _load_teacher(job)
     if vote.at_once():
         raise Stopped  # there is nothing to save yet
     first = int(jax.device_get(state.step))
@@ -260,10 +263,15 @@ def _facts(prepared: _Prepared) -> dict[str, Any]:
     }
 
 
-def _fresh(job: Job) -> TrainState:
-    state = init_state(job.student.config, job.optimizer, _first_params(job), job.shardings)
+def _fresh(job: Job) -> tuple[TrainState, Params]:
+    """The state before the first step; and the teacher's parameters, where they are what the student starts from."""
+    params = [_first_params(job)]
+    teacher = None
+    if job.teacher is not None and job.config.teacher == job.config.init_from:  # whose weights are not read again
+        teacher = _teacher_copy(params[0], job.teacher.dtype)
+    state = init_state(job.student.config, job.optimizer, params.pop(), job.shardings)  # which frees them on its way
     write_architecture(job.config.out, job.student.config)
-    return state
+    return state, teacher
 
 
 def _first_params(job: Job) -> Params:
@@ -272,6 +280,12 @@ def _first_params(job: Job) -> Params:
         return init_params(family(config.model), config.seed, mesh)
     assert config.init_from is not None
     return load_model(config.init_from, activation=config.init_activation, mesh=mesh)[1]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _teacher_copy(params: Params, dtype: Any) -> Params:
+    """The parameters in another dtype, in memory of their own: the student's are updated in place."""
+    return jax.tree.map(lambda w: jnp.copy(w).astype(dtype), params)
 
 
 def _restored(prepared: _Prepared, saved: Checkpoints) -> TrainState:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -233,6 +234,16 @@ class _Array:
 
 def _read_manifest(path: Path) -> _Manifest:
     file = path / _MANIFEST
+    try:
+        about = file.stat()
+    except OSError:
+        return _parse_manifest(file, None)  # which says what is wrong
+    return _parse_manifest(file, (about.st_ino, about.st_size, about.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)
+def _parse_manifest(file: Path, unchanged: tuple[int, int, int] | None) -> _Manifest:
+    """The manifest; a start asks for the config, then for the weights, of student and teacher, and parses it once."""
     return parse(_Manifest, read_sealed(file, _ADVICE, version=("format", _FORMAT)), file)
 
 

@@ -18,7 +18,7 @@ from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from falcon_relu.generation import Sampling
 from falcon_relu.sharding import make_mesh
-from tests.conftest import random_params
+from tests.conftest import opened_files, random_params
 from tests.train.runs import (
     assert_same_weights,
     config_of,
@@ -66,7 +66,12 @@ def test_a_model_learns_and_a_swapped_student_is_won_back(tmp_path, data):
         loss=LossConfig(lm_weight=0.0, kd_weight=1.0),
         steps=30,
     )
-    tuned = train.loop.run(student)
+    with opened_files() as opened:
+        tuned = train.loop.run(student)
+    manifests = [Path(source.path) / "manifest.json" for source in data.sources]
+    for path in [*manifests, *(path for path in weights.rglob("[0-9]*") if path.is_file())]:
+        assert opened[str(path.resolve())] == 1, path  # student and teacher start from the same files
+    assert opened[str((weights / "falcon.json").resolve())] <= 1  # it was parsed for `validate` already
     assert tuned["kl"] < 0.5 * swapped["kl"]
     assert tuned["teacher_cross_entropy"] == pytest.approx(learned["cross_entropy"], rel=1e-4)
     assert validate(tmp_path / "student" / "weights", data, teacher=weights)["kl"] == pytest.approx(
