@@ -13,7 +13,7 @@ import numpy as np
 
 from falcon_relu.errors import FalconError
 from infer.kernels import matmul
-from infer.weights.formats import Array, Rows
+from infer.weights.formats import Array, Format, Rows
 from infer.weights.library import native_library
 
 _TARGETS = ("rows_dot", "weighted_row_sum", "rows_product", "select", "attend", "read_rows")
@@ -35,7 +35,8 @@ def _library() -> ctypes.CDLL:
     for name in ("falcon_instruction_sets", "falcon_instruction_set"):
         getattr(library, name).restype = ctypes.c_char_p
     library.falcon_use_instruction_set.restype = ctypes.c_bool
-    library.falcon_has_products.restype = ctypes.c_bool
+    library.falcon_has_product.restype = ctypes.c_bool
+    library.falcon_has_product.argtypes = [ctypes.c_char_p, ctypes.c_bool]
     for name in _TARGETS:
         jax.ffi.register_ffi_target(
             f"falcon_{name}", jax.ffi.pycapsule(getattr(library, f"falcon_{name}")), platform="cpu"
@@ -72,9 +73,14 @@ def use_instruction_set(name: str) -> None:
     _use(_library(), name)
 
 
-def has_products() -> bool:
-    """Whether the instruction set in use has matrix products of its own; without them a prefill uses XLA's."""
-    return bool(_library().falcon_has_products())
+def has_product(format: Format, transposed: bool = False) -> bool:
+    """Whether the instruction set in use has a matrix product of its own with rows of the format; else it is XLA's.
+
+    Args:
+      format: the rows' number format.
+      transposed: whether it is the product of `weighted_rows_matmul` rather than that of `rows_matmul`.
+    """
+    return bool(_library().falcon_has_product(format.encode(), transposed))
 
 
 def rows_dot(w: Rows, x_BxD: jax.Array) -> jax.Array:
@@ -102,12 +108,12 @@ def weighted_row_sum(
 
 def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
     """See infer.kernels.matmul.rows_matmul."""
-    return _product(w, x, count, transposed=False) if _has_product(w) else matmul.rows_matmul(w, x, count)
+    return (_product if _has_product(w, False) else matmul.rows_matmul)(w, x, count)
 
 
 def weighted_rows_matmul(w: Rows, h: jax.Array, count: Array | None = None) -> jax.Array:
     """See infer.kernels.matmul.weighted_rows_matmul."""
-    if _has_product(w):
+    if _has_product(w, True):
         return _product(w, h, count, transposed=True)
     return matmul.weighted_rows_matmul(w, h, count)
 
@@ -145,13 +151,11 @@ def read_rows(
     return _call_rows("read_rows", w, out, *index, jnp.asarray(seen, jnp.int32), gathered=gathered)
 
 
-def _has_product(w: Rows) -> bool:
-    M, D = w.shape
-    fits = w.format == "int4" or (w.format in ("bf16", "int8") and D % 64 == 0)
-    return fits and M % 2 == 0 and has_products()
+def _has_product(w: Rows, transposed: bool) -> bool:
+    return (w.format == "int4" or w.shape[1] % 64 == 0) and has_product(w.format, transposed)
 
 
-def _product(w: Rows, x: jax.Array, count: Array | None, transposed: bool) -> jax.Array:
+def _product(w: Rows, x: jax.Array, count: Array | None, transposed: bool = False) -> jax.Array:
     x_NxK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     count = jnp.asarray(len(x_NxK) if count is None else count, jnp.int32)
     out = jax.ShapeDtypeStruct((len(x_NxK), w.shape[1 if transposed else 0]), jnp.float32)

@@ -10,7 +10,7 @@
 #define FALCON_F16C
 #include "isa.h"
 
-FALCON_KERNELS(kAvx2, "avx2",
+FALCON_KERNELS(kAvx2,
                __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // every CPU with AVX2 has F16C
 
 #if defined(__clang__)

@@ -11,7 +11,7 @@
 #define FALCON_AVX512
 #include "isa.h"
 
-FALCON_KERNELS(kAvx512, "avx512",
+FALCON_KERNELS(kAvx512,
                __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
 

@@ -1,6 +1,5 @@
 // The row kernels for AVX-512 with int8 and bf16 dot products, and matrix products in bf16.
-#include <algorithm>
-#include <vector>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -14,10 +13,13 @@
 #define FALCON_AVX512
 #define FALCON_VNNI
 #define FALCON_BF16
+#define FALCON_UNSIGNED_ROWS
 #include "isa.h"
+#include "panels.h"
 #include "products.h"
+#include "registers.h"
 
-FALCON_KERNELS(kAvx512Bf16, "avx512_bf16",
+FALCON_KERNELS(kAvx512Bf16,
                kAvx512Vnni.supported() && __builtin_cpu_supports("avx512bf16"))
 
 #if defined(__clang__)

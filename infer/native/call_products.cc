@@ -1,5 +1,6 @@
-// XLA custom calls: products of rows with many vectors at once, in bf16.
+// XLA custom calls: products of rows with many vectors at once.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "checks.h"
@@ -9,30 +10,36 @@
 namespace falcon {
 namespace {
 
+// Memory for what a call packs; a page is written before it is read, so that none is filled with zeros first.
+struct Room {
+  std::unique_ptr<char[]> bytes;
+  void* at;
+  explicit Room(int64_t size) : bytes(new char[size + 64]), at(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64)) {}
+};
+
 // y[t, i] = <row i, x_t>; x is [batch, columns].
-void rows_times_vectors(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch,
-                        float* y) {
-  const int64_t tokens = (batch + 15) / 16 * 16;
-  std::vector<uint32_t> panels(tokens * m.columns / 2);
+void rows_times_vectors(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch, float* y) {
+  const int64_t tokens = (batch + 15) / 16 * 16, bytes = p.vector_bytes(format, m.columns);
+  const Room panels(tokens * bytes);
   parallel_for(pool, (tokens + 63) / 64, 4 * batch * m.columns, [&](int64_t i) {
-    p.pack_panel(x, m.columns, batch, 64 * i, std::min<int64_t>(4, tokens / 16 - 4 * i), panels.data() + 32 * i * m.columns);
+    p.pack_panel(format, x, m.columns, batch, 64 * i, std::min<int64_t>(4, tokens / 16 - 4 * i), static_cast<char*>(panels.at) + 64 * i * bytes);
   });
-  const int64_t by_threads = m.count / (8 * thread_count(pool)), chunk = std::max<int64_t>(48, std::min<int64_t>(480, by_threads) / 48 * 48);
+  const int64_t by_threads = m.count / (8 * thread_count(pool)), chunk = std::clamp<int64_t>(by_threads / 96 * 96, 96, 480);
   parallel_for(pool, (m.count + chunk - 1) / chunk, m.count * m.row_bytes, [&](int64_t i) {
-    p.dot(m, format, panels.data(), batch, i * chunk, std::min(m.count, (i + 1) * chunk), y, m.count,
+    p.dot(m, format, panels.at, batch, i * chunk, std::min(m.count, (i + 1) * chunk), y, m.count,
           scratch(p.scratch_bytes(batch), Scratch::kTask));
   });
 }
 
 // y[t] = sum over m of x_t[m] * row m; x is [batch, rows].
-void vectors_times_rows(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch,
-                        float* y) {
-  std::vector<uint16_t> blocks(batch * m.count);
-  parallel_for(pool, batch, 4 * batch * m.count,
-               [&](int64_t t) { p.pack_weights(x + t * m.count, format == kI8 ? m.scale : nullptr, m.count, batch, t, blocks.data()); });
+void vectors_times_rows(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch, float* y) {
+  const Room blocks(p.weight_bytes(format, m.count, batch));
+  parallel_for(pool, (batch + 15) / 16 * 16, 4 * batch * m.count, [&](int64_t t) {
+    p.pack_weights(format, x + t * m.count, format == kI8 ? m.scale : nullptr, m.count, batch, t, blocks.at);
+  });
   constexpr int64_t columns = 256;  // of a task
   parallel_for(pool, (m.columns + columns - 1) / columns, m.count * m.row_bytes, [&](int64_t i) {
-    p.sum(m, format, blocks.data(), batch, i * columns, std::min(m.columns, (i + 1) * columns), y,
+    p.sum(m, format, blocks.at, batch, i * columns, std::min(m.columns, (i + 1) * columns), y,
           scratch(p.scratch_bytes(batch), Scratch::kTask));
   });
 }
@@ -44,12 +51,12 @@ ffi::Error rows_product(ffi::ThreadPool pool, ffi::AnyBuffer w, Floats scale, in
   if (auto wrong = check_matrix(w, scale, nullptr, nullptr, columns, group, &m); !wrong.empty()) return invalid(wrong);
   const Products* p = products();
   const int format = format_of(w.element_type());
-  if (!p) return invalid("this program was compiled for bf16 products, which the instruction set chosen since does not have: compile it again");
-  if (format != kBF16 && format != kI8 && format != kI4) return invalid("rows must be bf16, int8 or int4");
+  if (!p || format < 0 || !p->has(format, transposed))
+    return invalid("this program was compiled for matrix products that the instruction set chosen since does not have: compile it again");
   const int64_t vectors = x.dimensions()[0], inputs = transposed ? m.count : m.columns, outputs = transposed ? m.columns : m.count;
   if (x.dimensions()[1] != inputs || y->dimensions()[0] != vectors || y->dimensions()[1] != outputs || count.element_count() != 1)
     return invalid("the product has the wrong shape");
-  if ((format != kI4 && m.columns % 64) || m.count % 2) return invalid("matrix products need a multiple of 64 columns and an even number of rows");
+  if (format != kI4 && m.columns % 64) return invalid("matrix products need a multiple of 64 columns");
   const int64_t batch = std::clamp<int64_t>(count.typed_data()[0], 0, vectors);
   std::fill(y->typed_data() + batch * outputs, y->typed_data() + vectors * outputs, 0.0f);
   const float* from = x.typed_data();

@@ -51,10 +51,9 @@ constexpr auto used_i8_unpack = unpack<place<I8Row>>;
 }  // namespace FALCON_ISA
 }  // namespace falcon
 
-#define FALCON_KERNELS(NAME, TEXT, SUPPORTED)                                                       \
+#define FALCON_KERNELS(NAME, SUPPORTED)                                                             \
   namespace falcon {                                                                                \
   const Kernels NAME = {                                                                            \
-      TEXT,                                                                                         \
       [] { return static_cast<bool>(SUPPORTED); },                                                  \
       FALCON_ISA::used_packed_bytes,                                                                   \
       FALCON_ISA::used_pack,                                                                         \

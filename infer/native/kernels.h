@@ -57,7 +57,6 @@ struct Packed {
 };
 
 struct Kernels {
-  const char* name;
   bool (*supported)();
 
   // Bytes of scratch that `pack_x` needs for `batch` vectors of `columns`.
@@ -91,24 +90,44 @@ struct Kernels {
   int64_t (*read)(const Matrix& w, int64_t row_bytes, int64_t begin, int64_t end);
 };
 
-// Matrix products in bf16 with many vectors; numbers of columns and rows are even. See products.h.
+// Matrix products with many vectors, of rows in bf16, int8 and int4. A number of columns is a multiple of 64; int4 columns are in the
+// order of int4_column. See products.h.
 struct Products {
-  void (*pack_panel)(const float* x, int64_t columns, int64_t batch, int64_t first, int64_t vectors, uint32_t* panel);
-  void (*dot)(const Matrix& w, int format, const uint32_t* panels, int64_t batch, int64_t begin, int64_t end, float* y,
-              int64_t y_stride, void* scratch);
-  void (*pack_weights)(const float* h, const float* scale, int64_t count, int64_t batch, int64_t t, uint16_t* blocks);
-  void (*sum)(const Matrix& w, int format, const uint16_t* blocks, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch);
+  // Whether there is a product with rows of the format: of rows and vectors, or (transposed) of weights and rows.
+  bool (*has)(int format, bool transposed);
+
+  // Bytes of a packed vector; packs vectors [first, first + 16 * vectors), zeros past the batch.
+  int64_t (*vector_bytes)(int format, int64_t columns);
+  void (*pack_panel)(int format, const float* x, int64_t columns, int64_t batch, int64_t first, int64_t vectors, void* panel);
+  void (*dot)(const Matrix& w, int format, const void* panels, int64_t batch, int64_t begin, int64_t end, float* y, int64_t y_stride,
+              void* scratch);
+
+  // Bytes of all packed weights; packs those of vector t, for every t up to the next multiple of 16.
+  int64_t (*weight_bytes)(int format, int64_t count, int64_t batch);
+  void (*pack_weights)(int format, const float* h, const float* scale, int64_t count, int64_t batch, int64_t t, void* blocks);
+  void (*sum)(const Matrix& w, int format, const void* weights, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch);
+
   int64_t (*scratch_bytes)(int64_t batch);
 };
 
 extern const Kernels kPlain;
+namespace plain_tiles {
+extern const Products kProducts;
+}
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Vnni;
 extern const Kernels kAvx512Bf16;
+namespace avx512_vnni {
+extern const Products kProducts;
+}
 namespace avx512_bf16 {
 extern const Products kProducts;
+}
+namespace amx {
+extern const Products kProducts;
+bool usable();
 }
 #endif
 

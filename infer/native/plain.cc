@@ -3,8 +3,4 @@
 #define FALCON_VECTOR_BYTES 16
 #include "isa.h"
 
-#if defined(__aarch64__)
-FALCON_KERNELS(kPlain, "neon", true)
-#else
-FALCON_KERNELS(kPlain, "plain", true)
-#endif
+FALCON_KERNELS(kPlain, true)

@@ -1,197 +1,266 @@
-// Matrix products in bf16 for AVX512-BF16, on one thread: each pair of numbers of a row is broadcast and multiplied with panels of 16
-// to 64 columns. Both are first copied to contiguous memory that fits the L2 cache: rows a power of two apart would evict each
-// other. Included by one instruction set's file, after isa.h.
+// Products of rows with many vectors, on one thread: blocks of rows, 16 to 64 vectors at a time, in bf16 or int8. `Inner` multiplies two
+// blocks; tiles.h and registers.h have one each. Included after panels.h.
 namespace falcon {
 namespace FALCON_ISA {
 namespace {
 
-constexpr int kProductRows = 6;         // the sums of 6 rows x 4 vectors take 24 of the 32 registers
-constexpr int64_t kPanel = 64;          // columns in a panel; the last panel may have fewer
-constexpr int64_t kDepth = 1024;        // columns of a block of rows that stays in the L2 cache
-constexpr int64_t kBlockRows = 48;      // rows multiplied with a block of a panel while it is in the L1 cache
-constexpr int64_t kSumDepth = 512;      // rows of a block that are added up together
-constexpr int64_t kRun = 4 * kPanel;    // columns of such a block: 256 contiguous numbers are read fast
+constexpr int64_t kMostTokens = 256;  // vectors multiplied with a block of rows while both are in the L2 cache
+constexpr int64_t kMostRows = 512;    // rows whose results are kept there
 
-// acc[r * stride + column] += sum over `pairs` of row r times the panel, an array of pairs [pairs, kVectors * 16].
-template <int kRows, int kVectors>
-FALCON_INLINE void product(const uint16_t* a, int64_t a_stride, const uint32_t* panel, int64_t pairs, float* acc, int64_t stride) {
-  __m512 sum[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_loadu_ps(acc + r * stride + 16 * v);
-  for (int64_t k = 0; k < pairs; ++k) {
-    __m512bh x[kVectors];
-    FALCON_UNROLL
-    for (int v = 0; v < kVectors; ++v) x[v] = (__m512bh)_mm512_loadu_si512(panel + (k * kVectors + v) * 16);
-    FALCON_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * a_stride + 2 * k, sizeof(pair));
-      const __m512bh w = (__m512bh)_mm512_set1_epi32(pair);
-      FALCON_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x[v], w);
+// What is done for the next blocks while two blocks are multiplied: rows are prefetched, and put into order.
+struct Ahead {
+  const char* at = nullptr;  // of the next row to prefetch
+  int64_t row_bytes = 0, lines = 0, rows = 0, extra = 0, each = 0, line = 0;
+  void (*order)(void*) = nullptr;
+  void* orderer = nullptr;
+
+  // Prefetches lines [from, from + bytes) of `rows` rows from `row` on, and one line `extra` bytes after each row's first, in about `steps` steps.
+  Ahead(const Matrix& w, int64_t row, int64_t rows, int64_t from, int64_t bytes, int64_t extra, int64_t steps)
+      : at(static_cast<const char*>(w.data) + row * w.row_bytes + from), row_bytes(w.row_bytes), lines((bytes + 63) / 64), rows(rows), extra(extra) {
+    each = (lines * rows + steps - 1) / (steps > 0 ? steps : 1);
+  }
+
+  FALCON_INLINE void step() {
+    for (int64_t i = 0; i < each && rows > 0; ++i) {
+      if (!line) __builtin_prefetch(at + extra, 0, 2);
+      __builtin_prefetch(at + 64 * line, 0, 2);
+      if (++line == lines) line = 0, at += row_bytes, --rows;
     }
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + r * stride + 16 * v, sum[r][v]);
-}
-
-template <int kVectors>
-void products(const uint16_t* a, int64_t a_stride, int64_t rows, const uint32_t* panel, int64_t pairs, float* acc, int64_t stride) {
-  int64_t r = 0;
-  for (; r + kProductRows <= rows; r += kProductRows)
-    product<kProductRows, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
-  for (; r + 2 <= rows; r += 2) product<2, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
-  for (; r < rows; ++r) product<1, kVectors>(a + r * a_stride, a_stride, panel, pairs, acc + r * stride, stride);
-}
-
-void products(int64_t vectors, const uint16_t* a, int64_t a_stride, int64_t rows, const uint32_t* panel, int64_t pairs, float* acc,
-              int64_t stride) {
-  switch (vectors) {
-    case 1: return products<1>(a, a_stride, rows, panel, pairs, acc, stride);
-    case 2: return products<2>(a, a_stride, rows, panel, pairs, acc, stride);
-    case 3: return products<3>(a, a_stride, rows, panel, pairs, acc, stride);
-    default: return products<4>(a, a_stride, rows, panel, pairs, acc, stride);
+  FALCON_INLINE void turn() {
+    if (order) order(orderer);
   }
-}
+};
 
-FALCON_INLINE void store_bf16(uint16_t* out, __m512 v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(v));
-}
+// acc[r * stride + c] += row_scale[r] * column_scale[c] * (row r of `a` times column c of the panel `b`), or without the scales in
+// bf16. In int8, scales and `start`, what the sum of a column begins with where rows are unsigned, are not null, except that row_scale
+// may be.
+struct Blocks {
+  const uint8_t* a;
+  int64_t a_stride, rows;  // bytes
+  const uint32_t* b;       // [words, width]
+  int64_t width, words;
+  const float *row_scale, *column_scale;
+  const int32_t* start;
+  float* acc;
+  int64_t stride;
+};
 
-// `count` columns of a row from `first` on as bf16: in the row itself, or converted into `room`. int8 is exact in bf16; a level of
-// an int4 row times its scale is rounded. int4 columns are in the order of int4_column, first and count multiples of 128.
-const uint16_t* as_bf16(const Matrix& w, int format, int64_t row, int64_t first, int64_t count, uint16_t* room) {
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + row * w.row_bytes;
-  if (format == kBF16) return reinterpret_cast<const uint16_t*>(data) + first;
-  if (format == kI8) {
-    for (int64_t c = 0; c < count; c += 16)
-      store_bf16(room + c, (__m512)I8Row::load1(reinterpret_cast<const int8_t*>(data) + first + c));
-    return room;
-  }
-  const __m512 levels = _mm512_loadu_ps(w.scale);
-  const uint8_t* scales = data + int4_blocks(w.columns) * kInt4CodeBytes;
-  for (int64_t c = 0; c < count; c += 128) {
-    const int64_t block = (first + c) / kInt4Block;
-    const __m512 scale = w.group == kInt4Run ? int4_scale_lanes<kInt4Run>(scales, block) : int4_scale_lanes<2 * kInt4Run>(scales, block);
-    const __m512i codes = _mm512_loadu_si512(data + (first + c) / 2);
-    FALCON_UNROLL
-    for (int bits = 0; bits < 8; ++bits) {
-      const __m512 level = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * bits), levels);
-      store_bf16(room + c + 16 * bits, _mm512_mul_ps(level, scale));
-    }
-  }
-  return room;
-}
-
-void round_bf16(const float* in, const float* scale, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 some = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
-    __m512 v = _mm512_maskz_loadu_ps(some, in + i);
-    if (scale) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(some, scale + i));
-    _mm256_mask_storeu_epi16(out + i, some, (__m256i)_mm512_cvtneps_pbh(v));
-  }
-}
-
-// Packs vectors [first, first + 16 * vectors) of x, [batch, columns], into a panel; vectors past the batch are 0.
-void pack_panel(const float* x, int64_t columns, int64_t batch, int64_t first, int64_t vectors, uint32_t* panel) {
-  const int64_t width = 16 * vectors;
-  std::vector<uint16_t> row(columns);
-  for (int64_t t = 0; t < width; ++t) {
-    if (first + t < batch)
-      round_bf16(x + (first + t) * columns, nullptr, columns, row.data());
-    else
-      std::fill(row.begin(), row.end(), 0);
-    for (int64_t k = 0; k < columns / 2; ++k) std::memcpy(panel + k * width + t, &row[2 * k], sizeof(uint32_t));
-  }
-}
-
-// y[t * y_stride + r] = scale[r] * acc[r * stride + t] for r < rows, t < batch, in tiles of 16 x 16.
+// y[t * y_stride + r] = scale[r] * acc[r * stride + t] for r < rows, t < batch.
 void store_transposed(const float* acc, int64_t stride, int64_t rows, int64_t batch, const float* scale, float* y, int64_t y_stride) {
-  for (int64_t r = 0; r < rows; r += 16)
-    for (int64_t t = 0; t < batch; t += 16) {
-      F32 v[16];
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t t = 0; t < batch; t += kLanes) {
+      F32 v[kLanes];
       FALCON_UNROLL
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < kLanes; ++i) {
         const int64_t row = r + i < rows ? r + i : rows - 1;
         v[i] = load(acc + row * stride + t) * spread(scale ? scale[row] : 1.0f);
       }
       transpose(v);
-      const __mmask16 some = rows - r >= 16 ? 0xffff : (1u << (rows - r)) - 1;
-      for (int64_t j = 0; j < 16 && t + j < batch; ++j) _mm512_mask_storeu_ps(y + (t + j) * y_stride + r, some, (__m512)v[j]);
+      for (int64_t j = 0; j < kLanes && t + j < batch; ++j) {
+        float* out = y + (t + j) * y_stride + r;
+        if (rows - r >= kLanes) {
+          store(out, v[j]);
+        } else {
+          float lanes[kLanes];
+          store(lanes, v[j]);
+          std::memcpy(out, lanes, (rows - r) * sizeof(float));
+        }
+      }
     }
+}
+
+constexpr int64_t kRoomStride = 2 * kDepth + 64;  // bytes
+
+// Copies columns [k, k + depth) of `rows` rows from row i on as they are multiplied, and rows of zeros up to the next multiple of
+// Inner::kRowUnit. Rows as stored may be a power of two apart, and then evict each other's lines.
+template <class Inner>
+void copy_rows(const Matrix& w, int format, int64_t i, int64_t rows, int64_t k, int64_t depth, uint8_t* room, float* row_scale) {
+  const int64_t item = format == kBF16 ? 2 : 1;
+  for (int64_t r = 0; r < (rows + Inner::kRowUnit - 1) / Inner::kRowUnit * Inner::kRowUnit; ++r) {
+    const uint8_t* row = static_cast<const uint8_t*>(w.data) + (i + r) * w.row_bytes;
+    uint8_t* out = room + r * kRoomStride;
+    row_scale[r] = 0;
+    if (r >= rows)
+      std::memset(out, 0, depth * item);
+    else if (format == kI4)
+      row_scale[r] = int4_as_i8(w, row, k, depth, reinterpret_cast<int8_t*>(out));
+    else
+      std::memcpy(out, row + k * item, depth * item);
+    if (Inner::kUnsigned && format != kBF16)
+      for (int64_t c = 0; c < depth; ++c) out[c] ^= 0x80;
+  }
 }
 
 // y[t * y_stride + i] = <row i, vector t> for begin <= i < end. `panels`: all vectors, as pack_panel packs them, kPanel a panel.
-void rows_product(const Matrix& w, int format, const uint32_t* panels, int64_t batch, int64_t begin, int64_t end, float* y,
-                  int64_t y_stride, void* scratch) {
-  const int64_t tokens = (batch + 15) / 16 * 16;
-  float* acc = static_cast<float*>(scratch);                               // [rows, tokens]
-  uint16_t* wide = reinterpret_cast<uint16_t*>(acc + kBlockRows * tokens);  // [rows, kDepth]
-  for (int64_t i = begin; i < end; i += kBlockRows) {
-    const int64_t rows = end - i < kBlockRows ? end - i : kBlockRows;
-    std::memset(acc, 0, rows * tokens * sizeof(float));
-    for (int64_t k = 0; k < w.columns; k += kDepth) {
-      const int64_t depth = w.columns - k < kDepth ? w.columns - k : kDepth;
-      const bool stored = format == kBF16;
-      for (int64_t r = 0; r < rows && !stored; ++r) as_bf16(w, format, i + r, k, depth, wide + r * kDepth);
-      const uint16_t* a = stored ? as_bf16(w, format, i, k, depth, nullptr) : wide;
-      for (int64_t t = 0; t < tokens; t += kPanel) {
-        const int64_t width = tokens - t < kPanel ? tokens - t : kPanel;
-        products(width / 16, a, stored ? w.columns : kDepth, rows, panels + t * w.columns / 2 + k / 2 * width, depth / 2,
-                 acc + t, tokens);
+template <class Inner>
+void rows_product(const Matrix& w, int format, const void* panels, int64_t batch, int64_t begin, int64_t end, float* y, int64_t y_stride,
+                  void* scratch) {
+  constexpr int64_t kRows = Inner::kBlockRows;
+  const bool int8 = in_int8(format, false);
+  const int64_t bytes = vector_bytes(format, w.columns), per_word = int8 ? 4 : 2;
+  const int64_t code_bytes = int4_blocks(w.columns) * kInt4CodeBytes;
+  float* acc = static_cast<float*>(scratch);  // [rows, vectors]
+  float* row_scale = acc + kMostRows * (kMostTokens + 16);
+  uint8_t* room = reinterpret_cast<uint8_t*>(row_scale + 64);
+  [[maybe_unused]] const typename Inner::Scope scope;
+  for (int64_t t0 = 0; t0 < batch; t0 += kMostTokens) {
+    const int64_t here = batch - t0 < kMostTokens ? batch - t0 : kMostTokens, tokens = whole_tiles(here), stride = tokens + 16;
+    for (int64_t i0 = begin; i0 < end; i0 += kMostRows) {
+      const int64_t stop = i0 + kMostRows < end ? i0 + kMostRows : end;
+      std::memset(acc, 0, (stop - i0 + 15) / 16 * 16 * stride * sizeof(float));
+      for (int64_t k = 0; k < w.columns; k += kDepth) {
+        const int64_t depth = w.columns - k < kDepth ? w.columns - k : kDepth;
+        for (int64_t i = i0; i < stop; i += kRows) {
+          const int64_t rows = stop - i < kRows ? stop - i : kRows;
+          // Next: the following rows; after the last ones, the first ones' next columns; after these, the following rows.
+          const bool last = i + kRows >= stop, wrap = last && k + kDepth < w.columns;
+          const int64_t then = wrap ? i0 : i + kRows, column = last ? (wrap ? k + kDepth : 0) : k;
+          const int64_t left = w.count - then < kRows ? w.count - then : kRows;
+          const int64_t from = format == kBF16 ? 2 * column : format == kI8 ? column : column / 2;
+          const int64_t part = format == kBF16 ? 2 * kDepth : format == kI8 ? kDepth : kDepth / 2;
+          const int64_t extra = format == kI4 ? code_bytes + column / w.group * 2 - from : 0;
+          Ahead ahead(w, then, left, from, from + part < w.row_bytes ? part : w.row_bytes - from, extra, Inner::turns(rows, tokens) * depth / per_word / 16);
+          copy_rows<Inner>(w, format, i, rows, k, depth, room, row_scale);
+          Blocks o;
+          o.a = room, o.a_stride = kRoomStride;
+          o.rows = (rows + Inner::kRowUnit - 1) / Inner::kRowUnit * Inner::kRowUnit, o.words = depth / per_word;
+          o.row_scale = format == kI4 ? row_scale : nullptr, o.stride = stride;
+          for (int64_t t = 0; t < tokens; t += kPanel) {
+            o.width = tokens - t < kPanel ? tokens - t : kPanel;
+            o.b = panel_words(format, static_cast<const uint8_t*>(panels) + (t0 + t) * bytes, o.width, k);
+            o.column_scale = reinterpret_cast<const float*>(o.b + o.words * o.width);
+            o.start = reinterpret_cast<const int32_t*>(o.column_scale + o.width);
+            o.acc = acc + (i - i0) * stride + t;
+            int8 ? Inner::template multiply<true>(o, ahead) : Inner::template multiply<false>(o, ahead);
+          }
+        }
       }
+      store_transposed(acc, stride, stop - i0, here, format == kI8 ? w.scale + i0 : nullptr, y + t0 * y_stride + i0, y_stride);
     }
-    store_transposed(acc, tokens, rows, batch, format == kI8 ? w.scale + i : nullptr, y + i, y_stride);
   }
 }
 
-// Rounds the weights of vector t, times the rows' scales, into blocks [m / kSumDepth, batch, kSumDepth]; the last may be shorter.
-void pack_weights(const float* h, const float* scale, int64_t count, int64_t batch, int64_t t, uint16_t* blocks) {
-  for (int64_t m = 0; m < count; m += kSumDepth) {
-    const int64_t depth = count - m < kSumDepth ? count - m : kSumDepth;
-    round_bf16(h + m, scale ? scale + m : nullptr, depth, blocks + m * batch + t * depth);
-  }
-}
+// Puts kSumBytes of depth of kRun columns into the order of panels, [panels, words, kPanel], some rows at a time.
+template <class Inner>
+struct Ordering {
+  const Matrix& w;
+  const int format;
+  const int64_t first, width;  // columns
+  int64_t begin = 0, row = 0, end = 0, whole = 0, at_once = 0;  // rows from `begin` on
+  uint32_t* panels = nullptr;
+  int32_t* sums = nullptr;  // of each column, times 128, where rows are unsigned
+  int64_t late = 0;         // turns to wait, until the first rows are there
 
-// Interleaves `width` columns of two rows, so that each lane is a pair, and writes them to that pair's row of each panel.
-void pack_pair(const uint16_t* even, const uint16_t* odd, int64_t width, uint32_t* panels) {
-  const auto wide = [](const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); };
-  for (int64_t c = 0; c < width; c += kPanel, panels += kPanel * (kSumDepth / 2))
-    for (int64_t u = 0; u < kPanel; u += 16)
-      _mm512_storeu_si512(panels + u, _mm512_or_si512(wide(even + c + u), _mm512_slli_epi32(wide(odd + c + u), 16)));
-}
+  // Starts with the rows from m on, to be done within so many turns.
+  void start(int64_t m, int64_t depth, int64_t turns, uint32_t* to, int32_t* to_sums) {
+    const int64_t per_word = depth * 4 / kSumBytes, rows = w.count - m < depth ? w.count - m : depth;
+    row = 0, begin = m, end = rows > 0 ? rows : 0, whole = (end + 16 * per_word - 1) / (16 * per_word) * (16 * per_word);
+    at_once = ((whole + turns - 1) / turns + per_word - 1) / per_word * per_word, panels = to, sums = to_sums, late = 1;
+    std::memset(sums, 0, kRun * sizeof(*sums));
+  }
+
+  static void turn(void* self) {
+    Ordering& o = *static_cast<Ordering*>(self);
+    if (o.late) --o.late;
+    else o.some(o.at_once);
+  }
+
+  void some(int64_t rows) {
+    const bool int8 = in_int8(format, true);
+    const int64_t per_word = int8 ? 4 : 2, panel_size = kSumBytes / 4 * kPanel;
+    alignas(64) static const uint8_t zeros[2 * kRun] = {};
+    alignas(64) uint8_t unpacked[2][2 * kRun];
+    for (const int64_t stop = row + rows < whole ? row + rows : whole; row < stop; row += per_word) {
+      const uint8_t* at[4];
+      for (int64_t r = 0; r < per_word; ++r) {
+        if (row + r >= end)
+          at[r] = zeros;
+        else if (int8)
+          at[r] = static_cast<const uint8_t*>(w.data) + (begin + row + r) * w.row_bytes + first;
+        else
+          at[r] = reinterpret_cast<const uint8_t*>(as_bf16(w, format, begin + row + r, first, width, reinterpret_cast<uint16_t*>(unpacked[r])));
+      }
+      uint32_t* to = panels + row / per_word * kPanel;
+      if (int8)
+        pack_four(reinterpret_cast<const int8_t* const*>(at), width, to, panel_size, Inner::kUnsigned ? sums : nullptr);
+      else
+        pack_pair(reinterpret_cast<const uint16_t*>(at[0]), reinterpret_cast<const uint16_t*>(at[1]), width, to, panel_size);
+    }
+  }
+
+  // Does the rest.
+  void finish() {
+    some(whole);
+    for (int64_t c = 0; c < kRun; ++c) sums[c] = -sums[c];
+  }
+};
 
 // y[t * w.columns + d] = sum over all rows m of weight [t, m] * row m [d] for begin <= d < end, begin and end multiples of kPanel, of
-// 128 for int4.
-void rows_sum(const Matrix& w, int format, const uint16_t* weights, int64_t batch, int64_t begin, int64_t end, float* y,
-              void* scratch) {
-  uint32_t* panels = static_cast<uint32_t*>(scratch);                    // [panels, pairs, kPanel]
-  float* acc = reinterpret_cast<float*>(panels + kRun * kSumDepth / 2);  // [batch, kRun]
-  uint16_t even[kRun], odd[kRun];
+// 128 for int4. `weights`: as pack_weights packs them. While some rows are multiplied, the next ones are put into order: a prefetch of
+// so many would have their lines evict each other, as rows may be a power of two apart.
+template <class Inner>
+void rows_sum(const Matrix& w, int format, const void* weights, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch) {
+  const bool int8 = in_int8(format, true);
+  const int64_t depth = sum_depth(format), tokens = whole_tiles(batch), words = kSumBytes / 4, stride = kRun + 16;
+  const int64_t panel_size = words * kPanel, per_word = depth / words;
+  uint32_t* panels[2] = {static_cast<uint32_t*>(scratch), static_cast<uint32_t*>(scratch) + kRun * words};
+  int32_t* sums[2] = {reinterpret_cast<int32_t*>(panels[1] + kRun * words), reinterpret_cast<int32_t*>(panels[1] + kRun * words) + kRun};
+  float* ones = reinterpret_cast<float*>(sums[1] + kRun);
+  float* acc = ones + kPanel;  // [vectors, kRun]
+  for (int64_t c = 0; c < kPanel; ++c) ones[c] = 1.0f;
+  const float* units = weight_units(format, const_cast<void*>(weights), w.count, batch);
+  [[maybe_unused]] const typename Inner::Scope scope;
   for (int64_t d = begin; d < end; d += kRun) {
-    const int64_t width = end - d < kRun ? end - d : kRun;
-    std::memset(acc, 0, batch * kRun * sizeof(float));
-    for (int64_t m = 0; m < w.count; m += kSumDepth) {
-      const int64_t depth = w.count - m < kSumDepth ? w.count - m : kSumDepth;
-      for (int64_t k = 0; k < depth; k += 2)
-        pack_pair(as_bf16(w, format, m + k, d, width, even), as_bf16(w, format, m + k + 1, d, width, odd), width,
-                  panels + k / 2 * kPanel);
-      for (int64_t c = 0; c < width; c += kPanel)
-        products<4>(weights + m * batch, depth, batch, panels + c * (kSumDepth / 2), depth / 2, acc + c, kRun);
+    const int64_t width = end - d < kRun ? end - d : kRun, turns = width / kPanel * Inner::turns(tokens, kPanel);
+    const int64_t from = format == kBF16 ? 2 * d : format == kI8 ? d : d / 2, part = format == kBF16 ? 2 * width : format == kI8 ? width : width / 2;
+    std::memset(acc, 0, tokens * stride * sizeof(float));
+    Ordering<Inner> ordering{w, format, d, width};
+    ordering.start(0, depth, 1, panels[0], sums[0]);
+    for (int64_t m = 0, block = 0; m < w.count; m += depth, ++block) {
+      ordering.finish();
+      const int64_t whole = ordering.whole, now = block % 2, then = m + depth < w.count ? m + depth : w.count;
+      ordering.start(then, depth, turns > 2 ? turns - 2 : 1, panels[1 - now], sums[1 - now]);
+      Ahead ahead(w, then, ordering.end, from, part, 0, turns * (whole / per_word / 16));
+      ahead.order = Ordering<Inner>::turn, ahead.orderer = &ordering;
+      for (int64_t c = 0; c < width; c += kPanel) {
+        Blocks o;
+        o.a = static_cast<const uint8_t*>(weights) + block * tokens * kSumStride, o.a_stride = kSumStride, o.rows = tokens;
+        o.b = panels[now] + c / kPanel * panel_size, o.width = kPanel, o.words = whole / per_word;
+        o.row_scale = units + block * tokens, o.column_scale = ones, o.start = sums[now] + c;
+        o.acc = acc + c, o.stride = stride;
+        int8 ? Inner::template multiply<true>(o, ahead) : Inner::template multiply<false>(o, ahead);
+      }
     }
-    for (int64_t t = 0; t < batch; ++t) std::memcpy(y + t * w.columns + d, acc + t * kRun, width * sizeof(float));
+    for (int64_t t = 0; t < batch; ++t) {
+      float* out = y + t * w.columns + d;
+      const float* from_acc = acc + t * stride;
+      if (!int8) {
+        std::memcpy(out, from_acc, width * sizeof(float));
+        continue;
+      }
+      for (int64_t c = 0; c < width; c += 4) std::memcpy(out + c, from_acc + c / kPanel * kPanel + panel_place(c % kPanel), 16);
+    }
   }
 }
 
 int64_t product_bytes(int64_t batch) {
-  const int64_t tokens = (batch + 15) / 16 * 16;
-  const int64_t dot = kBlockRows * (4 * tokens + 2 * kDepth), sum = 4 * kRun * (kSumDepth / 2 + batch);
+  const int64_t dot = kMostRows * (kMostTokens + 16) * 4 + 64 * 4 + 48 * kRoomStride;
+  const int64_t sum = 2 * kRun * (kSumBytes + 4) + 4 * kPanel + 4 * whole_tiles(batch) * (kRun + 16);
   return (dot > sum ? dot : sum) + 64;
 }
 
+// What an instruction set can multiply: int8 vectors with int8 and int4 rows; and, with kBF16, bf16 vectors with bf16 and int4 rows.
+template <class Inner>
+bool has_product(int format, bool transposed) {
+  return in_int8(format, transposed) || (Inner::kBF16 && (format == kBF16 || format == kI4));
+}
+
+template <class Inner>
+constexpr Products products_of() {
+  return {has_product<Inner>, vector_bytes, pack_panel, rows_product<Inner>, weight_bytes, pack_weights, rows_sum<Inner>, product_bytes};
+}
+
 }  // namespace
-
-const Products kProducts = {pack_panel, rows_product, pack_weights, rows_sum, product_bytes};
-
 }  // namespace FALCON_ISA
 }  // namespace falcon

@@ -18,6 +18,8 @@ from infer.weights.rounding import quantise
 
 INSTRUCTION_SETS = native.instruction_sets() if native.missing() is None else ()
 BACKENDS = ("xla", *INSTRUCTION_SETS)
+# Each set with matrix products of its own; of these "plain_tiles", a stand-in of AMX in ordinary loops, runs everywhere.
+PRODUCT_SETS = tuple(name for name in (*INSTRUCTION_SETS, "plain_tiles") if name not in ("avx512", "avx2", "plain", "neon"))
 FORMATS = tuple(DTYPES)
 KERNELS = ("rows_dot", "gathered_rows_dot", "weighted_row_sum", "select", "attend")
 # Compiled once a shape: instruction sets are picked when a kernel runs.
@@ -148,20 +150,50 @@ def test_sums_over_very_many_int8_rows_do_not_wrap_around():
         np.testing.assert_allclose(y, -128 * 70_000, rtol=1e-4)
 
 
+def products_on(name: str):
+    """Both products, on "xla" or on a forced instruction set."""
+    if name == "xla":
+        return xla.rows_matmul, xla.weighted_rows_matmul
+    native.use_instruction_set(name)
+    return native.rows_matmul, native.weighted_rows_matmul
+
+
+def half_units(vectors: np.ndarray) -> np.ndarray:
+    """The most that rounding every 1,024 numbers of a vector to int8 may change one of them."""
+    N, K = vectors.shape
+    runs = np.pad(np.abs(vectors), ((0, 0), (0, -K % 1024))).reshape(N, -(-K // 1024), 1024).max(axis=-1)
+    return 1.01 * np.repeat(runs, 1024, axis=1)[:, :K] / 2 / 127
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("M", "D", "T"), [(550, 2112, 83), (2, 64, 1), (37, 131, 20)])
 def test_products_with_many_vectors_match_plain_arithmetic(format, M, D, T):
+    """Those in int8 are the same bits on every instruction set: integer sums are exact."""
     w, dense, _, _, x, h = draw_case(0, format, M, D, T, 1.0)
-    for k in (xla, native)[: len(BACKENDS)]:
-        for product, a, b in ((k.rows_matmul, x, dense.T), (k.weighted_rows_matmul, h, dense)):
-            # of vectors, and of int4 rows, to bf16
-            rounding = {"bf16": 2**-9, "int8": 2**-9, "int4": 2**-7}.get(format, 4e-5)
-            for count in (None, 0, T // 2) if k is native and format in ("bf16", "int8", "int4") else (None,):
-                y = product(w, a, count)
+    scale = np.asarray(w.scale, np.float64) if format == "int8" else np.ones(M)
+    first: dict[int, np.ndarray] = {}
+    for name in ("xla", *PRODUCT_SETS[: len(PRODUCT_SETS) if INSTRUCTION_SETS else 0]):
+        for transposed, (a, b) in enumerate(((x, dense.T), (h, dense))):
+            product = products_on(name)[transposed]
+            own = name != "xla" and native._has_product(w, bool(transposed))
+            if name != "xla" and not own:
+                continue
+            in_int8 = own and (format == "int8" or (format == "int4" and not transposed))
+            for count in (None, 0, T // 2) if own else (None,):
+                y = np.asarray(product(w, a, count))
                 assert np.isfinite(y).all()
                 wanted = a[:count]
-                difference = np.abs(y[: len(wanted)] - wanted @ b)
-                np.testing.assert_array_less(difference, rounding * (np.abs(wanted) @ np.abs(b)) + 1e-6)
+                # of vectors, and of int4 rows, to bf16; or of both to int8
+                rounding = {"bf16": 2**-9, "int8": 2**-9, "int4": 2**-7}.get(format, 4e-5) * (np.abs(wanted) @ np.abs(b))
+                if in_int8:
+                    units = half_units(wanted * scale) / scale if transposed else half_units(wanted)
+                    rounding = units @ np.abs(b) + 2**-9 * (np.abs(wanted) @ np.abs(b))
+                if in_int8 and format == "int4":
+                    highest = np.abs(dense).max(axis=1) if not transposed else 0
+                    rounding += 1.01 * np.abs(wanted).sum(axis=1, keepdims=True) * highest / 2 / 80
+                np.testing.assert_array_less(np.abs(y[: len(wanted)] - wanted @ b), rounding + 1e-6)
+                if in_int8 and count is None:
+                    np.testing.assert_array_equal(y, first.setdefault(transposed, y))
 
 
 def test_products_of_no_vectors_are_empty():
@@ -294,15 +326,17 @@ def test_a_forced_instruction_set_binds_the_products_of_a_prefill():
     product = jax.jit(native.rows_matmul)
     for name in INSTRUCTION_SETS:
         native.use_instruction_set(name)
-        assert native.has_products() == (name == "avx512_bf16")
+        own = name in ("amx", "avx512_bf16")
+        assert native.has_product("bf16") == own
+        assert native.has_product("int8") == (name in PRODUCT_SETS)
         program = jax.jit(lambda w, x: native.rows_matmul(w, x)).lower(w, x).as_text()
-        assert ("falcon_rows_product" in program) == (name == "avx512_bf16")
-    if native.instruction_sets()[0] == "avx512_bf16":
-        native.use_instruction_set("avx512_bf16")
+        assert ("falcon_rows_product" in program) == own
+    if native.instruction_sets()[0] in ("amx", "avx512_bf16"):
+        native.use_instruction_set(native.instruction_sets()[0])
         product(w, x).block_until_ready()
         native.use_instruction_set("plain")
         with pytest.raises(
-            (jax.errors.JaxRuntimeError, ValueError), match="which the instruction set chosen since does not have"
+            (jax.errors.JaxRuntimeError, ValueError), match="that the instruction set chosen since does not have"
         ):
             product(w, x).block_until_ready()
 
