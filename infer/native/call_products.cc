@@ -1,45 +1,38 @@
 // XLA custom calls: products of rows with many vectors at once.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "checks.h"
 #include "dispatch.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace falcon {
 namespace {
 
-// Memory for what a call packs; a page is written before it is read, so that none is filled with zeros first.
-struct Room {
-  std::unique_ptr<char[]> bytes;
-  void* at;
-  explicit Room(int64_t size) : bytes(new char[size + 64]), at(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64)) {}
-};
-
 // y[t, i] = <row i, x_t>; x is [batch, columns].
 void rows_times_vectors(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch, float* y) {
   const int64_t tokens = (batch + 15) / 16 * 16, bytes = p.vector_bytes(format, m.columns);
-  const Room panels(tokens * bytes);
+  const Block panels(tokens * bytes);
   parallel_for(pool, (tokens + 63) / 64, 4 * batch * m.columns, [&](int64_t i) {
-    p.pack_panel(format, x, m.columns, batch, 64 * i, std::min<int64_t>(4, tokens / 16 - 4 * i), static_cast<char*>(panels.at) + 64 * i * bytes);
+    p.pack_panel(format, x, m.columns, batch, 64 * i, std::min<int64_t>(4, tokens / 16 - 4 * i), panels.at() + 64 * i * bytes);
   });
   const int64_t by_threads = m.count / (8 * thread_count(pool)), chunk = std::clamp<int64_t>(by_threads / 96 * 96, 96, 480);
   parallel_for(pool, (m.count + chunk - 1) / chunk, m.count * m.row_bytes, [&](int64_t i) {
-    p.dot(m, format, panels.at, batch, i * chunk, std::min(m.count, (i + 1) * chunk), y, m.count,
+    p.dot(m, format, panels.at(), batch, i * chunk, std::min(m.count, (i + 1) * chunk), y, m.count,
           scratch(p.scratch_bytes(batch), Scratch::kTask));
   });
 }
 
 // y[t] = sum over m of x_t[m] * row m; x is [batch, rows].
 void vectors_times_rows(ffi::ThreadPool& pool, const Products& p, const Matrix& m, int format, const float* x, int64_t batch, float* y) {
-  const Room blocks(p.weight_bytes(format, m.count, batch));
+  const Block blocks(p.weight_bytes(format, m.count, batch));
   parallel_for(pool, (batch + 15) / 16 * 16, 4 * batch * m.count, [&](int64_t t) {
-    p.pack_weights(format, x + t * m.count, format == kI8 ? m.scale : nullptr, m.count, batch, t, blocks.at);
+    p.pack_weights(format, x + t * m.count, format == kI8 ? m.scale : nullptr, m.count, batch, t, blocks.at());
   });
   constexpr int64_t columns = 256;  // of a task
   parallel_for(pool, (m.columns + columns - 1) / columns, m.count * m.row_bytes, [&](int64_t i) {
-    p.sum(m, format, blocks.at, batch, i * columns, std::min(m.columns, (i + 1) * columns), y,
+    p.sum(m, format, blocks.at(), batch, i * columns, std::min(m.columns, (i + 1) * columns), y,
           scratch(p.scratch_bytes(batch), Scratch::kTask));
   });
 }

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "memory.h"
+
 namespace falcon {
 namespace {
 
@@ -159,18 +161,18 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t n, int64_t bytes, const st
 
 void* scratch(int64_t bytes, Scratch block) {
   struct Memory {
-    std::unique_ptr<char[]> bytes;
+    Block block;
     int64_t size = 0;
   };
   thread_local Memory blocks[2];
   Memory& memory = blocks[static_cast<int>(block)];
-  if (memory.size < bytes + 64) {
+  if (memory.size < bytes) {
     memory.size = 0;  // stays 0 if the allocation below throws
-    memory.bytes.reset();
-    memory.bytes.reset(new char[bytes + 64]);
-    memory.size = bytes + 64;
+    memory.block = Block();
+    memory.block = Block(bytes);
+    memory.size = bytes;
   }
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.bytes.get()) + 63) / 64 * 64);
+  return memory.block.at();
 }
 
 }  // namespace falcon

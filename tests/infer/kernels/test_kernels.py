@@ -18,8 +18,10 @@ from infer.weights.rounding import quantise
 
 INSTRUCTION_SETS = native.instruction_sets() if native.missing() is None else ()
 BACKENDS = ("xla", *INSTRUCTION_SETS)
-# Each set with matrix products of its own; of these "plain_tiles", a stand-in of AMX in ordinary loops, runs everywhere.
-PRODUCT_SETS = tuple(name for name in (*INSTRUCTION_SETS, "plain_tiles") if name not in ("avx512", "avx2", "plain", "neon"))
+# Those with matrix products of their own; of these "plain_tiles", a stand-in of AMX in ordinary loops, runs everywhere.
+PRODUCT_SETS = tuple(
+    name for name in (*INSTRUCTION_SETS, "plain_tiles") if name not in ("avx512", "avx2", "plain", "neon")
+)
 FORMATS = tuple(DTYPES)
 KERNELS = ("rows_dot", "gathered_rows_dot", "weighted_row_sum", "select", "attend")
 # Compiled once a shape: instruction sets are picked when a kernel runs.
@@ -184,7 +186,9 @@ def test_products_with_many_vectors_match_plain_arithmetic(format, M, D, T):
                 assert np.isfinite(y).all()
                 wanted = a[:count]
                 # of vectors, and of int4 rows, to bf16; or of both to int8
-                rounding = {"bf16": 2**-9, "int8": 2**-9, "int4": 2**-7}.get(format, 4e-5) * (np.abs(wanted) @ np.abs(b))
+                rounding = {"bf16": 2**-9, "int8": 2**-9, "int4": 2**-7}.get(format, 4e-5) * (
+                    np.abs(wanted) @ np.abs(b)
+                )
                 if in_int8:
                     units = half_units(wanted * scale) / scale if transposed else half_units(wanted)
                     rounding = units @ np.abs(b) + 2**-9 * (np.abs(wanted) @ np.abs(b))
