@@ -1,4 +1,7 @@
-"""A SLURM cluster of this machine alone, on loopback: munge, controller and one node, all in a folder of their own."""
+"""A SLURM cluster of this machine alone, on loopback: munge, controller and one node, all in a folder of their own.
+
+The node is called localhost, which every machine resolves: JAX looks for its coordinator by the name of the first node.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 OverTimeLimit=UNLIMITED
-NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=all Nodes=node Default=YES MaxTime=INFINITE State=UP
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -115,7 +118,11 @@ def cluster(folder: Path, cpus: int) -> Iterator[Cluster]:
         daemon(*munge, ready=(folder / "munge.socket").exists)
         daemon("slurmctld", "-D", ready=lambda: _answers(here, "scontrol", "ping"))
         daemon(
-            "slurmd", "-D", "-N", "node", ready=lambda: _answers(here, "sinfo", "--noheader", "-o", "%t", says="idle")
+            "slurmd",
+            "-D",
+            "-N",
+            "localhost",
+            ready=lambda: _answers(here, "sinfo", "--noheader", "-o", "%t", says="idle"),
         )
         stack.callback(_cancel_all, here)
         yield here

@@ -1,8 +1,11 @@
 """The launch files: what they start is what the command line takes, fits, and is left time to stop."""
 
 import subprocess
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from falcon_relu.cli.main import parse
 from falcon_relu.sharding import abstract_mesh, mesh_sizes
@@ -44,3 +47,16 @@ def test_a_launch_file_starts_a_run_that_its_machines_take_and_leaves_it_time_to
     assert held / 1e9 < launch.memory_gb / 2
     step = job.flops / (launch.devices * launch.chip.tflops * 1e12 * 0.45)
     assert seconds_to_stop(job, step, Assumptions.disk_gb_s) < launch.seconds
+
+
+def test_the_container_installs_versions_that_the_package_allows_and_no_others():
+    lines = (LAUNCH / "constraints.txt").read_text().splitlines()
+    pins = {canonicalize_name(name): version for name, _, version in (li.partition("==") for li in lines if "==" in li)}
+    assert len(pins) == sum(not line.startswith("#") for line in lines)
+    project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    asked = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras["tpu"], *extras["gpu"]]
+    for requirement in map(Requirement, asked):
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert {"libtpu", "jax-cuda12-plugin"} <= pins.keys()
+    assert "PIP_CONSTRAINT=/src/launch/constraints.txt" in (LAUNCH / "Dockerfile").read_text()

@@ -39,13 +39,17 @@ Trace.before = lambda self, number: time.sleep(float(os.environ["PACE"])) or bef
 def test_a_run_of_slurm_outlives_its_limit_twice_and_ends_with_the_same_bits(tmp_path):
     data = make_data(tmp_path)
     alone = config_of(tmp_path / "alone", data, steps=STEPS, checkpoint_every=0)
-    begin = time.monotonic()
-    pair = processes.start_two(alone, *BUSY, devices=1, cache=tmp_path / "compiled")
-    processes.wait_until(lambda: processes.last_step(alone.out) > 0, pair[0])
-    minutes = 1 + int((time.monotonic() - begin) / 25)  # of the limit: one, where a start takes less than 25 s
-    for process in pair:
+    for process in processes.start_two(alone, *BUSY, devices=1, cache=tmp_path / "compiled"):
         status, output = processes.finish(process)
         assert status == 0, output
+    # The limit in minutes: one, where a start with compiled programs takes less than 25 s.
+    begin, again = time.monotonic(), dataclasses.replace(alone, out=tmp_path / "again")
+    pair = processes.start_two(again, *BUSY, devices=1, cache=tmp_path / "compiled")
+    processes.wait_until(lambda: processes.last_step(again.out) > 0, pair[0])
+    minutes = 1 + int((time.monotonic() - begin) / 25)
+    for process in pair:
+        process.terminate()
+        processes.finish(process)
 
     config = dataclasses.replace(alone, out=tmp_path / "run")
     path = processes.write_config(config)
