@@ -283,16 +283,20 @@ def _observed(
     model = Falcon(config, dtype)
     lengths_LxF = jax.jit(_row_lengths)(params["layers"]["mlp"]["down"])
     mesh = jax.sharding.get_abstract_mesh()
-    piece_bytes = _PIECE_BYTES * (1 if mesh.empty else mesh.size)
     for batch in batches:
         arrays_BxT = [np.asarray(batch[k]) for k in BATCH_KEYS]
         B, T = arrays_BxT[0].shape
-        C = max(min(T, piece_bytes // (4 * config.n_layers * B * (config.d_ff + 2 * config.d_model))), 1)
+        C = piece_length(config, B, T, 1 if mesh.empty else mesh.size)
         cache = empty_cache(config, B, -(-T // C) * C, dtype)
         for start in range(0, T, C):
             piece = [_padded(a_BxT[:, start : start + C], C) for a_BxT in arrays_BxT]
             seen, cache = observe_piece(model, input, params, lengths_LxF, cache, *piece)
             yield on_host(seen).without_padding(piece[-1] != 0)
+
+
+def piece_length(config: FalconConfig, B: int, T: int, devices: int) -> int:
+    """Positions of a batch [B, T] that are recorded at a time."""
+    return max(min(T, devices * _PIECE_BYTES // (4 * config.n_layers * B * (config.d_ff + 2 * config.d_model))), 1)
 
 
 def _padded(a_BxN: np.ndarray, C: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from train.config import TrainConfig
 from train.data.batches import read_manifests
 from train.flops import TPUS, Chip
 from train.job import Job, make_job
-from train.plan.programs import Planned, programs
+from train.plan.programs import Planned, Programs, programs
 from train.watch import Samples
 
 # Hub ids whose architecture is known without a download.
@@ -149,14 +149,18 @@ def planned_job(config: TrainConfig, devices: Sequence[jax.Device]) -> Job:
 
 
 def compile_programs(job: Job) -> Iterator[Program]:
-    """Compiles the programs of a run one by one, the training step first.
+    """Compiles the programs of a run one by one, the training step first; errors as `compile_planned`."""
+    return compile_planned(programs(job), job.mesh)
+
+
+def compile_planned(generator: Programs, mesh: Any) -> Iterator[Program]:
+    """Compiles programs for a mesh one by one.
 
     Raises:
       TooLargeError: the compiler knows the device's memory, and a program does not fit in.
     """
-    mesh: Any = job.mesh
     compiled: dict[Any, jax.stages.Compiled] = {}  # by function and arguments
-    generator, made = programs(job), None
+    made = None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
         while True:
             try:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from falcon_relu.cli import main
 from falcon_relu.config import family
+from tests.benchmarks.measuring_40b import DEVICES, MEMORY_GB, compiled
 from tests.train.launches import gke, slurm
 from train.flops import TPUS
 from train.plan import hlo
@@ -163,3 +165,15 @@ def test_a_topology_without_the_tpu_compiler_says_what_to_install(monkeypatch, c
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     assert main(["plan", "--config", "falcon_40b", "--topology", "v5p:4x4x4"]) == 1
     assert "pip install 'falcon-relu[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_40b_is_recorded_and_measured_on_eight_devices_with_80_gb(dtype):
+    programs = [*compiled("falcon-40b", jnp.dtype(dtype))]
+    assert [program.planned.phase for program in programs] == [
+        "sparsity", "held-out, with a teacher", "held-out, with a predictor", "record",
+    ]  # fmt: skip
+    weights = family("falcon-40b").n_params * jnp.dtype(dtype).itemsize / DEVICES
+    for program in programs:
+        assert 0.99 * weights < program.bytes < 0.9 * MEMORY_GB * 1e9, (program.planned.phase, program.memory)
