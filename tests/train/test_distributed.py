@@ -190,7 +190,7 @@ def test_every_row_is_held_whichever_way_the_mesh_lies():
         placed = rows.to_global(batch)["tokens"]
         np.testing.assert_array_equal(placed, batch["tokens"])
         assert len(placed.addressable_shards[0].data) == 16 // (shape[0] * shape[1])
-    with pytest.raises(FalconError, match="12 cannot be divided evenly among the 8 devices"):
+    with pytest.raises(FalconError, match="12 rows cannot be divided evenly among the 8 devices"):
         Rows(make_mesh((1, 8, 1)), 12)
 
 
