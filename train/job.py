@@ -58,6 +58,11 @@ class Job:
         return self.config.data.batch_size // self.config.microbatches
 
     @property
+    def starts_from_teacher(self) -> bool:
+        """Whether a fresh run's teacher is a copy of the parameters that its student starts from."""
+        return self.config.teacher is not None and self.config.teacher == self.config.init_from
+
+    @property
     def flops(self) -> float:
         """Model FLOPs of a training step."""
         teacher = None if self.teacher is None else self.teacher.config

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from falcon_relu.checkpoints.load import load_config, load_model
@@ -29,7 +27,7 @@ from train.folder.log import MetricValues, RunLog
 from train.job import Job, make_job
 from train.processes import signals
 from train.processes.signals import Stopped
-from train.state import TrainState, init_state
+from train.state import TrainState, init_state, teacher_copy
 from train.step import Metrics
 from train.validation import run_validation
 from train.watch import Samples, Trace, Watch
@@ -267,8 +265,8 @@ def _fresh(job: Job) -> tuple[TrainState, Params]:
     """The state before the first step; and the teacher's parameters, where they are what the student starts from."""
     params = [_first_params(job)]
     teacher = None
-    if job.teacher is not None and job.config.teacher == job.config.init_from:  # whose weights are not read again
-        teacher = _teacher_copy(params[0], job.teacher.dtype)
+    if job.teacher is not None and job.starts_from_teacher:  # whose weights are not read again
+        teacher = teacher_copy(params[0], job.teacher.dtype)
     state = init_state(job.student.config, job.optimizer, params.pop(), job.shardings)  # which frees them on its way
     write_architecture(job.config.out, job.student.config)
     return state, teacher
@@ -280,12 +278,6 @@ def _first_params(job: Job) -> Params:
         return init_params(family(config.model), config.seed, mesh)
     assert config.init_from is not None
     return load_model(config.init_from, activation=config.init_activation, mesh=mesh)[1]
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _teacher_copy(params: Params, dtype: Any) -> Params:
-    """The parameters in another dtype, in memory of their own: the student's are updated in place."""
-    return jax.tree.map(lambda w: jnp.copy(w).astype(dtype), params)
 
 
 def _restored(prepared: _Prepared, saved: Checkpoints) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -106,6 +107,12 @@ def init_state(
 def moments_program(optimizer: optax.GradientTransformation, shardings: TrainState) -> Any:
     """The jitted (parameters) -> the optimizer's state before the first step."""
     return jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def teacher_copy(params: Params, dtype: Any) -> Params:
+    """The parameters in another dtype, in memory of their own: the student's are updated in place."""
+    return jax.tree.map(lambda w: jnp.copy(w).astype(dtype), params)
 
 
 def abstract_state(config: FalconConfig, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

@@ -15,7 +15,7 @@ from falcon_relu.generation import add_tokens, padded_length, read_prompts
 from falcon_relu.sharding import abstract_params, init_program, param_shardings
 from train.folder.checkpoints import checksums
 from train.job import Job
-from train.state import moments_program
+from train.state import moments_program, teacher_copy
 from train.watch import repeated, sampling_copy
 
 
@@ -56,7 +56,8 @@ def programs(job: Job) -> Programs:
     yield Planned("resuming", "at later starts", checksums, (state,))
     if job.teacher is not None:
         for function, arguments, others in loading_programs(job.teacher.config, job.teacher.dtype, job.mesh):
-            yield Planned("loading the teacher", "at every start", function, arguments, (state, others))
+            when = "at later starts" if job.starts_from_teacher else "at every start"
+            yield Planned("loading the teacher", when, function, arguments, (state, others))
     yield Planned(
         "validation",
         _when(config.validate_every, "at the end"),
@@ -85,9 +86,13 @@ def _start(job: Job) -> Programs:
         phase, params = "loading the student", _placed(job.student.config, mesh)
         for function, arguments, others in loading_programs(job.student.config, jnp.float32, mesh):
             yield Planned(phase, when, function, arguments, others)
+    copy = None
+    if job.teacher is not None and job.starts_from_teacher:
+        copy = job.abstract_teacher()
+        yield Planned(phase, when, teacher_copy, (params, job.teacher.dtype))
     if params != state.params:  # from the layout of a step to the one between steps
-        yield Planned(phase, when, jax.jit(lambda x: x, out_shardings=job.shardings.params), (params,))
-    yield Planned(phase, when, moments_program(job.optimizer, job.shardings), (state.params,))
+        yield Planned(phase, when, jax.jit(lambda x: x, out_shardings=job.shardings.params), (params,), copy)
+    yield Planned(phase, when, moments_program(job.optimizer, job.shardings), (state.params,), copy)
 
 
 def _placed(config: FalconConfig, mesh: Any, dtype: Any = jnp.float32) -> Any:
