@@ -32,27 +32,24 @@ FALCON_INLINE F32 exponential(F32 x) {
   return p * (F32)exponent;
 }
 
-int64_t attend_bytes(int64_t heads, int64_t width, int64_t length) {
-  return (heads * padded(length) + (kBlock + kLanes) * padded(width)) * sizeof(float);
+int64_t attend_bytes(int64_t queries, int64_t width, int64_t positions) {
+  return (queries * padded(positions) + (kBlock + kLanes) * padded(width)) * sizeof(float);
 }
 
-// Attention of `heads` query heads g over one KV head: out_g = sum_s softmax_s(softmax_scale * <q_g, k_s> + bias_g,s) v_s over
-// s < length. Rows of k and v are `stride` numbers apart. scratch: attend_bytes() bytes.
+// Scores of the positions from `first` on with every query: score[r * room + s] = softmax_scale * <q_r, k_(first + s)>.
 template <class Row>
-void attend(const float* q, int64_t heads, int64_t width, const void* k_, const void* v_, int64_t stride, int64_t length,
-            const float* bias, int64_t bias_stride, float softmax_scale, float* out, float* scratch) {
-  using T = typename Row::T;
-  const T* k = static_cast<const T*>(k_);
-  const T* v = static_cast<const T*>(v_);
-  const int64_t room = padded(length), columns = padded(width), wide = width / kLanes * kLanes;
-  float *score = scratch, *block = score + heads * room, *row = block + kBlock * columns;
-  for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
+void scores(const Attention& a, int64_t room, float* score, float* block, float* row) {
+  const auto* k = static_cast<const typename Row::T*>(a.k);
+  const int64_t columns = padded(a.width);
+  for (int64_t s0 = a.begin; s0 < a.end; s0 += kBlock) {
+    float scale[kBlock];
     for (int64_t s = 0; s < kBlock; s += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t at = s0 + s + i < length ? s0 + s + i : length - 1;
-        widen<Row>(k + at * stride, width, row + i * columns);
+        const int64_t at = s0 + s + i < a.end ? s0 + s + i : a.end - 1;
+        widen<Row>(k + at * a.stride, a.width, row + i * columns);
+        scale[s + i] = a.softmax_scale * (a.k_scale ? a.k_scale[at * a.scale_stride] : 1.0f);
       }
-      for (int64_t c = 0; c < width; c += kLanes) {
+      for (int64_t c = 0; c < a.width; c += kLanes) {
         F32 tile[kLanes];
         FALCON_UNROLL
         for (int i = 0; i < kLanes; ++i) tile[i] = load(row + i * columns + c);
@@ -61,56 +58,77 @@ void attend(const float* q, int64_t heads, int64_t width, const void* k_, const 
         for (int i = 0; i < kLanes; ++i) store(block + (c + i) * kBlock + s, tile[i]);
       }
     }
-    for (int64_t g = 0; g < heads; ++g) {
+    for (int64_t r = 0; r < a.queries; ++r) {
       F32 acc[kBlock / kLanes] = {};
-      for (int64_t c = 0; c < width; ++c) {
-        const F32 qc = spread(softmax_scale * q[g * width + c]);
+      for (int64_t c = 0; c < a.width; ++c) {
+        const F32 qc = spread(a.q[r * a.width + c]);
         FALCON_UNROLL
         for (int j = 0; j < kBlock / kLanes; ++j) acc[j] += qc * load(block + c * kBlock + j * kLanes);
       }
-      for (int j = 0; j < kBlock / kLanes; ++j) store(score + g * room + s0 + j * kLanes, acc[j]);
+      for (int j = 0; j < kBlock / kLanes; ++j)
+        store(score + r * room + s0 - a.begin + j * kLanes, load(scale + j * kLanes) * acc[j]);
     }
   }
-  for (int64_t g = 0; g < heads; ++g) {
-    float* p = score + g * room;
-    if (bias)
-      for (int64_t s = 0; s < length; ++s) p[s] += bias[g * bias_stride + s];
-    for (int64_t s = length; s < room; ++s) p[s] = -INFINITY;
+}
+
+// Attention of a few queries over positions [begin, end) of one KV head's cache, as a part of a sum over more: with score_s =
+// softmax_scale * <q_r, k_s> + bias_r,s over the positions s < length_r of that range, most_r is the highest score, sum_r the sum of
+// e^(score_s - most_r), and out_r that of e^(score_s - most_r) v_s. A query without a position there has most_r = -infinity.
+// What comes out for a query does not depend on the others. scratch: attend_bytes() bytes.
+template <class Row>
+void attend(const Attention& a, float* scratch) {
+  const auto* v = static_cast<const typename Row::T*>(a.v);
+  const int64_t room = padded(a.end - a.begin), wide = a.width / kLanes * kLanes;
+  float *score = scratch, *block = score + a.queries * room, *row = block + kBlock * padded(a.width);
+  scores<Row>(a, room, score, block, row);
+  for (int64_t r = 0; r < a.queries; ++r) {
+    float* p = score + r * room;
+    const int64_t n = (a.length[r] < a.end ? a.length[r] : a.end) - a.begin;
+    a.most[r] = -INFINITY;
+    a.sum[r] = 0;
+    if (n <= 0) continue;
+    if (a.bias)
+      for (int64_t s = 0; s < n; ++s) p[s] += a.bias[r][a.begin + s];
+    const int64_t used = padded(n);
+    for (int64_t s = n; s < used; ++s) p[s] = -INFINITY;
     F32 largest = load(p), sum = {};
-    for (int64_t s = kLanes; s < room; s += kLanes) {
+    for (int64_t s = kLanes; s < used; s += kLanes) {
       const F32 x = load(p + s);
       largest = x > largest ? x : largest;
     }
     float most = largest[0];
     for (int i = 1; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
-    for (int64_t s = 0; s < room; s += kLanes) store(p + s, exponential(load(p + s) - spread(most)));
-    for (int64_t s = length; s < room; ++s) p[s] = 0;
-    for (int64_t s = 0; s < room; s += kLanes) sum += load(p + s);
-    const F32 normaliser = spread(1.0f / total(sum));
-    for (int64_t s = 0; s < room; s += kLanes) store(p + s, normaliser * load(p + s));
+    for (int64_t s = 0; s < used; s += kLanes) store(p + s, exponential(load(p + s) - spread(most)));
+    for (int64_t s = n; s < used; ++s) p[s] = 0;
+    for (int64_t s = 0; s < used; s += kLanes) sum += load(p + s);
+    a.most[r] = most;
+    a.sum[r] = total(sum);
+    if (a.v_scale)
+      for (int64_t s = 0; s < n; ++s) p[s] *= a.v_scale[(a.begin + s) * a.scale_stride];
   }
-  std::memset(out, 0, heads * width * sizeof(float));
-  for (int64_t s0 = 0; s0 < length; s0 += kBlock) {
-    const int64_t n = length - s0 < kBlock ? length - s0 : kBlock;
-    for (int64_t s = 0; s < n; ++s) widen<Row>(v + (s0 + s) * stride, width, block + s * width);
-    for (int64_t g = 0; g < heads; ++g) {
-      const float* p = score + g * room + s0;
-      float* o = out + g * width;
+  std::memset(a.out, 0, a.queries * a.width * sizeof(float));
+  for (int64_t s0 = a.begin; s0 < a.end; s0 += kBlock) {
+    const int64_t some = a.end - s0 < kBlock ? a.end - s0 : kBlock;
+    for (int64_t s = 0; s < some; ++s) widen<Row>(v + (s0 + s) * a.stride, a.width, block + s * a.width);
+    for (int64_t r = 0; r < a.queries; ++r) {
+      const int64_t n = a.length[r] - s0 < some ? a.length[r] - s0 : some;
+      const float* p = score + r * room + s0 - a.begin;
+      float* o = a.out + r * a.width;
       int64_t c = 0;
       for (; c + 4 * kLanes <= wide; c += 4 * kLanes) {  // four sums at once hide each other's latency
         F32 acc[4];
         for (int j = 0; j < 4; ++j) acc[j] = load(o + c + j * kLanes);
         for (int64_t s = 0; s < n; ++s)
-          for (int j = 0; j < 4; ++j) acc[j] += spread(p[s]) * load(block + s * width + c + j * kLanes);
+          for (int j = 0; j < 4; ++j) acc[j] += spread(p[s]) * load(block + s * a.width + c + j * kLanes);
         for (int j = 0; j < 4; ++j) store(o + c + j * kLanes, acc[j]);
       }
       for (; c < wide; c += kLanes) {
         F32 acc = load(o + c);
-        for (int64_t s = 0; s < n; ++s) acc += spread(p[s]) * load(block + s * width + c);
+        for (int64_t s = 0; s < n; ++s) acc += spread(p[s]) * load(block + s * a.width + c);
         store(o + c, acc);
       }
-      for (; c < width; ++c)
-        for (int64_t s = 0; s < n; ++s) o[c] += p[s] * block[s * width + c];
+      for (; c < a.width; ++c)
+        for (int64_t s = 0; s < n; ++s) o[c] += p[s] * block[s * a.width + c];
     }
   }
 }

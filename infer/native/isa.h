@@ -65,7 +65,8 @@ constexpr auto used_i8_unpack = unpack<place<I8Row>>;
       {FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F32Row>>, FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::BF16Row>>, \
        FALCON_ISA::unpack<FALCON_ISA::place<FALCON_ISA::F16Row>>, FALCON_ISA::used_i8_unpack, FALCON_ISA::unpack_int4}, \
       FALCON_ISA::attend_bytes,                                                                     \
-      {FALCON_ISA::attend<FALCON_ISA::F32Row>, FALCON_ISA::attend<FALCON_ISA::BF16Row>, FALCON_ISA::attend<FALCON_ISA::F16Row>}, \
+      {FALCON_ISA::attend<FALCON_ISA::F32Row>, FALCON_ISA::attend<FALCON_ISA::BF16Row>, FALCON_ISA::attend<FALCON_ISA::F16Row>, \
+       FALCON_ISA::attend<FALCON_ISA::I8Row>}, \
       FALCON_ISA::rank,                                                                             \
       FALCON_ISA::at_least,                                                                         \
       FALCON_ISA::read,                                                                             \

@@ -56,6 +56,21 @@ struct Packed {
   int64_t batch;
 };
 
+// Queries of one sequence and KV head, and a part of the cache's positions.
+struct Attention {
+  const float* q;  // [queries, width]
+  int64_t queries, width;
+  const void *k, *v;               // position 0; positions are `stride` numbers apart
+  int64_t stride;
+  const float *k_scale, *v_scale;  // int8: the factor of each position, `scale_stride` apart; else null
+  int64_t scale_stride;
+  const int64_t* length;     // of each query: the positions before it are attended to
+  const float* const* bias;  // of each query: a bias for every position; null without
+  float softmax_scale;
+  int64_t begin, end;  // the part
+  float *out, *most, *sum;
+};
+
 struct Kernels {
   bool (*supported)();
 
@@ -76,11 +91,9 @@ struct Kernels {
   void (*unpack[kFormats])(const float* acc, int64_t parts, int64_t part_stride, int64_t begin, int64_t end, float* y);
 
   // Bytes of scratch that `attend` needs.
-  int64_t (*attend_bytes)(int64_t heads, int64_t width, int64_t length);
-  // Attention of `heads` query heads over one KV head's first `length` positions; see attend.h.
-  void (*attend[3])(const float* q, int64_t heads, int64_t width, const void* k, const void* v, int64_t stride,
-                    int64_t length, const float* bias, int64_t bias_stride, float softmax_scale, float* out,
-                    float* scratch);
+  int64_t (*attend_bytes)(int64_t queries, int64_t width, int64_t positions);
+  // Attention over a part of one KV head's positions; see attend.h. In the formats of caches: all but int4.
+  void (*attend[4])(const Attention& a, float* scratch);
 
   // Keys of scores, and a search for high keys; see select.h.
   void (*rank)(const float* score, int64_t n, float least, uint32_t* key);
