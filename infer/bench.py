@@ -21,6 +21,7 @@ import numpy as np
 from falcon_relu.config import FalconConfig, family
 from infer import kernels
 from infer.generation import read_prompts
+from infer.kernels.cache import CacheFormat
 from infer.step import MODES, DecodeState, Mode, decode_step, step_bytes, unembed
 from infer.weights.formats import Format, Rows, rows_like
 from infer.weights.layout import DecodeWeights, Formats, Norm, skeleton
@@ -145,7 +146,12 @@ class StepTimes:
 
 
 def measure_settings(
-    settings: Sequence[tuple[DecodeWeights, Mode]], backend: kernels.Backend, context: int, steps: int, batch: int = 1
+    settings: Sequence[tuple[DecodeWeights, Mode]],
+    backend: kernels.Backend,
+    context: int,
+    steps: int,
+    batch: int = 1,
+    cache: CacheFormat = "bf16",
 ) -> list[StepTimes]:
     """Decodes random tokens with half of the context filled, one step of each setting (weights, mode) in turn.
 
@@ -157,7 +163,7 @@ def measure_settings(
     read = memory_reader([rows for layer in weights.layers for rows in (layer.up, layer.down)])
     choose = _choosing(c.d_ff, c.n_layers, kernels.backend(backend))
     hidden_BxD = jnp.ones((batch, c.d_model), jnp.float32)
-    states = [half_full(c, batch, context) for _ in settings]
+    states = [half_full(c, batch, context, cache) for _ in settings]
     times = np.zeros((len(settings), steps + 1, 4))  # a step, the head, choosing, reading
     reads: list[Any] = [None] * len(settings)
     for step in range(steps + 1):
@@ -275,9 +281,9 @@ def memory_bandwidth(size: int = 1 << 30) -> float | None:
     return float(np.median([read() for _ in range(3)]))
 
 
-def half_full(c: FalconConfig, batch: int, context: int) -> DecodeState:
-    """A KV cache in f16 with half of its `context` positions filled."""
-    state = DecodeState.empty(c, batch, context, jnp.float16)
+def half_full(c: FalconConfig, batch: int, context: int, cache: CacheFormat = "bf16") -> DecodeState:
+    """A KV cache with half of its `context` positions filled."""
+    state = DecodeState.empty(c, batch, context, cache)
     return dataclasses.replace(state, length_B=jnp.full(batch, context // 2, jnp.int32))
 
 

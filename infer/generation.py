@@ -16,6 +16,7 @@ import numpy as np
 from falcon_relu.config import FalconConfig
 from falcon_relu.generation import Sampling, check_prompts, pad_prompts, sample
 from infer import kernels
+from infer.kernels.cache import CacheFormat
 from infer.step import DecodeState, Mode, Reads, check_mode, decode_step, prefill, prefill_bytes, step_bytes, unembed
 from infer.weights.layout import DecodeWeights
 
@@ -79,11 +80,12 @@ def generate(
     *,
     mode: Mode = "dense",
     backend: kernels.Backend = "auto",
+    cache: CacheFormat = "bf16",
     stats: DecodeStats | None = None,
 ) -> list[list[int]]:
     """Continues every prompt; returns the new ids only, up to and without a stop token. Errors as `stream`."""
     out: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(weights, prompts, sampling, mode=mode, backend=backend, stats=stats):
+    for tokens in stream(weights, prompts, sampling, mode=mode, backend=backend, cache=cache, stats=stats):
         for row, token in zip(out, tokens, strict=True):
             if token is not None:
                 row.append(token)
@@ -97,6 +99,7 @@ def stream(
     *,
     mode: Mode = "dense",
     backend: kernels.Backend = "auto",
+    cache: CacheFormat = "bf16",
     stats: DecodeStats | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields the next token of every sequence as soon as it is known; None for sequences that have ended.
@@ -109,6 +112,7 @@ def stream(
       sampling: how to choose and when to stop.
       mode: "dense", "exact" or "sparse", see `infer.step.decode_step`.
       backend: kernels to use.
+      cache: number format of the KV cache.
       stats: filled in during the iteration.
 
     Raises:
@@ -117,7 +121,7 @@ def stream(
     c = weights.config
     check_prompts(prompts, c.vocab_size, c.max_positions, sampling.max_new_tokens)
     check_mode(weights, mode)
-    state = DecodeState.empty(c, len(prompts), _context(max(map(len, prompts)) + sampling.max_new_tokens))
+    state = DecodeState.empty(c, len(prompts), _context(max(map(len, prompts)) + sampling.max_new_tokens), cache)
     return _stream(weights, state, prompts, sampling, mode, backend, stats or DecodeStats())
 
 
@@ -127,9 +131,16 @@ class Conversation:
     Where the text would exceed the model's context, its older half is dropped.
     """
 
-    def __init__(self, weights: DecodeWeights, *, mode: Mode = "dense", backend: kernels.Backend = "auto"):
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        *,
+        mode: Mode = "dense",
+        backend: kernels.Backend = "auto",
+        cache: CacheFormat = "bf16",
+    ):
         check_mode(weights, mode)
-        self._weights, self._mode, self._backend = weights, mode, backend
+        self._weights, self._mode, self._backend, self._cache = weights, mode, backend, cache
         self._text: list[int] = []
         self._state: DecodeState | None = None  # the cache of a prefix of the text
 
@@ -145,7 +156,7 @@ class Conversation:
         if len(self._text) + sampling.max_new_tokens > c.max_positions:
             self._text = self._text[-max(len(ids), (c.max_positions - sampling.max_new_tokens) // 2) :]
             self._state = None
-        state = self._state or DecodeState.empty(c, 1, c.max_positions)
+        state = self._state or DecodeState.empty(c, 1, c.max_positions, self._cache)
         unread = [self._text[int(state.length_B[0]) :]]
         self._state = (
             None  # the first step donates it; if the caller stops early, the next turn prefills the whole text
@@ -206,7 +217,7 @@ def _stream(
     return state
 
 
-def working_bytes(config: FalconConfig, batch: int, prompt: int, tokens: int) -> int:
+def working_bytes(config: FalconConfig, batch: int, prompt: int, tokens: int, cache: CacheFormat = "bf16") -> int:
     """Bytes that `generate` needs beside the weights: the KV cache and the temporary buffers of a prefill.
 
     Args:
@@ -214,9 +225,9 @@ def working_bytes(config: FalconConfig, batch: int, prompt: int, tokens: int) ->
       batch: number of sequences.
       prompt: number of tokens of the longest prompt.
       tokens: number of tokens of the longest sequence, prompt and continuation.
+      cache: number format of the KV cache.
     """
-    cache = DecodeState.nbytes(config, batch, _context(tokens))
-    return cache + prefill_bytes(config, batch, _block(prompt))
+    return DecodeState.nbytes(config, batch, _context(tokens), cache) + prefill_bytes(config, batch, _block(prompt))
 
 
 def read_prompts(

@@ -12,6 +12,7 @@ import numpy as np
 
 from falcon_relu.errors import FalconError
 from infer import kernels
+from infer.kernels.cache import CacheFormat
 from infer.step import DecodeState, Mode, check_mode, decode_step, step_bytes
 from infer.weights.layout import KINDS, DecodeWeights, Kind
 
@@ -23,6 +24,7 @@ class DecodeSetting(NamedTuple):
 
     weights: DecodeWeights
     mode: Mode = "dense"
+    cache: CacheFormat = "f32"
 
 
 def measure_quality(
@@ -54,14 +56,16 @@ def measure_quality(
       FalconError: the weights cannot serve a mode, or there is no batch.
     """
     for setting in settings.values():
-        check_mode(*setting)
+        check_mode(setting.weights, setting.mode)
     totals: dict[K, np.ndarray] = {name: np.zeros(6) for name in settings}
     tokens = targets = steps = 0
     for tokens_BxT in batches:
         B, T = tokens_BxT.shape
         expected, _ = teacher_forced(reference, tokens_BxT, backend=backend)
         for name, setting in settings.items():
-            logits, reads = teacher_forced(setting.weights, tokens_BxT, mode=setting.mode, backend=backend)
+            logits, reads = teacher_forced(
+                setting.weights, tokens_BxT, mode=setting.mode, backend=backend, cache=setting.cache
+            )
             totals[name] += np.concatenate([np.asarray(_sums(expected, logits, tokens_BxT), np.float64), reads])
         tokens, targets, steps = tokens + B * T, targets + B * (T - 1), steps + T
     if not steps:
@@ -85,14 +89,19 @@ def one_kind(weights: DecodeWeights, other: DecodeWeights, kind: Kind) -> Decode
 
 
 def teacher_forced(
-    weights: DecodeWeights, tokens_BxT: np.ndarray, *, mode: Mode = "dense", backend: kernels.Backend = "auto"
+    weights: DecodeWeights,
+    tokens_BxT: np.ndarray,
+    *,
+    mode: Mode = "dense",
+    backend: kernels.Backend = "auto",
+    cache: CacheFormat = "f32",
 ) -> tuple[jax.Array, np.ndarray]:
     """Logits [B, T, V] after each of the given tokens; sums over the T steps of the shares of up-projection and
     down-projection rows read, and of the bytes read.
     """
     B, T = tokens_BxT.shape
     c = weights.config
-    state = DecodeState.empty(c, B, T)
+    state = DecodeState.empty(c, B, T, cache)
     logits, sums = [], np.zeros(3)
     for token_B in jnp.asarray(tokens_BxT, jnp.int32).T:
         logits_BxV, state, reads = decode_step(weights, state, token_B, mode=mode, backend=backend)

@@ -12,6 +12,7 @@ from falcon_relu.evaluation.scoring import Branch, Row, Score
 from falcon_relu.generation import Sampling, padded_length
 from infer import kernels
 from infer.generation import read_prompts, stream
+from infer.kernels.cache import CacheFormat
 from infer.step import DecodeState, Mode, check_mode, decode_step
 from infer.weights.layout import DecodeWeights
 
@@ -29,8 +30,15 @@ class DecodeEngine:
 
     prompts_together = 1
 
-    def __init__(self, weights: DecodeWeights, mode: Mode, backend: kernels.Backend = "auto"):
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        mode: Mode,
+        backend: kernels.Backend = "auto",
+        cache: CacheFormat = "bf16",
+    ):
         check_mode(weights, mode)
+        self._cache = cache
         self.config, self._weights, self._mode, self._backend = weights.config, weights, mode, backend
         self._state: DecodeState | None = None
 
@@ -50,7 +58,9 @@ class DecodeEngine:
 
     def _continue(self, prompt: Sequence[int], sampling: Sampling, until: Callable[[list[int]], bool]) -> list[int]:
         ids: list[int] = []
-        for (token,) in stream(self._weights, [prompt], sampling, mode=self._mode, backend=self._backend):
+        for (token,) in stream(
+            self._weights, [prompt], sampling, mode=self._mode, backend=self._backend, cache=self._cache
+        ):
             if token is not None:
                 ids.append(token)
             if token is None or until(ids):
@@ -72,7 +82,7 @@ class DecodeEngine:
         """An empty state with space for so many tokens, in the buffers of the last one where they are large enough."""
         state, self._state = self._state, None
         if state is None or state.keys[0].shape[1] < tokens:
-            return DecodeState.empty(self.config, 1, padded_length(tokens, 128))
+            return DecodeState.empty(self.config, 1, padded_length(tokens, 128), self._cache)
         return dataclasses.replace(state, length_B=jnp.zeros(1, jnp.int32))
 
     def _read(self, state: DecodeState, tokens: Sequence[int]) -> DecodeState:

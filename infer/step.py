@@ -22,6 +22,7 @@ from falcon_relu.config import FalconConfig
 from falcon_relu.errors import FalconError
 from falcon_relu.layers import activation_fn
 from infer import kernels
+from infer.kernels.cache import Cache, CacheFormat, empty_cache, position_bytes
 from infer.weights.formats import take
 from infer.weights.layout import DecodeWeights, LayerWeights, Norm
 
@@ -35,27 +36,27 @@ class DecodeState:
     """The KV cache of a batch of sequences.
 
     Attributes:
-      keys: of each layer, [B, S, K, H] after rotary embedding, in the cache's dtype; filled from slot 0.
+      keys: of each layer, [B, S, K, H] after rotary embedding; filled from slot 0.
       values: of each layer, [B, S, K, H].
       length_B: number of tokens of each sequence in the cache, int32.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Cache, ...]
+    values: tuple[Cache, ...]
     length_B: jax.Array
 
     @classmethod
-    def empty(cls, config: FalconConfig, batch: int, context: int, dtype: Any = jnp.float32) -> DecodeState:
+    def empty(cls, config: FalconConfig, batch: int, context: int, format: CacheFormat = "bf16") -> DecodeState:
         """An empty cache for `batch` sequences of up to `context` tokens."""
         shape = (batch, context, config.n_kv_heads, config.head_dim)
-        caches = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))  # noqa: E731
+        caches = lambda: tuple(empty_cache(shape, format) for _ in range(config.n_layers))  # noqa: E731
         return cls(caches(), caches(), jnp.zeros(batch, jnp.int32))
 
     @staticmethod
-    def nbytes(config: FalconConfig, batch: int, context: int, dtype: Any = jnp.float32) -> int:
+    def nbytes(config: FalconConfig, batch: int, context: int, format: CacheFormat = "bf16") -> int:
         """Bytes of `empty`."""
         slots = 2 * config.n_layers * batch * context
-        return slots * config.n_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+        return slots * config.n_kv_heads * position_bytes(config.head_dim, format)
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +168,7 @@ def prefill(
     keys, values = [], []
     for layer, old_key, old_value in zip(weights.layers, state.keys, state.values, strict=True):
         q, k_new, v_new = _qkv(c, layer, _norm(layer.attention_norm, x_BxTxD, c.norm_eps), angles, multiply)
-        key, value = _write(old_key, slot_BxT, k_new), _write(old_value, slot_BxT, v_new)
+        key, value = old_key.written(slot_BxT, k_new), old_value.written(slot_BxT, v_new)
         keys.append(key)
         values.append(value)
         if len(keys) == c.n_layers:
@@ -228,8 +229,8 @@ def _with_room(state: DecodeState, new: jax.Array | int) -> DecodeState:
 def _last_layer_of_prefill(
     weights: DecodeWeights,
     q_BxTxKxGxH: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    key: Cache,
+    value: Cache,
     x_BxTxD: jax.Array,
     seen_BxT: jax.Array,
     valid_B: jax.Array,
@@ -253,18 +254,18 @@ def _layer_step(
     weights: DecodeWeights,
     layer: LayerWeights,
     x_BxD: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    key: Cache,
+    value: Cache,
     length_B: jax.Array,
     angles: Rotation | None,
     mode: Mode,
     k: ModuleType,
-) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, Cache, Cache, tuple[jax.Array, jax.Array]]:
     c = weights.config
     normed_Bx1xD = _norm(layer.attention_norm, x_BxD, c.norm_eps)[:, None]
     q, k_new, v_new = _qkv(c, layer, normed_Bx1xD, angles, lambda w, x: k.rows_dot(w, x[:, 0])[:, None])
-    key = _write(key, length_B[:, None], k_new)
-    value = _write(value, length_B[:, None], v_new)
+    key = key.written(length_B[:, None], k_new)
+    value = value.written(length_B[:, None], v_new)
     y_Bx1xKxGxH = k.attend(q, key, value, length_B[:, None] + 1, _bias(c, key.shape[1]))
     x_BxD, read = _after_attention(weights, layer, x_BxD, y_Bx1xKxGxH, mode, k)
     return x_BxD, key, value, read
@@ -359,9 +360,3 @@ def _plus(x: jax.Array, bias: Any) -> jax.Array:
 
 def _broadcast(vector: Any, like: jax.Array) -> jax.Array:
     return jnp.asarray(vector).reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-def _write(cache_BxSxKxH: jax.Array, slot_BxT: jax.Array, new_BxTxKxH: jax.Array) -> jax.Array:
-    """The cache with new entries in the given slots, in place where the buffer is given up."""
-    row_Bx1 = jnp.arange(cache_BxSxKxH.shape[0])[:, None]
-    return cache_BxSxKxH.at[row_Bx1, slot_BxT].set(new_BxTxKxH.astype(cache_BxSxKxH.dtype), mode="drop")

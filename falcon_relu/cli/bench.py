@@ -12,6 +12,7 @@ from falcon_relu.config import FAMILY, family
 from falcon_relu.errors import FalconError, check_number
 from falcon_relu.progress import console, progress
 from infer import bench, kernels
+from infer.kernels.cache import CacheFormat
 from infer.weights.formats import Format
 from infer.weights.layout import Formats
 
@@ -42,6 +43,8 @@ class Args(Output):
     """Tokens of the prompt whose prefill is measured; 0 for none."""
     context: int = 512
     """Positions in the KV cache, half of them filled."""
+    cache_format: CacheFormat = "bf16"
+    """Number format of the KV cache."""
     batch: int = 1
     """Sequences decoded together."""
     steps: int = 12
@@ -86,7 +89,7 @@ def _tokens(args: Args) -> dict[str, object]:
             for share in (args.active if mode == "sparse" else (1.0,))
         ]
         for backend in _backends(args):
-            found = bench.measure_settings(settings, backend, args.context, args.steps, args.batch)
+            found = bench.measure_settings(settings, backend, args.context, args.steps, args.batch, args.cache_format)
             dense = next((times for times, (_, mode) in zip(found, settings, strict=True) if mode == "dense"), None)
             for times, (_, mode) in zip(found, settings, strict=True):
                 name = {"backend": kernels.describe(kernels.backend(backend)), "mode": mode, "format": args.format}

@@ -24,6 +24,7 @@ from falcon_relu.tokenizer import Tokenizer
 from infer import kernels
 from infer.bench import memory_bandwidth
 from infer.generation import Conversation, DecodeStats, stream, working_bytes
+from infer.kernels.cache import CacheFormat
 from infer.kernels.threads import limit_threads
 from infer.predictor.predictor import Predictor, load_predictor
 from infer.step import Mode, check_mode
@@ -61,6 +62,8 @@ class Args(Output):
     """Number of prompts decoded together, for which each weight is read once; printed when complete."""
     backend: kernels.Backend = "auto"
     """Kernels: native (C++), xla, or auto: native where it was built."""
+    cache_format: CacheFormat = "bf16"
+    """Number format of the KV cache; int8 takes half of bf16's memory."""
     threads: int | None = None
     """Threads that compute; one for each core if not given."""
     activation: Activation | None = None
@@ -94,7 +97,10 @@ def run(args: Args) -> None:
     else:
         prompt, batch, longest = c.max_positions, 1, c.max_positions
     # The predictor file as read is freed before the first prompt is processed: the two are not in memory together.
-    more = max(working_bytes(c, batch, prompt, longest), args.predictor.stat().st_size if args.predictor else 0)
+    more = max(
+        working_bytes(c, batch, prompt, longest, args.cache_format),
+        args.predictor.stat().st_size if args.predictor else 0,
+    )
     need_memory(outline.nbytes + more, f"the weights of {args.model} and the cache of {batch} x {longest} tokens")
 
     weights = _weights(args)
@@ -115,7 +121,15 @@ def run(args: Args) -> None:
     texts: list[str] = []
     for start in range(0, len(prompts), args.batch):
         group = slice(start, start + args.batch)
-        steps = stream(weights, encoded[group], sampling, mode=mode, backend=args.backend, stats=stats)
+        steps = stream(
+            weights,
+            encoded[group],
+            sampling,
+            mode=mode,
+            backend=args.backend,
+            cache=args.cache_format,
+            stats=stats,
+        )
         texts += _show(tokenizer, prompts[group], steps)
     about |= {"prompts": prompts, "texts": texts}
     written = args.json is not None and not is_special(args.json)
@@ -201,7 +215,7 @@ def _chat(
 
     Appends to `turns` each turn's prompt, text, measurements, and whether it began a new text.
     """
-    begin = functools.partial(Conversation, weights, mode=mode, backend=args.backend)
+    begin = functools.partial(Conversation, weights, mode=mode, backend=args.backend, cache=args.cache_format)
     conversation, bandwidth, anew = begin(), memory_bandwidth(), True
     for turn in itertools.count():
         print("> ", end="", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@
     weighted_row_sum(w, h_BxA, index_A, count) -> y_BxD   sum of the rows (those named, if there is an index) times h
     rows_matmul(w, x, count) -> y, weighted_rows_matmul(w, h, count) -> y   both products for many vectors, in bf16
     select(score_BxF, threshold, budget) -> index_F, count, chosen_BxF   the neurons to read: all, and by sequence
-    attend(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, length_BxT) attention over the valid part of a cache
+    attend(q_BxTxKxGxH, keys, values, length_BxT)         attention over the valid part of a cache
     read_rows(w, index_A, count, seen)                    reads only, to measure the memory bandwidth
 
 A batch is a few sequences that share one read of each row. Everything is computed in f32, whatever the rows' format.

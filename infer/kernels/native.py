@@ -13,6 +13,7 @@ import numpy as np
 
 from falcon_relu.errors import FalconError
 from infer.kernels import matmul
+from infer.kernels.cache import Cache
 from infer.weights.formats import Array, Format, Rows
 from infer.weights.library import native_library
 
@@ -130,8 +131,8 @@ def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tup
 
 def attend(
     q_BxTxKxGxH: jax.Array,
-    k_BxSxKxH: jax.Array,
-    v_BxSxKxH: jax.Array,
+    keys: Cache,
+    values: Cache,
     length_BxT: jax.Array,
     bias_NxS: jax.Array | None = None,
 ) -> jax.Array:
@@ -139,7 +140,9 @@ def attend(
     bias = jnp.zeros((0, 0), jnp.float32) if bias_NxS is None else bias_NxS
     out = jax.ShapeDtypeStruct(q_BxTxKxGxH.shape, jnp.float32)
     scale = np.float32(q_BxTxKxGxH.shape[-1] ** -0.5)
-    return _call("attend", out, q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, length_BxT, bias, softmax_scale=scale)
+    none = np.zeros(0, np.float32)
+    scales = (none if cache.scale is None else cache.scale for cache in (keys, values))
+    return _call("attend", out, q_BxTxKxGxH, keys.data, values.data, length_BxT, bias, *scales, softmax_scale=scale)
 
 
 def read_rows(

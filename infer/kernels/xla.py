@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from infer.choice import choose
+from infer.kernels.cache import Cache
 from infer.kernels.matmul import rows_matmul, weighted_rows_matmul  # noqa: F401
 from infer.weights.formats import Rows, take
 
@@ -75,8 +76,8 @@ def select(score_BxF: jax.Array, threshold: jax.Array, budget: jax.Array) -> tup
 
 def attend(
     q_BxTxKxGxH: jax.Array,
-    k_BxSxKxH: jax.Array,
-    v_BxSxKxH: jax.Array,
+    keys: Cache,
+    values: Cache,
     length_BxT: jax.Array,
     bias_NxS: jax.Array | None = None,
 ) -> jax.Array:
@@ -84,21 +85,20 @@ def attend(
 
     Args:
       q_BxTxKxGxH: f32, T queries a sequence.
-      k_BxSxKxH: key cache, f32, bf16 or f16; not read past the greatest length.
-      v_BxSxKxH: value cache.
+      keys: [B, S, K, H]; not read past the greatest length.
+      values: likewise.
       length_BxT: int32, at least 1.
       bias_NxS: f32 bias of every query head on the scaled scores (ALiBi).
     """
     B, T, K, G, H = q_BxTxKxGxH.shape
-    S = k_BxSxKxH.shape[1]
+    S = keys.shape[1]
     step = min(_KEYS, S)
     q_BxKxGTxH = q_BxTxKxGxH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H) * H**-0.5
 
     def block(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         high, total, out = carry
         start = jnp.minimum(i * step, S - step)  # the last block may overlap: what was seen before is masked
-        k = lax.dynamic_slice_in_dim(k_BxSxKxH, start, step, 1).astype(jnp.float32).swapaxes(1, 2)
-        v = lax.dynamic_slice_in_dim(v_BxSxKxH, start, step, 1).astype(jnp.float32).swapaxes(1, 2)
+        k, v = (cache.positions(start, step).wide().swapaxes(1, 2) for cache in (keys, values))
         score = jnp.einsum("bkqh,bksh->bkqs", q_BxKxGTxH, k).reshape(B, K, G, T, step)
         if bias_NxS is not None:
             score += lax.dynamic_slice_in_dim(bias_NxS, start, step, 1).reshape(1, K, G, 1, step)

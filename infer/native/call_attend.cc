@@ -26,8 +26,8 @@ struct Sum {
 // Adds a part to the parts before it. A query's result depends on nothing but these two.
 void add(const Sum& to, const Sum& part, int64_t queries, int64_t width) {
   for (int64_t r = 0; r < queries; ++r) {
+    if (part.most[r] == -INFINITY) continue;  // no position there: its result was not written
     const float most = std::max(to.most[r], part.most[r]);
-    if (most == -INFINITY) continue;
     const float before = std::exp(to.most[r] - most), now = std::exp(part.most[r] - most);
     for (int64_t c = 0; c < width; ++c) to.out[r * width + c] = before * to.out[r * width + c] + now * part.out[r * width + c];
     to.sum[r] = before * to.sum[r] + now * part.sum[r];

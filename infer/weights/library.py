@@ -7,7 +7,7 @@ import functools
 import importlib.machinery
 from pathlib import Path
 
-_INTERFACE = 5  # of the calls, as in infer/native/dispatch.cc
+_INTERFACE = 6  # of the calls, as in infer/native/dispatch.cc
 
 
 @functools.cache

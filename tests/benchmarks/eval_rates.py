@@ -135,7 +135,7 @@ def _ours(model: Path | None, way: str) -> Any:
     config, params = load_model(model)
     engine: Engine = FlaxEngine(Falcon(config), params)
     if way == "exact":
-        engine = DecodeEngine(weights_from_params(params, config, Formats.all("f32")), "exact")
+        engine = DecodeEngine(weights_from_params(params, config, Formats.all("f32")), "exact", cache="f32")
     return HarnessModel(engine, Tokenizer(model))
 
 

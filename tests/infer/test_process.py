@@ -68,7 +68,7 @@ def memory(format: str) -> dict[str, dict[str, int]]:
         d_model=2048, d_ff=24576, n_heads=32, n_kv_heads=2, n_layers=layers, vocab_size=64000, activation="relu"
     )
     make = lambda: random_weights(config, Formats.all(format), rank=64)  # noqa: E731
-    cache = lambda: DecodeState.empty(config, 1, 512, jnp.float16)  # noqa: E731
+    cache = lambda: DecodeState.empty(config, 1, 512, "f16")  # noqa: E731
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (make(), cache()))
     token_B, tokens_BxT, valid_B = jnp.zeros(1, jnp.int32), jnp.zeros((1, 64), jnp.int32), jnp.full(1, 64, jnp.int32)
     programs = {

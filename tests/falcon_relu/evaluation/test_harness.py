@@ -83,7 +83,7 @@ def small_model(tmp_path_factory) -> Path:
 def engines(folder: Path) -> dict[str, Engine]:
     config, params = load_model(folder)
     weights = weights_from_params(params, config, Formats.all("f32"))
-    return {"flax": FlaxEngine(Falcon(config), params), "exact": DecodeEngine(weights, "exact")}
+    return {"flax": FlaxEngine(Falcon(config), params), "exact": DecodeEngine(weights, "exact", cache="f32")}
 
 
 def answers(results: dict[str, Any]) -> dict[str, list]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from falcon_relu.errors import FalconError
 from infer import kernels
 from infer.kernels import native, xla
+from infer.kernels.cache import Cache, CacheFormat, empty_cache
 from infer.weights.formats import DTYPES, Rows, widen
 from infer.weights.int4 import EVEN_LEVELS, pack_int4
 from infer.weights.rounding import quantise
@@ -240,25 +242,53 @@ def test_select_takes_each_sequences_highest_and_of_equals_the_lowest(draw, B, F
                     assert np.asarray(index)[np.asarray(chosen[b])].tolist() == of
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(("S", "H", "G", "biased"), [(7, 16, 1, True), (300, 64, 19, False), (65, 10, 3, True)])
-def test_attention_reads_the_valid_part_only(dtype, S, H, G, biased):
+@pytest.mark.parametrize("format", get_args(CacheFormat))
+@pytest.mark.parametrize(
+    ("S", "H", "G", "biased"), [(7, 16, 1, True), (300, 64, 19, False), (65, 10, 3, True), (2100, 8, 2, True)]
+)
+def test_attention_reads_the_valid_part_only(format, S, H, G, biased):
+    """Also of more positions than a part has, and alike for a token among many others: bit for bit."""
     rng = np.random.default_rng(S)
     B, T, K = 3, 2, 2
     length = np.array([[1, 3], [S // 2 + 1, 1], [S - 1, S]], np.int32)
     q = rng.normal(size=(B, T, K, G, H)).astype(np.float32)
-    k, v = (jnp.asarray(rng.normal(size=(B, S, K, H)), dtype) for _ in range(2))
+    slots = np.broadcast_to(np.arange(S), (B, S))
+    keys, values = (
+        empty_cache((B, S, K, H), format).written(slots, rng.normal(size=(B, S, K, H)).astype(np.float32))
+        for _ in range(2)
+    )
     bias = rng.normal(size=(K * G, S)).astype(np.float32) if biased else None
     unseen = np.arange(S) >= length[..., None]
     never = unseen.all(axis=1)
-    k_wide, v_wide = np.asarray(k, np.float32), np.asarray(v, np.float32)
-    score = np.einsum("btkgh,bskh->btkgs", q, k_wide) / np.sqrt(H)
+    score = np.einsum("btkgh,bskh->btkgs", q, np.asarray(keys.wide())) / np.sqrt(H)
     score += 0 if bias is None else bias.reshape(1, 1, K, G, S)
     weight = np.exp(np.where(unseen[:, :, None, None], -np.inf, score))
-    expected = np.einsum("btkgs,bskh->btkgh", weight / weight.sum(-1, keepdims=True), v_wide)
-    poison = lambda cache: jnp.where(never[:, :, None, None], 77, cache).astype(dtype)  # noqa: E731
+    expected = np.einsum("btkgs,bskh->btkgh", weight / weight.sum(-1, keepdims=True), np.asarray(values.wide()))
+
+    def poisoned(cache: Cache) -> Cache:
+        return jax.tree.map(lambda a: jnp.where(never.reshape(B, S, *[1] * (a.ndim - 2)), 77, a).astype(a.dtype), cache)
+
+    keys, values = poisoned(keys), poisoned(values)
     for name in BACKENDS:
-        np.testing.assert_allclose(run(name, "attend", q, poison(k), poison(v), length, bias), expected, atol=2e-5)
+        found = run(name, "attend", q, keys, values, length, bias)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    if len(BACKENDS) > 1:
+        many, lengths = (np.repeat(a[:, -1:], 19, axis=1) for a in (q, length))
+        many[:, 1:], lengths[:, 1:] = rng.normal(size=many[:, 1:].shape), 1 + rng.integers(0, length[:, -1:], (B, 18))
+        for name in BACKENDS[1:]:
+            among = run(name, "attend", many, keys, values, lengths, bias)
+            alone = run(name, "attend", q[:, -1:], keys, values, length[:, -1:], bias)
+            np.testing.assert_array_equal(among[:, :1], alone)
+
+
+def test_int8_caches_hold_each_position_within_half_a_step():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 16)).astype(np.float32)
+    x[1, 2] = 0
+    cache = empty_cache((2, 6, 3, 16), "int8").written(np.array([[0, 1, 2, 3, 6], [5, 4, 3, 2, 1]]), x)
+    step = np.abs(x).max(-1, keepdims=True) / 127
+    assert (np.abs(cache.wide()[0, :4] - x[0, :4]) <= 0.501 * step[0, :4]).all()
+    assert (np.abs(cache.wide()[1, 5:0:-1] - x[1]) <= 0.501 * step[1]).all()
+    assert not cache.wide()[0, 4:].any()  # slot 6 is past the end
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -364,7 +394,7 @@ def test_bad_buffers_are_refused_and_nothing_crashes():
         native.rows_dot(dataclasses.replace(int4, scale=int4.scale + 0.5), x).block_until_ready()
     q, cache = np.zeros((1, 1, 1, 1, 4), np.float32), np.zeros((1, 8, 1, 4), np.float32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="length 9 in a cache of 8"):
-        native.attend(q, cache, cache, np.array([[9]], np.int32)).block_until_ready()
+        native.attend(q, Cache(cache), Cache(cache), np.array([[9]], np.int32)).block_until_ready()
 
 
 @needs_native
