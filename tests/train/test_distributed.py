@@ -116,7 +116,7 @@ def test_two_processes_told_to_stop_or_stopped_for_good_at_random_end_with_the_s
         pair = processes.start_two(run, cache=tmp_path / f"compiled {number}" if moment == "compiling" else cache)
         if moment == "starting":
             processes.wait_until(lambda one=pair[chosen]: processes.takes_signals(one), pair[chosen])
-            time.sleep(draw.uniform(0, 6) if sign == signal.SIGTERM else 6)
+            time.sleep(draw.uniform(0, 5) if sign == signal.SIGTERM else 6)
         else:
             processes.wait_until(lambda before=before: len(processes.starts(run.out)) > before, pair[0])
         if moment == "stepping":

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from typing import Any
@@ -88,7 +87,7 @@ class Lookout:
     def end(self, status: int, text: str) -> None:
         """Ends this process, at once even if its main thread waits for others; first tells the others."""
         with self._ending:  # for ever: the first reason counts
-            print(f"process {self._rank} of {self._count}: {text}", file=sys.stderr, flush=True)
+            signals.say(f"process {self._rank} of {self._count}: {text}")
             self._mine = dataclasses.replace(self._mine, ended=status)
             for _ in range(80):  # eight turns at the most, counted as the judge does
                 if self._is_told():
@@ -116,7 +115,8 @@ class Lookout:
     def _is_told(self) -> bool:
         """Whether the others can know; process 0 waits until all of them are about to leave."""
         others = [said for rank, said in dict(self._heard).items() if rank != self._rank]
-        return self._told and (self._rank != 0 or all(said.ended is not None for said in others))
+        leaving = sum(said.ended is not None for said in others)
+        return self._told and (self._rank != 0 or leaving == self._count - 1)
 
     def _exchange(self) -> None:
         beat = 0

@@ -16,7 +16,7 @@ from types import FrameType
 
 INTERRUPTED = 130  # exit status
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_PATIENCE = 30.0  # seconds from a signal, until this process knows whether there are others to be told
+_PATIENCE = 120.0  # seconds from a signal, until this process knows whether there are others to be told
 
 
 class Stopped(KeyboardInterrupt):
@@ -33,7 +33,7 @@ _changing = threading.RLock()
 def catch() -> None:
     """Takes both signals for the rest of the process; the first thing that `falcon-relu train` does.
 
-    Until `leave_with` they are noted only, for half a minute at the most, after which the process leaves.
+    Until `leave_with` they are noted only, for two minutes at the most, after which the process leaves.
     """
     if _caught.is_set() or threading.current_thread() is not threading.main_thread():
         return
@@ -81,10 +81,17 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 def leave_now() -> None:
     """Ends this process as interrupted, whatever its other threads do."""
-    if sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor
-    print("falcon-relu train: interrupted; finished work is kept", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor
+    say("falcon-relu train: interrupted; finished work is kept")
     os._exit(INTERRUPTED)
+
+
+def say(text: str) -> None:
+    """Prints to standard error, if anybody still reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _note(number: int, _: FrameType | None) -> None:
