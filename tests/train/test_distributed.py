@@ -110,13 +110,13 @@ def test_two_processes_told_to_stop_or_stopped_for_good_at_random_end_with_the_s
     assert [status for status, _ in ends] == [0, 0], ends
     run = dataclasses.replace(straight, out=tmp_path / "run")
     moments = [("starting", signal.SIGTERM)] * 3 + [("compiling", signal.SIGTERM)] * 2
-    moments += [("stepping", signal.SIGTERM)] * 3 + [("starting", signal.SIGSTOP), *[("stepping", signal.SIGSTOP)] * 2]
+    moments += [("stepping", signal.SIGTERM)] * 3 + [("compiling", signal.SIGSTOP), *[("stepping", signal.SIGSTOP)] * 2]
     for number, (moment, sign) in enumerate(draw.sample(moments, len(moments))):
         chosen, before, whole = number % 2, len(processes.starts(run.out)), processes.whole_checkpoints(run.out)
         pair = processes.start_two(run, cache=tmp_path / f"compiled {number}" if moment == "compiling" else cache)
         if moment == "starting":
             processes.wait_until(lambda one=pair[chosen]: processes.takes_signals(one), pair[chosen])
-            time.sleep(draw.uniform(0, 5) if sign == signal.SIGTERM else 6)
+            time.sleep(draw.uniform(0, 5))
         else:
             processes.wait_until(lambda before=before: len(processes.starts(run.out)) > before, pair[0])
         if moment == "stepping":
