@@ -42,6 +42,8 @@ def test_a_kernel_that_gets_no_memory_is_an_error_and_the_process_goes_on():
 
     if native.missing() is not None:
         pytest.skip("native kernels not built")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor, on which the sum takes less memory")
     told = in_process("starved", "")
     assert "not enough memory" in told["error"]
     assert told["afterwards"] == 2.0
