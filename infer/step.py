@@ -59,6 +59,12 @@ class DecodeState:
         return slots * config.n_kv_heads * position_bytes(config.head_dim, format)
 
 
+def half_full(c: FalconConfig, batch: int, context: int, cache: CacheFormat = "bf16") -> DecodeState:
+    """A KV cache with half of its `context` positions filled."""
+    state = DecodeState.empty(c, batch, context, cache)
+    return dataclasses.replace(state, length_B=jnp.full(batch, context // 2, jnp.int32))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reads:

@@ -1,17 +1,22 @@
-"""Memory for weights: huge pages, aligned so that JAX uses them without a copy; and how much memory is free."""
+"""Memory for weights: huge pages that JAX uses without a copy, how much is free, and how fast it can be read."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import ctypes
 import math
 import mmap
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from falcon_relu.errors import FalconError
+from infer.weights.library import native_library
 
 _HUGE = 2 << 20
 _MEMINFO, _CGROUPS, _CGROUP_ROOT = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -112,3 +117,41 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, size: int) -> np.nda
 def _view(memory: np.ndarray, alignment: int, shape: tuple[int, ...], dtype: np.dtype, size: int) -> np.ndarray:
     start = -memory.ctypes.data % alignment
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+# ---- bandwidth
+
+_WAYS = 6  # in which infer/native/bandwidth.cc reads: one stream and several, with and without prefetch
+_TOGETHER = 4096  # bytes: what a thread reads is a multiple
+
+
+def reading_rates(data: np.ndarray, ways: Sequence[int] = range(_WAYS)) -> dict[int, float]:
+    """Bytes a second that all threads together read from an array, in each way; empty without the native library.
+
+    Whatever instruction set the kernels use, the widest loads of this CPU read here.
+    """
+    try:
+        read = native_library().falcon_read
+    except OSError:
+        return {}
+    threads = usable_cores()
+    start = -data.ctypes.data % _TOGETHER
+    part = (data.nbytes - start) // threads // _TOGETHER * _TOGETHER
+    rates = {}
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(time.sleep, [0.001] * threads))  # starts the threads
+        for way in ways:
+
+            def one(thread: int, way: int = way) -> None:
+                address = data.ctypes.data + start + thread * part
+                read(ctypes.c_void_p(address), ctypes.c_int64(part), ctypes.c_int64(way))
+
+            begun = time.perf_counter()
+            list(pool.map(one, range(threads)))
+            rates[way] = part * threads / (time.perf_counter() - begun)
+    return rates
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

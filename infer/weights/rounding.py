@@ -12,7 +12,6 @@ import concurrent.futures
 import ctypes
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable
 from typing import get_args
 
@@ -27,7 +26,7 @@ from falcon_relu.errors import FalconError
 from infer.weights.formats import Array, Format, Rows, rows_like
 from infer.weights.int4 import INT4_GROUP, NORMAL_LEVELS, pack_int4
 from infer.weights.library import native_library
-from infer.weights.memory import huge_empty
+from infer.weights.memory import huge_empty, usable_cores
 
 # Levels to which the number of largest magnitude of a group is scaled; the scale with the least error is used.
 _PEAKS = (*range(-136, -90, 4), 100, 106, 112, 118)
@@ -290,7 +289,6 @@ def _call(function: Callable[..., object], *args: np.ndarray | int) -> None:
 
 
 def _in_threads(do: Callable[[int], None], starts: Iterable[int]) -> None:
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         for _ in pool.map(do, starts):
             pass
