@@ -82,8 +82,8 @@ inline float round_i8(const float* in, const float* scale, int64_t n, int8_t* ou
   return unit;
 }
 
-// to[r * to_stride + t] = from[t * from_stride + r] for r < words, t < 16.
-inline void transpose_words(const uint32_t* from, int64_t from_stride, int64_t words, uint32_t* to, int64_t to_stride) {
+// to[16 * r + t] = from[t * from_stride + r] for r < words, t < 16.
+inline void transpose_words(const uint32_t* from, int64_t from_stride, int64_t words, uint32_t* to) {
   for (int64_t t = 0; t < 16; t += kLanes)
     for (int64_t r = 0; r < words; r += kLanes) {
       F32 v[kLanes];
@@ -91,12 +91,12 @@ inline void transpose_words(const uint32_t* from, int64_t from_stride, int64_t w
       for (int i = 0; i < kLanes; ++i) v[i] = load(reinterpret_cast<const float*>(from + (t + i) * from_stride + r));
       transpose(v);
       FALCON_UNROLL
-      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(to + (r + i) * to_stride + t), v[i]);
+      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(to + (r + i) * 16 + t), v[i]);
     }
 }
 
-// ---- vectors as panels: [words, vectors of the panel]. In int8, after the words of every kDepth columns follow each vector's unit
-// there, and -128 times the sum of its numbers.
+// ---- vectors as panels: for every kDepth columns [vectors / 16, words, 16], so that 16 words of 16 vectors are one run of 1 KiB. In
+// int8 each vector's unit there follows, and -128 times the sum of its numbers.
 
 int64_t vector_bytes(int format, int64_t columns) {
   return in_int8(format, false) ? columns + (columns + kDepth - 1) / kDepth * 8 : 2 * columns;
@@ -115,7 +115,7 @@ void pack_panel(int format, const float* x, int64_t columns, int64_t batch, int6
   for (int64_t u = 0; u < width; u += 16)
     for (int64_t k = 0; k < columns; k += kDepth) {
       const int64_t depth = columns - k < kDepth ? columns - k : kDepth, words = depth / per_word;
-      uint32_t* to = const_cast<uint32_t*>(panel_words(format, panel, width, k)) + u;
+      uint32_t* to = const_cast<uint32_t*>(panel_words(format, panel, width, k));
       for (int64_t t = 0; t < 16; ++t) {
         const float* from = x + (first + u + t) * columns + k;
         const bool there = first + u + t < batch;
@@ -129,10 +129,10 @@ void pack_panel(int format, const float* x, int64_t columns, int64_t batch, int6
           round_bf16(from, nullptr, depth, reinterpret_cast<uint16_t*>(rows[t]));
         sum *= -128;
         if (per_word == 2) continue;
-        std::memcpy(to + words * width + t, &unit, sizeof(unit));
-        std::memcpy(to + (words + 1) * width + t, &sum, sizeof(sum));
+        std::memcpy(to + words * width + u + t, &unit, sizeof(unit));
+        std::memcpy(to + (words + 1) * width + u + t, &sum, sizeof(sum));
       }
-      transpose_words(rows[0], sizeof(rows[0]) / word_bytes, words, to, width);
+      transpose_words(rows[0], sizeof(rows[0]) / word_bytes, words, to + u * words);
     }
 }
 
@@ -238,13 +238,13 @@ inline const uint16_t* as_bf16(const Matrix& w, int format, int64_t row, int64_t
   return room;
 }
 
-// Interleaves `width` columns of two rows in bf16, so that each word is a pair, and writes them to that pair's row of each panel.
-inline void pack_pair(const uint16_t* even, const uint16_t* odd, int64_t width, uint32_t* panels, int64_t panel_size) {
-  for (int64_t c = 0; c < width; c += kPanel, panels += panel_size)
-    for (int64_t u = 0; u < kPanel; u += kLanes) {
+// Interleaves `width` columns of two rows in bf16, so that each word is a pair, and writes every 16 of them `size` words after the last.
+inline void pack_pair(const uint16_t* even, const uint16_t* odd, int64_t width, uint32_t* to, int64_t size) {
+  for (int64_t c = 0; c < width; c += 16, to += size)
+    for (int64_t u = 0; u < 16; u += kLanes) {
       const U32 low = __builtin_convertvector(*reinterpret_cast<const LooseU16*>(even + c + u), U32);
       const U32 high = __builtin_convertvector(*reinterpret_cast<const LooseU16*>(odd + c + u), U32);
-      *reinterpret_cast<LooseU32*>(panels + u) = low | high << 16;
+      *reinterpret_cast<LooseU32*>(to + u) = low | high << 16;
     }
 }
 
@@ -253,8 +253,8 @@ FALCON_INLINE int64_t panel_place(int64_t d) { return d / 4 % 4 * 16 + d / 16 * 
 
 // Interleaves `width` columns of four int8 rows likewise, in the column order of panel_place. Where `sums` is not null, adds 128 times
 // each column's sum to it.
-inline void pack_four(const int8_t* const* rows, int64_t width, uint32_t* panels, int64_t panel_size, int32_t* sums) {
-  for (int64_t c = 0; c < width; c += kPanel, panels += panel_size) {
+inline void pack_four(const int8_t* const* rows, int64_t width, uint32_t* to, int64_t size, int32_t* sums) {
+  for (int64_t c = 0; c < width; c += kPanel, to += 4 * size) {
 #if defined(FALCON_VNNI)
     __m512i w[4], out[4];
     FALCON_UNROLL
@@ -265,7 +265,7 @@ inline void pack_four(const int8_t* const* rows, int64_t width, uint32_t* panels
     out[2] = _mm512_unpacklo_epi16(b, f), out[3] = _mm512_unpackhi_epi16(b, f);
     FALCON_UNROLL
     for (int j = 0; j < 4; ++j) {
-      _mm512_storeu_si512(panels + 16 * j, out[j]);
+      _mm512_storeu_si512(to + j * size, out[j]);
       if (!sums) continue;
       int32_t* sum = sums + c + 16 * j;
       _mm512_storeu_si512(sum, _mm512_dpbusd_epi32(_mm512_loadu_si512(sum), _mm512_set1_epi8(-128), out[j]));
@@ -277,7 +277,7 @@ inline void pack_four(const int8_t* const* rows, int64_t width, uint32_t* panels
         word |= static_cast<uint32_t>(static_cast<uint8_t>(rows[r][c + d])) << 8 * r;
         if (sums) sums[c + panel_place(d)] += 128 * rows[r][c + d];
       }
-      panels[panel_place(d)] = word;
+      to[panel_place(d) / 16 * size + panel_place(d) % 16] = word;
     }
 #endif
   }

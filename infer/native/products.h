@@ -38,7 +38,7 @@ struct Ahead {
 struct Blocks {
   const uint8_t* a;
   int64_t a_stride, rows;  // bytes
-  const uint32_t* b;       // [words, width]
+  const uint32_t* b;       // [width / 16, words, 16]
   int64_t width, words;
   const float *row_scale, *column_scale;
   const int32_t* start;
@@ -141,7 +141,7 @@ void rows_product(const Matrix& w, int format, const void* panels, int64_t batch
   }
 }
 
-// Puts kSumBytes of depth of kRun columns into the order of panels, [panels, words, kPanel], some rows at a time.
+// Puts kSumBytes of depth of kRun columns into the order of a panel, [columns / 16, words, 16], some rows at a time.
 template <class Inner>
 struct Ordering {
   const Matrix& w;
@@ -168,7 +168,7 @@ struct Ordering {
 
   void some(int64_t rows) {
     const bool int8 = in_int8(format, true);
-    const int64_t per_word = int8 ? 4 : 2, panel_size = kSumBytes / 4 * kPanel;
+    const int64_t per_word = int8 ? 4 : 2, size = whole / per_word * 16;
     alignas(64) static const uint8_t zeros[2 * kRun] = {};
     alignas(64) uint8_t unpacked[2][2 * kRun];
     for (const int64_t stop = row + rows < whole ? row + rows : whole; row < stop; row += per_word) {
@@ -181,11 +181,11 @@ struct Ordering {
         else
           at[r] = reinterpret_cast<const uint8_t*>(as_bf16(w, format, begin + row + r, first, width, reinterpret_cast<uint16_t*>(unpacked[r])));
       }
-      uint32_t* to = panels + row / per_word * kPanel;
+      uint32_t* to = panels + row / per_word * 16;
       if (int8)
-        pack_four(reinterpret_cast<const int8_t* const*>(at), width, to, panel_size, Inner::kUnsigned ? sums : nullptr);
+        pack_four(reinterpret_cast<const int8_t* const*>(at), width, to, size, Inner::kUnsigned ? sums : nullptr);
       else
-        pack_pair(reinterpret_cast<const uint16_t*>(at[0]), reinterpret_cast<const uint16_t*>(at[1]), width, to, panel_size);
+        pack_pair(reinterpret_cast<const uint16_t*>(at[0]), reinterpret_cast<const uint16_t*>(at[1]), width, to, size);
     }
   }
 
@@ -203,7 +203,7 @@ template <class Inner>
 void rows_sum(const Matrix& w, int format, const void* weights, int64_t batch, int64_t begin, int64_t end, float* y, void* scratch) {
   const bool int8 = in_int8(format, true);
   const int64_t depth = sum_depth(format), tokens = whole_tiles(batch), words = kSumBytes / 4, stride = kRun + 16;
-  const int64_t panel_size = words * kPanel, per_word = depth / words;
+  const int64_t per_word = depth / words;
   uint32_t* panels[2] = {static_cast<uint32_t*>(scratch), static_cast<uint32_t*>(scratch) + kRun * words};
   int32_t* sums[2] = {reinterpret_cast<int32_t*>(panels[1] + kRun * words), reinterpret_cast<int32_t*>(panels[1] + kRun * words) + kRun};
   float* ones = reinterpret_cast<float*>(sums[1] + kRun);
@@ -226,7 +226,7 @@ void rows_sum(const Matrix& w, int format, const void* weights, int64_t batch, i
       for (int64_t c = 0; c < width; c += kPanel) {
         Blocks o;
         o.a = static_cast<const uint8_t*>(weights) + block * tokens * kSumStride, o.a_stride = kSumStride, o.rows = tokens;
-        o.b = panels[now] + c / kPanel * panel_size, o.width = kPanel, o.words = whole / per_word;
+        o.b = panels[now] + c * (whole / per_word), o.width = kPanel, o.words = whole / per_word;
         o.row_scale = units + block * tokens, o.column_scale = ones, o.start = sums[now] + c;
         o.acc = acc + c, o.stride = stride;
         int8 ? Inner::template multiply<true>(o, ahead) : Inner::template multiply<false>(o, ahead);

@@ -33,7 +33,7 @@ struct RegisterProduct {
       for (int64_t k = k0; k < k0 + 16; ++k) {
         __m512i x[kVectors];
         FALCON_UNROLL
-        for (int v = 0; v < kVectors; ++v) x[v] = _mm512_loadu_si512(o.b + (k * kVectors + v) * 16);
+        for (int v = 0; v < kVectors; ++v) x[v] = _mm512_loadu_si512(o.b + (v * o.words + k) * 16);
         FALCON_UNROLL
         for (int r = 0; r < kCount; ++r) {
           int32_t word;

@@ -112,7 +112,7 @@ struct TileProduct {
   template <bool kInt8, int kA, int kB>
   static FALCON_INLINE void multiply_tiles(Tiles& tiles, const Blocks& o, int64_t r, int64_t c, Ahead& ahead) {
     float* acc = o.acc + r * o.stride + c;
-    const int64_t stride = o.stride * sizeof(float), width = o.width * sizeof(uint32_t);
+    const int64_t stride = o.stride * sizeof(float);
     if constexpr (kInt8) {
       tiles.template zero<0>(), tiles.template zero<1>(), tiles.template zero<2>(), tiles.template zero<3>();
     } else {
@@ -122,12 +122,12 @@ struct TileProduct {
       if constexpr (kA == 2 && kB == 2) tiles.template read<3>(acc + 16 * o.stride + 16, stride);
     }
     const uint8_t* a = o.a + r * o.a_stride;
-    const uint32_t* b = o.b + c;
-    for (int64_t k = 0; k < o.words; k += 16, a += 64, b += 16 * o.width) {
+    const uint32_t* b = o.b + c * o.words;
+    for (int64_t k = 0; k < o.words; k += 16, a += 64, b += 256) {
       tiles.template read<4>(a, o.a_stride);
-      tiles.template read<6>(b, width);
+      tiles.template read<6>(b, 64);
       tiles.template multiply<kInt8, 0, 4, 6>();
-      if constexpr (kB == 2) tiles.template read<7>(b + 16, width), tiles.template multiply<kInt8, 1, 4, 7>();
+      if constexpr (kB == 2) tiles.template read<7>(b + 16 * o.words, 64), tiles.template multiply<kInt8, 1, 4, 7>();
       if constexpr (kA == 2) tiles.template read<5>(a + 16 * o.a_stride, o.a_stride), tiles.template multiply<kInt8, 2, 5, 6>();
       if constexpr (kA == 2 && kB == 2) tiles.template multiply<kInt8, 3, 5, 7>();
       ahead.step();
