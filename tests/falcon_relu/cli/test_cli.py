@@ -99,7 +99,7 @@ def test_commands_work_on_what_the_demo_made(finished_demo, tmp_path):
         (["generate", "no/such/folder", "text", "--tokenizer", "nowhere"], 1, "nowhere"),
         (["decode", "x", "text", "--tokenizer", "y"], 1, "y"),
         (["decode", "x", "text", "--tokenizer", "y", "--threads", "9999"], 1, "threads"),
-        (["demo", "--config", "falcon_40b"], 1, "Recipe"),
+        (["demo", "--config", "falcon_40b"], 1, "there are demo, demo_tiny, laptop"),
         (["convert", str(ROOT / "docs"), "x", "--activation", "gelu"], 1, "docs holds no model"),
         (["convert", "no/such model", "x"], 1, "neither a folder nor the id of a model on the hub"),
     ],
