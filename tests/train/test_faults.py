@@ -112,7 +112,7 @@ def wait_for(
         return
     processes.wait_until(lambda: len(processes.starts(run.out)) > before, process)
     if moment == "compiling":
-        time.sleep(draw.uniform(0, start_seconds / 6))  # some are past it: then they save
+        time.sleep(draw.uniform(0, 0.4))
         return
     first = max(processes.whole_checkpoints(run.out), default=0)
     target = run.steps if moment == "ending" else first + draw.randint(1, SPAN)
