@@ -6,7 +6,8 @@
 # Arguments go to `falcon-relu train`. The folder of the run, the data and the weights must lie on a disk that all nodes
 # share. Submit from the folder that holds .venv, or set VENV. Fifteen minutes before its time is over, or when it is
 # preempted, the job saves a checkpoint and puts itself into the queue again; it then goes on where it stopped. The time
-# is for two steps and a checkpoint; a cluster's GraceTime of preemption must allow for it too.
+# is what `falcon-relu plan` names as "from a stop signal to the end"; the tests hold this file to it. A cluster's
+# GraceTime of preemption must allow for it too.
 #
 #SBATCH --job-name=relu-falcon
 #SBATCH --nodes=5
