@@ -75,7 +75,9 @@ class Args(Devices):
     predictor: Path | None = None
     """Predictor file, for sparse; packed weights may hold one already."""
     format: Format | None = None
-    """Number format of the weights, for the CPU modes. If not given: bf16; packed weights keep theirs."""
+    """Number format of the weights, for the CPU modes. If not given: bf16; packed weights keep theirs.
+
+    The KV cache is bf16, and f32 with f32."""
     backend: kernels.Backend = "auto"
     """Kernels, for the CPU modes."""
     activation: Activation | None = None
@@ -161,7 +163,7 @@ def engine(args: Args) -> Engine:
         weights = weights_from_checkpoint(args.model, Formats.parse(args.format or "bf16"), activation=args.activation)
     if args.predictor is not None:
         weights = weights.with_predictor(load_predictor(args.predictor, weights.config), args.format or "bf16")
-    return DecodeEngine(weights, args.engine, args.backend)
+    return DecodeEngine(weights, args.engine, args.backend, cache="f32" if args.format == "f32" else "bf16")
 
 
 def _claim(args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
