@@ -18,7 +18,7 @@ from falcon_relu.cli.outputs import Made, Output
 from falcon_relu.cli.prepare import parse_shard
 from falcon_relu.cli.report import report
 from falcon_relu.config import Activation, FalconConfig
-from falcon_relu.errors import FalconError, check_number
+from falcon_relu.errors import FalconError, check_number, check_part
 from falcon_relu.model import Params
 from falcon_relu.progress import progress
 from falcon_relu.sharding import check_shared
@@ -219,14 +219,12 @@ def run(args: Args) -> None:
                 report(_record(step, mesh) if isinstance(step, Record) else _calibrate(step, mesh), step)
         case Fit():
             report(_fit(step), step)
-        case Join():
+        case Join() | Import():
             config = load_config(step.model, activation=step.activation)
-            predictor = join_predictors(step.parts, config)
-            save_predictor(predictor, step.out, replace=step.overwrite)
-            report(_sizes(predictor, config), step)
-        case Import():
-            config = load_config(step.model, activation=step.activation)
-            predictor = import_powerinfer(step.source, config)
+            if isinstance(step, Join):
+                predictor = join_predictors(step.parts, config)
+            else:
+                predictor = import_powerinfer(step.source, config)
             save_predictor(predictor, step.out, replace=step.overwrite)
             report(_sizes(predictor, config), step)
         case Export():
@@ -273,15 +271,16 @@ def _firing(recording: Recording, i: int) -> dict[str, Any]:
 
 
 def _fit(step: Fit) -> dict[str, Any]:
-    index, count = parse_shard(step.shard)
+    index, count = part = parse_shard(step.shard)
+    check_part(part)
     recording = open_recording(step.recording)
     with open_model(step.model, activation=step.activation) as stored:  # only the layers that are fitted are read
         config, params = stored.config, layered_params(stored)
         recording.check(config)
         if step.rank is not None:
             check_rank(step.rank, recording.d_model)
-        if not 0 <= index < count <= config.n_layers:
-            raise FalconError(f"--shard {step.shard}: i/n with i below n, and n at most the {config.n_layers} layers")
+        if count > config.n_layers:
+            raise FalconError(f"--shard {step.shard}: n can be at most the {config.n_layers} layers")
         layers = range(config.n_layers * index // count, config.n_layers * (index + 1) // count)
         tried: list[dict[str, Any]] = []
         if step.rank is None:

@@ -88,7 +88,7 @@ def run(args: Args) -> None:
 
 
 def _run(args: Args, mesh: Mesh) -> None:
-    check_shared(mesh, args.batch_size)
+    parts = check_shared(mesh, args.batch_size)
     data = open_folders([args.data], args.batch_size)
     config, params = load_model(args.model, activation=args.activation, dtype=stored_as(args.dtype), mesh=mesh)
     rows = list(itertools.islice(validation_batches(data[0], manifests=data[1]), args.batches))
@@ -97,7 +97,7 @@ def _run(args: Args, mesh: Mesh) -> None:
     found["rates"] = np.quantile(rates_LxF, np.linspace(0, 1, _QUANTILES), axis=1).T.tolist()
     found["allowed"] = []
     if args.predictor is not None and args.recording is not None:
-        found["allowed"] = _allowed(args, config, params, data, rows, check_shared(mesh, args.batch_size))
+        found["allowed"] = _allowed(args, config, params, data, rows, parts)
     if jax.process_index() == 0:
         write_json(args.out / "sparsity.json", found, replace=args.overwrite)
         _draw(args.out / "sparsity.svg", found, args.overwrite)

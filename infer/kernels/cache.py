@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from infer.weights.formats import as_f32
+
 CacheFormat = Literal["bf16", "f32", "f16", "int8"]
 # bf16 is stored as its bits: XLA on CPUs would first convert a whole bf16 array to f32.
 _DTYPES = {"bf16": jnp.uint16, "f32": jnp.float32, "f16": jnp.float16, "int8": jnp.int8}
@@ -34,9 +36,7 @@ class Cache:
 
     def wide(self) -> jax.Array:
         """The numbers in f32."""
-        if self.data.dtype == jnp.uint16:
-            return jax.lax.bitcast_convert_type(self.data.astype(jnp.uint32) << 16, jnp.float32)
-        wide = self.data.astype(jnp.float32)
+        wide = as_f32(self.data)
         return wide if self.scale is None else wide * self.scale[..., None]
 
     def positions(self, start: jax.Array, count: int) -> Cache:

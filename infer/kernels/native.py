@@ -109,7 +109,9 @@ def weighted_row_sum(
 
 def rows_matmul(w: Rows, x: jax.Array, count: Array | None = None) -> jax.Array:
     """See infer.kernels.matmul.rows_matmul."""
-    return (_product if _has_product(w, False) else matmul.rows_matmul)(w, x, count)
+    if _has_product(w, False):
+        return _product(w, x, count, transposed=False)
+    return matmul.rows_matmul(w, x, count)
 
 
 def weighted_rows_matmul(w: Rows, h: jax.Array, count: Array | None = None) -> jax.Array:
@@ -158,7 +160,7 @@ def _has_product(w: Rows, transposed: bool) -> bool:
     return (w.format == "int4" or w.shape[1] % 64 == 0) and has_product(w.format, transposed)
 
 
-def _product(w: Rows, x: jax.Array, count: Array | None, transposed: bool = False) -> jax.Array:
+def _product(w: Rows, x: jax.Array, count: Array | None, transposed: bool) -> jax.Array:
     x_NxK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     count = jnp.asarray(len(x_NxK) if count is None else count, jnp.int32)
     out = jax.ShapeDtypeStruct((len(x_NxK), w.shape[1 if transposed else 0]), jnp.float32)

@@ -86,10 +86,15 @@ def widen(rows: Rows) -> jax.Array:
     data = jnp.asarray(rows.data)
     if rows.columns is not None and rows.group is not None:
         return widen_int4(data, jnp.asarray(rows.scale), rows.columns, rows.group)
+    wide = as_f32(data)
+    return wide if rows.scale is None else wide * jnp.asarray(rows.scale)[:, None]
+
+
+def as_f32(data: jax.Array) -> jax.Array:
+    """Numbers of any shape and dtype in f32; uint16 holds the bits of bf16."""
     if data.dtype == jnp.uint16:
         return lax.bitcast_convert_type(data.astype(jnp.uint32) << 16, jnp.float32)
-    wide = data.astype(jnp.float32)
-    return wide if rows.scale is None else wide * jnp.asarray(rows.scale)[:, None]
+    return data.astype(jnp.float32)
 
 
 def take(rows: Rows, index_N: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ import tyro
 
 from falcon_relu import Falcon, load_model
 from falcon_relu.cli.report import report
-from falcon_relu.model import head_kernel, next_tokens
+from falcon_relu.model import BATCH_KEYS, head_kernel, next_tokens
 from train.data.batches import DataConfig, Source, validation_batches
 from train.data.shards import read_manifest, token_dtype
 from train.loss import CachedTeacher, LossConfig, OnlineTeacher, distillation_loss
@@ -61,7 +61,7 @@ def run(args: Args) -> None:
     totals = {(k, dtype): np.zeros(4) for k in ks for dtype in ("float32", "bfloat16")}
     online = np.zeros(2)
     for batch in itertools.islice(validation_batches(data), args.batches):
-        rows: Any = [jnp.asarray(batch[name]) for name in ("tokens_BxT", "positions_BxT", "segment_ids_BxT")]  # type: ignore[literal-required]
+        rows: Any = [jnp.asarray(batch[name]) for name in BATCH_KEYS]  # type: ignore[literal-required]
         targets, mask = next_tokens(rows[0], rows[2])
         hidden, t_hidden = (
             Falcon(c).apply({"params": p}, *rows, method="hidden")

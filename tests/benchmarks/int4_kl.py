@@ -22,8 +22,8 @@ import tyro
 
 from falcon_relu.checkpoints.load import load_model
 from falcon_relu.config import FalconConfig, family
-from falcon_relu.model import Falcon, Params
-from infer.predictor.recording import BATCH_KEYS, Batch, Recording, record_activations
+from falcon_relu.model import BATCH_KEYS, Falcon, Params
+from infer.predictor.recording import Batch, Recording, record_activations
 from infer.weights.convert import convert_matrix
 from infer.weights.formats import widen
 from infer.weights.rounding import Inputs, quantise

@@ -95,9 +95,9 @@ def _start(job: Job) -> Programs:
     yield Planned(phase, when, moments_program(job.optimizer, job.shardings), (state.params,), copy)
 
 
-def _placed(config: FalconConfig, mesh: Any, dtype: Any = jnp.float32) -> Any:
+def _placed(config: FalconConfig, mesh: Any) -> Any:
     """Parameters as they lie on the devices when they are loaded."""
-    shapes, shardings = abstract_params(config, dtype), param_shardings(config, mesh)
+    shapes, shardings = abstract_params(config), param_shardings(config, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

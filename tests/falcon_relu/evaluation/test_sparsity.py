@@ -8,7 +8,7 @@ import pytest
 from falcon_relu.config import family
 from falcon_relu.errors import FalconError
 from falcon_relu.evaluation.sparsity import measure_sparsity, sparsity_sums
-from falcon_relu.model import Falcon
+from falcon_relu.model import BATCH_KEYS, Falcon
 from tests.conftest import random_params, sharded
 
 FEW = 4  # neurons within rounding of 0, which may fire in one program and not in another, and on another CPU
@@ -20,9 +20,8 @@ def test_statistics_are_those_of_a_plain_count() -> None:
     rng = np.random.default_rng(0)
     segments = np.array([[1] * 6 + [2] * 7 + [0] * 3, [1] * 16], np.int32)
     positions = np.array([[*range(6), *range(7), 0, 0, 0], [*range(16)]], np.int32)
-    keys = ("tokens_BxT", "positions_BxT", "segment_ids_BxT")
     batches = [
-        dict(zip(keys, (rng.integers(0, config.vocab_size, (2, 16), np.int32), positions, segments), strict=True))
+        dict(zip(BATCH_KEYS, (rng.integers(0, config.vocab_size, (2, 16), np.int32), positions, segments), strict=True))
         for _ in range(2)
     ]
     got = measure_sparsity(config, params, batches)
@@ -31,7 +30,7 @@ def test_statistics_are_those_of_a_plain_count() -> None:
     for i in range(config.n_layers):
         fired, again, later = [], 0, 0
         for batch in batches:
-            seen = observe(*(batch[k] for k in keys))
+            seen = observe(*(batch[k] for k in BATCH_KEYS))
             fires = np.asarray(seen["activations"]["layers"]["mlp"]["neurons"][i]) != 0
             for b, t in np.argwhere(segments != 0):
                 fired.append(fires[b, t])
@@ -56,7 +55,7 @@ def test_statistics_are_those_of_a_plain_count() -> None:
     np.testing.assert_allclose(got["union"][0]["fired"], 1 - got["zeros"])
     together = []
     for batch in batches:
-        seen = observe(*(batch[k] for k in keys))
+        seen = observe(*(batch[k] for k in BATCH_KEYS))
         fires = np.asarray(seen["activations"]["layers"]["mlp"]["neurons"]) != 0
         together.append((fires[:, 0, :13] | fires[:, 1, :13]).mean((1, 2)))  # where both rows have a token
     np.testing.assert_allclose(got["union"][1]["layers"], np.mean(together, axis=0), atol=FEW / (26 * config.d_ff))
