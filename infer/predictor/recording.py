@@ -31,9 +31,8 @@ from falcon_relu.progress import progress
 from falcon_relu.sharding import on_host
 from infer.predictor.predictor import PredictorInput
 
-Batch = Mapping[
-    str, Any
-]  # as train.data.batches gives them: the arrays of BATCH_KEYS, int32 [B, T]; segment 0: padding
+# As train.data.batches gives them: the arrays of BATCH_KEYS, int32 [B, T]; segment 0: padding.
+Batch = Mapping[str, Any]
 
 INPUT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 CONTRIBUTION_DTYPE = np.dtype(ml_dtypes.float8_e5m2)
