@@ -45,14 +45,29 @@ def standard_streams() -> Iterator[None]:
             stream.reconfigure(errors="surrogateescape" if mode == "r" else "replace")
     try:
         yield
-        sys.stdout.flush()
+        _flush()
     except BrokenPipeError:
         gone = [number for number in (1, 2) if _reader_gone(number)]
         if not gone:  # another pipe, to a process of ours
             raise
-        for number in gone:  # what is still in the buffers goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        for number in gone:
+            _discard(number)
         raise ReaderGoneError from None
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:  # a full disk, on which Python would try again when it ends, and change the exit status
+        _discard(1)
+        raise
+
+
+def _discard(number: int) -> None:
+    """Lets what is still in a stream's buffer go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def _reader_gone(number: int) -> bool:
